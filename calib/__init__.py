@@ -1,0 +1,29 @@
+"""Calibration: histograms -> thresholds -> scales -> calibration table.
+
+``from calib import calibrate, trace, CalibrationTable``. The first two need torch and are imported when asked for,
+so that the table tools (``python -m calib``) start at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from calib.table import CalibrationTable
+
+if TYPE_CHECKING:
+    from calib.calibrator import calibrate
+    from calib.graph import trace
+
+__all__ = ["CalibrationTable", "calibrate", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "calibrate":
+        from calib.calibrator import calibrate
+
+        return calibrate
+    if name == "trace":
+        from calib.graph import trace
+
+        return trace
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
