@@ -1,0 +1,41 @@
+"""Networks, the LightningModule that trains them, and checkpoints.
+
+Names are imported on first use: ``from models import LeNet`` does not import Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.checkpoint import Checkpoint, CheckpointMeta, load_checkpoint, save_checkpoint
+    from models.classifier import Classifier
+    from models.lenet import LeNet
+    from models.network import build_network
+
+_HOME = {
+    "Checkpoint": "models.checkpoint",
+    "CheckpointMeta": "models.checkpoint",
+    "Classifier": "models.classifier",
+    "LeNet": "models.lenet",
+    "build_network": "models.network",
+    "load_checkpoint": "models.checkpoint",
+    "save_checkpoint": "models.checkpoint",
+}
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointMeta",
+    "Classifier",
+    "LeNet",
+    "build_network",
+    "load_checkpoint",
+    "save_checkpoint",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,155 @@
+"""The trained network with what later commands need to know of it, in one file that runs no code when loaded."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from common.config import DataConfig
+from common.decode import decode, encode
+from common.errors import InputError
+from common.files import atomic_path
+from data.base import DatasetInfo
+from models.network import construct, load_state, resolve
+
+FORMAT = 1
+_META_LIMIT = 16 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class CheckpointMeta:
+    """What a checkpoint says about its network.
+
+    Attributes:
+        network: Name that the network's files carry, such as ``LeNet``.
+        class_path: Class or factory of the network.
+        init_args: All its keyword arguments, those that came from the data set included.
+        dataset: The data it was trained on.
+        data: Configuration that opens the same data again; ``dataset`` is never ``auto`` here.
+        seed: Of the training.
+        epochs: Epochs of training that the weights have seen.
+        metrics: Final figures, such as ``test_top1`` (in [0, 1]).
+        versions: Of the packages that made it.
+    """
+
+    network: str
+    class_path: str
+    init_args: dict[str, Any]
+    dataset: DatasetInfo
+    data: DataConfig
+    seed: int
+    epochs: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A trained network, in eval mode on the CPU, and what is known of it."""
+
+    network: nn.Module
+    meta: CheckpointMeta
+
+
+def installed_versions(*packages: str) -> dict[str, str]:
+    """Versions of those of ``packages`` that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def save_checkpoint(path: Path, network: nn.Module, meta: CheckpointMeta) -> None:
+    """Write ``network`` and ``meta`` to ``path`` atomically.
+
+    Raises:
+        InputError: the file cannot be written; an earlier one stays as it was.
+    """
+    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    with atomic_path(path) as temporary:
+        torch.save({"format": FORMAT, "meta": encode(meta), "state_dict": state}, temporary)
+
+
+def load_checkpoint(path: Path, trusted: str | None = None) -> Checkpoint:
+    """Read a checkpoint of :func:`save_checkpoint`, treating the file as hostile.
+
+    The network's class is named in the file. Classes of this project and of torchvision are built; any other is
+    imported only if it is the one that the user's own configuration names.
+
+    Args:
+        path: The file.
+        trusted: ``model.class_path`` of the user's configuration.
+
+    Raises:
+        InputError: the file is missing, damaged, not of this format, or does not fit its network.
+    """
+    content = _read(path)
+    if not isinstance(content, dict) or not {"format", "meta", "state_dict"} <= content.keys():
+        raise InputError(f"{path} is not a checkpoint of this project: make one with train.py")
+    if content["format"] != FORMAT:
+        raise InputError(f"{path} has checkpoint format {content['format']!r:.20}, not {FORMAT}: train again")
+    if not isinstance(content["meta"], str) or len(content["meta"]) > _META_LIMIT:
+        raise InputError(f"{path} is damaged: its metadata is not text")
+    try:
+        value = json.loads(content["meta"])
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: its metadata is not JSON") from error
+    meta = decode(CheckpointMeta, value, f"{path}: meta")
+    network = _construct(path, meta, trusted)
+    if not isinstance(content["state_dict"], dict):
+        raise InputError(f"{path} is damaged: it holds no state_dict")
+    load_state(network, content["state_dict"], str(path))
+    return Checkpoint(network.eval(), meta)
+
+
+def _read(path: Path) -> Any:
+    if not path.is_file():
+        raise InputError(f"there is no checkpoint {path}: run train.py first")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > path.stat().st_size:
+            raise InputError(f"{path} is not a checkpoint: it is compressed, which torch.save never does")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
+    except Exception as error:
+        # torch, zipfile and pickle raise a dozen unrelated types on damaged files.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged or not a checkpoint: {reason:.200}") from error
+
+
+def _construct(path: Path, meta: CheckpointMeta, trusted: str | None) -> nn.Module:
+    """Build the network that the file names, if that is safe."""
+    if meta.class_path == trusted:
+        return construct(resolve(meta.class_path), meta.class_path, meta.init_args)
+    module = meta.class_path.replace(":", ".").rpartition(".")[0]
+    if module == "models" or module.startswith("models."):
+        factory: Any = resolve(meta.class_path)
+        safe = isinstance(factory, type) and issubclass(factory, nn.Module) and factory.__module__.startswith("models.")
+    elif module.startswith("torchvision.models"):
+        from torchvision.models import get_model_builder, list_models
+
+        name = meta.class_path.rpartition(".")[2]
+        safe = name in list_models()
+        factory = get_model_builder(name) if safe else None
+    else:
+        raise InputError(
+            f"{path} names the class {meta.class_path!r:.100}, which this run's configuration does not: "
+            "give --model.class_path with it if you trust it"
+        )
+    if not safe:
+        raise InputError(f"{path} is damaged: {meta.class_path!r:.100} is not a network")
+    # Pretrained weights that the network started from (torchvision) are not fetched again: the file has its own.
+    arguments = {key: None if key.startswith("weights") else value for key, value in meta.init_args.items()}
+    return construct(factory, meta.class_path, arguments)

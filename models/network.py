@@ -1,0 +1,186 @@
+"""From a class path in the configuration to a network, with the weights it starts from."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import pickle
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from common.config import ModelConfig
+from common.errors import InputError
+
+
+def build_network(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
+    """Make the network that ``config`` names.
+
+    ``num_classes``, and the number of input channels as ``in_channels`` or ``channels``, are passed where the class
+    or factory takes such an argument and ``config.init_args`` does not set it.
+
+    Args:
+        config: Class path, arguments and, optionally, the file of weights to start from.
+        num_classes: Classes of the data set.
+        channels: Channels of its images.
+
+    Raises:
+        InputError: the class cannot be imported or called so, makes no ``nn.Module``, or the weights do not fit.
+    """
+    arguments = network_arguments(config, num_classes, channels)
+    network = construct(resolve(config.class_path), config.class_path, arguments)
+    if config.weights is not None:
+        load_state(network, read_weights(config.weights), str(config.weights))
+    return network
+
+
+def network_arguments(config: ModelConfig, num_classes: int, channels: int) -> dict[str, Any]:
+    """All keyword arguments that :func:`build_network` calls the class with. Raises InputError as it does."""
+    return {**_data_arguments(resolve(config.class_path), num_classes, channels), **config.init_args}
+
+
+def network_name(class_path: str) -> str:
+    """The name that the network's files carry: the last part of the class path, such as ``LeNet``."""
+    return class_path.replace(":", ".").rpartition(".")[2]
+
+
+def resolve(class_path: str) -> Callable[..., Any]:
+    """Import ``package.module.Class`` or ``package.module:Class``; the current folder is searched last.
+
+    Raises:
+        InputError: there is no such module or name, or its import fails.
+    """
+    module_name, separator, name = class_path.replace(":", ".").rpartition(".")
+    if not separator or not all(part.isidentifier() for part in (*module_name.split("."), name)):
+        raise InputError(f"model.class_path {class_path!r} is not of the form package.module.Class")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module_name), name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"cannot import model.class_path {class_path!r}: {error}") from error
+    except AttributeError as error:
+        raise InputError(f"model.class_path {class_path!r}: module {module_name!r} has no {name!r}") from error
+    except Exception as error:
+        raise InputError(f"importing model.class_path {class_path!r} failed: {type(error).__name__}: {error}") from error
+    if not callable(found):
+        raise InputError(f"model.class_path {class_path!r} is neither a class nor a function")
+    return found
+
+
+def construct(factory: Callable[..., Any], class_path: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """Call ``factory`` with ``arguments``. Raises InputError when that fails or gives no ``nn.Module``."""
+    try:
+        network = factory(**arguments)
+    except Exception as error:
+        shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        raise InputError(f"{class_path}({shown}) failed: {type(error).__name__}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise InputError(f"{class_path} made a {type(network).__name__}, not a torch.nn.Module")
+    return network
+
+
+def logits_of(network: nn.Module) -> Callable[[Tensor], Tensor]:
+    """What the loss is taken of: the network's ``logits`` method where it has one, else its output."""
+    logits: Callable[[Tensor], Tensor] = getattr(network, "logits", network)
+    return logits
+
+
+def check_network(network: nn.Module, name: str, shape: tuple[int, int, int], num_classes: int) -> None:
+    """Run the network on two images of ``shape`` (C, H, W), so that a misfit is found before training starts.
+
+    Raises:
+        InputError: it does not take such images, does not give ``num_classes`` scores, or gives probabilities where
+            scores are needed.
+    """
+    training = network.training
+    network.eval()
+    example = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+    size = "x".join(map(str, shape))
+    try:
+        with torch.no_grad():
+            scores = logits_of(network)(example)
+    except Exception as error:
+        raise InputError(f"{name} does not take images of {size} (channels x height x width): {error}") from error
+    finally:
+        network.train(training)
+    if not isinstance(scores, Tensor) or scores.shape != (2, num_classes):
+        given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        raise InputError(f"{name} gives {given} for 2 images: expected (2, {num_classes}), one score per class")
+    if bool((scores >= 0).all()) and torch.allclose(scores.sum(1), torch.ones(2), atol=1e-4):
+        raise InputError(f"{name} gives probabilities: let it have a method logits(x) that gives the scores before softmax")
+
+
+def read_weights(path: Path) -> Mapping[str, Any]:
+    """Read a state_dict without running code from the file: ``.safetensors``, else PyTorch's format.
+
+    A checkpoint that holds it under ``state_dict`` (as Lightning's and this project's do) is taken as well.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds anything but tensors by name.
+    """
+    if not path.is_file():
+        raise InputError(f"model.weights: there is no file {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is damaged, or holds more than tensors and is not loaded for safety") from error
+    except Exception as error:
+        raise InputError(f"cannot read the weights in {path}: {error}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
+        raise InputError(f"{path} holds no state_dict (tensors by name)")
+    return content
+
+
+def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Load ``state`` into ``network``, every name and shape matching.
+
+    Raises:
+        InputError: ``state`` belongs to another architecture, or holds NaN or infinity.
+    """
+    own = network.state_dict()
+    if missing := [name for name in own if name not in state]:
+        raise InputError(f"{source} is of another architecture: it lacks {_some(missing)}")
+    if unexpected := [name for name in state if name not in own]:
+        raise InputError(f"{source} is of another architecture: the network has no {_some(unexpected)}")
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.shape != own[name].shape:
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise InputError(f"{source} is of another architecture: {name} is {shape}, not {tuple(own[name].shape)}")
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{source} holds NaN or infinity in {name}: train again")
+    network.load_state_dict(dict(state))
+
+
+def _data_arguments(factory: Callable[..., Any], num_classes: int, channels: int) -> dict[str, int]:
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return {}
+    arguments = {}
+    # torchvision's factories hand **kwargs on to the class, which takes num_classes.
+    if "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        arguments["num_classes"] = num_classes
+    for name in ("in_channels", "channels"):
+        if name in parameters:
+            arguments[name] = channels
+            break
+    return arguments
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
