@@ -1,0 +1,98 @@
+"""Fixtures that all tests share: where things lie, the data, the tools that a machine may lack."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One thread in each worker, and in the commands that it starts: the workers share the cores. Before torch loads.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MNIST_STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what is marked ``gpu`` where there is none; torch is imported only if such a test was selected."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The checkout."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder that MNIST_DIR names, with the four idx files; skips where there is none."""
+    value = os.environ.get("MNIST_DIR")
+    if not value:
+        pytest.skip("needs MNIST: set MNIST_DIR to the folder with its four idx files")
+    folder = Path(value).resolve()
+    found = {path.name for place in (folder, folder / "MNIST" / "raw") if place.is_dir() for path in place.iterdir()}
+    missing = [stem for stem in MNIST_STEMS if not any(name.startswith(stem) for name in found)]
+    if missing:
+        pytest.skip(f"needs MNIST: MNIST_DIR is {folder}, which lacks {', '.join(missing)}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def chromium() -> str:
+    """A headless-capable Chromium; skips where there is none."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        path = shutil.which(name)
+        if path:
+            return path
+    pytest.skip("needs Chromium (on Debian: apt-get install chromium)")
+
+
+@pytest.fixture(scope="session")
+def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run one of the project's commands as a user does: ``command("train.py", "--seed", "1", cwd=tmp_path)``.
+
+    A first argument that ends in ``.py`` is a script of the checkout; any other is a module (``python -m``).
+    Keyword ``env`` adds variables; None as a value removes one. The exit code is the caller's to check.
+    """
+
+    def run(
+        name: str,
+        *arguments: str | os.PathLike[str],
+        cwd: Path | None = None,
+        env: dict[str, str | None] | None = None,
+        timeout: float = 600,
+    ) -> subprocess.CompletedProcess[str]:
+        program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        for key, value in (env or {}).items():
+            if value is None:
+                variables.pop(key, None)
+            else:
+                variables[key] = value
+        return subprocess.run(
+            [sys.executable, *program, *(os.fspath(argument) for argument in arguments)],
+            cwd=cwd or ROOT,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+
+    return run
