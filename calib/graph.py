@@ -1,0 +1,551 @@
+"""The network as calibration sees it: traced, normalised, every tensor named, every INT8 layer known.
+
+One description serves the calibrator, the integer simulation, explicit quantization, the ONNX export and the engines,
+so that none of them can disagree about a name or about where a value is quantized.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from calib.table import CalibrationTable
+from common.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+INPUT: Final = "data"
+OUTPUT: Final = "prob"
+
+_MODULES: Final[Mapping[type[nn.Module], str]] = {
+    nn.Conv2d: "conv",
+    nn.Linear: "linear",
+    nn.BatchNorm2d: "batchnorm",
+    nn.BatchNorm1d: "batchnorm",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu",
+    nn.SiLU: "activation",
+    nn.Hardswish: "activation",
+    nn.MaxPool2d: "maxpool",
+    nn.AdaptiveMaxPool2d: "maxpool",
+    nn.AvgPool2d: "avgpool",
+    nn.AdaptiveAvgPool2d: "avgpool",
+    nn.Softmax: "softmax",
+    nn.Flatten: "view",
+    nn.Unflatten: "view",
+    nn.Identity: "nothing",
+    nn.Dropout: "nothing",
+    nn.Dropout1d: "nothing",
+    nn.Dropout2d: "nothing",
+    nn.AlphaDropout: "nothing",
+}
+_FUNCTIONS: Final[Mapping[Callable[..., Any], str]] = {
+    F.relu: "relu",
+    F.relu6: "relu",
+    torch.relu: "relu",
+    torch.relu_: "relu",
+    F.silu: "activation",
+    F.hardswish: "activation",
+    F.max_pool2d: "maxpool",
+    torch.max_pool2d: "maxpool",
+    F.adaptive_max_pool2d: "maxpool",
+    F.avg_pool2d: "avgpool",
+    F.adaptive_avg_pool2d: "avgpool",
+    torch.add: "add",
+    operator.add: "add",
+    operator.iadd: "add",
+    torch.cat: "concat",
+    torch.concat: "concat",
+    F.softmax: "softmax",
+    torch.softmax: "softmax",
+    torch.flatten: "view",
+    torch.reshape: "view",
+    torch.squeeze: "view",
+    torch.unsqueeze: "view",
+    torch.permute: "view",
+    torch.transpose: "view",
+    torch.chunk: "view",
+    torch.split: "view",
+    F.dropout: "nothing",
+    getattr: "shape",
+}
+_METHODS: Final[Mapping[str, str]] = {
+    "relu": "relu",
+    "relu_": "relu",
+    "add": "add",
+    "add_": "add",
+    "softmax": "softmax",
+    "flatten": "view",
+    "reshape": "view",
+    "view": "view",
+    "squeeze": "view",
+    "unsqueeze": "view",
+    "permute": "view",
+    "transpose": "view",
+    "contiguous": "view",
+    "chunk": "view",
+    "split": "view",
+    "size": "shape",
+    "dim": "shape",
+}
+
+SHARES_SCALE: Final = frozenset({"maxpool", "view", "concat"})
+"""Operations whose output has its input's scale: they only move or choose values."""
+QUANTIZABLE: Final = frozenset({"conv", "linear", "add", "avgpool", "activation"})
+"""Kinds of layer that run in INT8, quantizing their inputs."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An operation that can run in INT8.
+
+    Attributes:
+        name: As in the calibration table (the name of its own output tensor, before an in-place ReLU too).
+        kind: ``conv``, ``linear``, ``add``, ``avgpool``, ``activation`` or ``softmax``.
+        node: Name of its fx node.
+        inputs: Names of the fx nodes of its activations.
+        target: Path of its module in ``Network.module``; None for a function.
+    """
+
+    name: str
+    kind: str
+    node: str
+    inputs: tuple[str, ...]
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A float network, ready to be calibrated, quantized, exported and compiled.
+
+    Attributes:
+        name: Names the table's file: ``CalibrationTable<name>``.
+        module: Eval mode, batch normalisation folded, dropout removed, no in-place operation; one input ``data``
+            float32 [B, C, H, W], one output ``prob`` float32 [B, classes].
+        tensors: Names of the calibration table, in network order.
+        tensor_of: fx node name -> tensor name. A reshape or dropout is its input's tensor, as in Caffe; the value
+            before an in-place ReLU has no name of its own, the value after it has the layer's.
+        observed: fx node name -> tensor name, for the one node whose value is calibrated under that name.
+        scale_source: Tensor -> tensor whose histogram gives its scale; itself but for max pooling and concatenation.
+        kinds: fx node name -> kind of operation.
+        layers: What can run in INT8, in network order.
+        unsupported: Tensor name -> operation that stays in float.
+    """
+
+    name: str
+    module: fx.GraphModule
+    tensors: tuple[str, ...]
+    tensor_of: Mapping[str, str]
+    observed: Mapping[str, str]
+    scale_source: Mapping[str, str]
+    kinds: Mapping[str, str]
+    layers: tuple[Layer, ...]
+    unsupported: Mapping[str, str]
+
+    def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Tensor:
+        """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
+
+        Args:
+            images: float32 [B, C, H, W] on the network's device.
+            observe: Must not modify the value.
+
+        Returns:
+            Probabilities, float32 [B, classes].
+
+        Raises:
+            InputError: the images do not fit the network.
+        """
+        with torch.inference_mode():
+            try:
+                return _Observed(self, observe).run(images)  # type: ignore[no-any-return]
+            except RuntimeError as error:
+                raise InputError(
+                    f"network {self.name} does not take images of shape {tuple(images.shape)}: {_first_line(error)}"
+                ) from error
+
+
+class _Observed(fx.Interpreter):
+    def __init__(self, network: Network, observe: Callable[[str, Tensor], None]) -> None:
+        super().__init__(network.module)
+        self.extra_traceback = False
+        self._names = network.observed
+        self._observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        name = self._names.get(n.name)
+        if name is not None:
+            self._observe(name, value)
+        return value
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # A user's subclass of a known layer is still that layer.
+        return isinstance(m, tuple(_MODULES)) or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace(model: nn.Module, name: str | None = None) -> Network:
+    """Describe ``model`` for calibration and quantization; ``model`` itself is left as it is.
+
+    Args:
+        model: A classifier from float32 [B, C, H, W] to [B, classes]; a softmax is appended if it does not end in one.
+        name: Name of the network; the class name if None.
+
+    Raises:
+        InputError: ``torch.fx`` cannot trace it, or it has more than one input or output.
+    """
+    name = name or type(model).__name__
+    root = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        graph = _Tracer().trace(root)
+    except Exception as error:  # what user code raises under tracing is open-ended
+        raise InputError(f"network {name} cannot be traced: {_first_line(error)}{_where(error)}") from error
+    module = fx.GraphModule(root, graph, class_name=name)
+    _check_ends(module, name)
+    _remove_nothing(module)
+    _fold_batchnorm(module)
+    in_place = _make_out_of_place(module)
+    _append_softmax(module)
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.delete_all_unused_submodules()
+    module.recompile()
+    return _describe(name, module, in_place)
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _where(error: BaseException) -> str:
+    """The last place outside PyTorch that the error passed through."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
+    frames = [frame for frame in frames if frame.filename != __file__]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+
+
+def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
+    """What an fx node does: a kind of layer, ``input``, ``output``, ``shape`` or ``other``."""
+    if node.op == "placeholder":
+        return "input"
+    if node.op in ("output", "get_attr"):
+        return node.op
+    if node.op == "call_module":
+        submodule = module.get_submodule(str(node.target))
+        kind = next((_MODULES[base] for base in type(submodule).__mro__ if base in _MODULES), "other")
+        if kind == "conv" and getattr(submodule, "padding_mode", "zeros") != "zeros":
+            return "other"
+        return kind
+    if node.op == "call_method":
+        kind = _METHODS.get(str(node.target), "other")
+    elif node.target is operator.getitem:
+        kind = "shape" if _of_shapes(node, module) else "view"
+    else:
+        kind = _FUNCTIONS.get(node.target, "other")  # type: ignore[arg-type]
+    if kind in ("add", "other") and _of_shapes(node, module):
+        return "shape"
+    if kind == "add" and (len(node.all_input_nodes) != 2 or "alpha" in node.kwargs):
+        return "other"
+    if kind == "shape" and node.target is getattr and node.args[1] not in ("shape", "ndim"):
+        return "other"
+    return kind
+
+
+def _of_shapes(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node computes with sizes, not with tensors."""
+    inputs = node.all_input_nodes
+    return bool(inputs) and all(kind_of(item, module) == "shape" for item in inputs)
+
+
+def _check_ends(module: fx.GraphModule, name: str) -> None:
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not node.args]
+    if len(inputs) != 1:
+        raise InputError(f"network {name} takes {len(inputs)} inputs: only networks with one image input are supported")
+    for node in [node for node in module.graph.nodes if node.op == "placeholder" and node.args]:
+        if node.users:
+            raise InputError(f"network {name}: optional input {node.target!r} is not supported; give it a fixed value")
+        module.graph.erase_node(node)
+    result = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    if not isinstance(result, fx.Node):
+        raise InputError(f"network {name} returns {type(result).__name__}: only one output tensor is supported")
+
+
+def _remove_nothing(module: fx.GraphModule) -> None:
+    """Remove dropout and identities: in eval mode they do nothing."""
+    for node in list(module.graph.nodes):
+        if kind_of(node, module) == "nothing":
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+
+
+def _fold_batchnorm(module: fx.GraphModule) -> None:
+    """Fold each batch normalisation into the convolution or linear layer before it, as TensorRT does."""
+    uses: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            uses[str(node.target)] = uses.get(str(node.target), 0) + 1
+    for node in list(module.graph.nodes):
+        if kind_of(node, module) != "batchnorm":
+            continue
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            continue
+        kind = kind_of(before, module)
+        if kind not in ("conv", "linear") or uses[str(before.target)] != 1:
+            continue
+        layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
+        if norm.running_mean is None:
+            continue
+        fused = (
+            fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
+            if kind == "conv"
+            else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
+        )
+        module.set_submodule(str(before.target), fused.requires_grad_(False))
+        node.replace_all_uses_with(before)
+        module.graph.erase_node(node)
+
+
+def _make_out_of_place(module: fx.GraphModule) -> set[str]:
+    """Replace in-place operations by pure ones; return the fx names of those that overwrote their input."""
+    in_place: set[str] = set()
+    for node in list(module.graph.nodes):
+        overwrites = False
+        if node.op == "call_module":
+            submodule = module.get_submodule(str(node.target))
+            overwrites = bool(getattr(submodule, "inplace", False))
+        elif node.op == "call_function":
+            overwrites = bool(node.kwargs.get("inplace", False)) or node.target in (torch.relu_, operator.iadd)
+            if node.target is torch.relu_:
+                node.target = torch.relu
+            elif node.target is operator.iadd:
+                node.target = operator.add
+            if "inplace" in node.kwargs:
+                node.kwargs = {**node.kwargs, "inplace": False}
+        elif node.op == "call_method" and node.target in ("relu_", "add_"):
+            overwrites = True
+            node.target = str(node.target).rstrip("_")
+        if not overwrites:
+            continue
+        in_place.add(node.name)
+        # Whoever reads the overwritten value later sees the new one.
+        written, seen = node.args[0], False
+        for other in module.graph.nodes:
+            if other is node:
+                seen = True
+            elif seen and isinstance(written, fx.Node):
+                other.replace_input_with(written, node)
+    for submodule in module.modules():
+        if getattr(submodule, "inplace", False):
+            submodule.inplace = False  # type: ignore[assignment]
+    return in_place
+
+
+def _append_softmax(module: fx.GraphModule) -> None:
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    last = output.args[0]
+    assert isinstance(last, fx.Node)  # _check_ends
+    if kind_of(last, module) == "softmax":
+        return
+    target = OUTPUT
+    while target in dict(module.named_children()):
+        target += "_"
+    module.add_submodule(target, nn.Softmax(dim=1))
+    with module.graph.inserting_before(output):
+        softmax = module.graph.call_module(target, (last,))
+    output.args = (softmax,)
+
+
+def _describe(name: str, module: fx.GraphModule, in_place: set[str]) -> Network:
+    nodes = [node for node in module.graph.nodes if node.op not in ("output", "get_attr")]
+    kinds = {node.name: kind_of(node, module) for node in nodes}
+    nodes = [node for node in nodes if kinds[node.name] != "shape"]
+    output = next(node for node in module.graph.nodes if node.op == "output").args[0]
+
+    # A ReLU that overwrites its input takes its name: "ip1" is the value after the in-place ReLU, as in Caffe.
+    takes_name = {
+        node.name for node in nodes if kinds[node.name] == "relu" and node.name in in_place and node is not output
+    }
+    own: dict[str, str] = {}
+    used = {INPUT, OUTPUT}
+    for node in nodes:
+        if node.op == "placeholder":
+            own[node.name] = INPUT
+        elif node is output:
+            own[node.name] = OUTPUT
+        elif kinds[node.name] == "view" or node.name in takes_name:
+            own[node.name] = own[node.all_input_nodes[0].name]
+        else:
+            own[node.name] = _unique(str(node.target) if node.op == "call_module" else node.name, used)
+
+    # The value that carries a name is the last one written under it, among the first node and its in-place ReLUs.
+    observed: dict[str, str] = {}
+    holder: dict[str, str] = {}
+    for node in nodes:
+        tensor = own[node.name]
+        if kinds[node.name] == "view":
+            continue
+        if node.name in takes_name:
+            observed.pop(holder[tensor], None)
+        holder[tensor] = node.name
+        observed[node.name] = tensor
+    tensors = tuple(observed.values())
+    tensor_of = {node.name: own[node.name] for node in nodes if kinds[node.name] == "view" or node.name in observed}
+    kind_by_tensor = {tensor: node for node, tensor in observed.items()}
+    layers = tuple(
+        Layer(
+            name=own[node.name],
+            kind=kinds[node.name],
+            node=node.name,
+            inputs=tuple(item.name for item in node.all_input_nodes if kinds.get(item.name) not in ("shape", None)),
+            target=str(node.target) if node.op == "call_module" else None,
+        )
+        for node in nodes
+        if kinds[node.name] in QUANTIZABLE | {"softmax"}
+    )
+    unsupported = {
+        own[node.name]: str(module.get_submodule(str(node.target)).__class__.__name__)
+        if node.op == "call_module"
+        else getattr(node.target, "__name__", str(node.target))
+        for node in nodes
+        if kinds[node.name] in ("other", "batchnorm")
+    }
+    return Network(
+        name=name,
+        module=module,
+        tensors=tensors,
+        tensor_of=tensor_of,
+        observed=observed,
+        scale_source=_scale_sources(nodes, kinds, own, kind_by_tensor),
+        kinds=kinds,
+        layers=layers,
+        unsupported=unsupported,
+    )
+
+
+def _unique(name: str, used: set[str]) -> str:
+    candidate, number = name, 0
+    while candidate in used:
+        number += 1
+        candidate = f"{name}_{number}"
+    used.add(candidate)
+    return candidate
+
+
+def _scale_sources(
+    nodes: Iterable[fx.Node], kinds: Mapping[str, str], own: Mapping[str, str], tensors: Mapping[str, str]
+) -> dict[str, str]:
+    """Group the tensors that must share a scale: one source each.
+
+    The output of max pooling takes its input's scale; the inputs of a concatenation take that of its output, whose
+    histogram has seen them all.
+    """
+    source = {tensor: tensor for tensor in tensors}
+
+    def find(tensor: str) -> str:
+        while source[tensor] != tensor:
+            tensor = source[tensor]
+        return tensor
+
+    for node in nodes:
+        kind = kinds[node.name]
+        if kind not in SHARES_SCALE or kind == "view":
+            continue
+        inputs = [own[item.name] for item in node.all_input_nodes if item.name in own]
+        if kind == "concat":
+            for tensor in inputs:
+                source[find(tensor)] = own[node.name]
+        elif tensors.get(own[node.name]) == node.name:
+            # (A pooled value that an in-place ReLU overwrites is another tensor: it keeps its own scale.)
+            source[own[node.name]] = find(inputs[0])
+    return {tensor: find(tensor) for tensor in tensors}
+
+
+@dataclass(frozen=True)
+class Int8Plan:
+    """Which layers run in INT8, and the scale of every value they quantize.
+
+    Attributes:
+        network: The float network.
+        layers: Names of the layers that run in INT8.
+        scales: fx node name -> scale, for every activation that an INT8 layer reads.
+        weighted: The INT8 layers with weights, in network order.
+        kept: Layer -> why it stays in float although it could run in INT8.
+        output_scale: Scale of the network's output where that is quantized too.
+    """
+
+    network: Network
+    layers: frozenset[str]
+    scales: Mapping[str, float]
+    weighted: tuple[Layer, ...]
+    kept: Mapping[str, str]
+    output_scale: float | None = None
+
+
+def plan_int8(
+    network: Network, table: CalibrationTable, keep_fp: Iterable[str] = (), quantize_output: bool = False
+) -> Int8Plan:
+    """Decide which layers run in INT8: all that can, but for those kept and those whose inputs have no scale.
+
+    Args:
+        network: The float network.
+        table: Its calibration table; entries that the network does not know are named in a warning.
+        keep_fp: Layers to keep in float.
+        quantize_output: Whether the softmax and its output are quantized as well.
+
+    Raises:
+        InputError: ``keep_fp`` names no layer of the network, or the table has no scale for any of its layers.
+    """
+    known = {layer.name: layer for layer in network.layers}
+    for name in keep_fp:
+        if name not in known:
+            raise InputError(f"no layer {name!r} in {network.name}: choose from {', '.join(known)}")
+    usable = usable_scales(table)
+    foreign = [name for name in table.scales if name not in network.tensors]
+    if foreign:
+        logger.warning("the table names tensors that %s does not have: %s", network.name, ", ".join(foreign))
+
+    layers: list[Layer] = []
+    scales: dict[str, float] = {}
+    kept: dict[str, str] = {}
+    for layer in network.layers:
+        if layer.kind == "softmax" and not quantize_output:
+            continue
+        missing = [network.tensor_of.get(item, item) for item in layer.inputs]
+        missing = [tensor for tensor in missing if tensor not in usable]
+        if layer.name in keep_fp:
+            kept[layer.name] = "kept in float as asked"
+        elif missing:
+            kept[layer.name] = f"no scale for {', '.join(missing)} in the table"
+            logger.warning("%s stays in float: %s", layer.name, kept[layer.name])
+        else:
+            layers.append(layer)
+            scales.update((item, usable[network.tensor_of[item]]) for item in layer.inputs)
+    if not layers and not set(known) <= {*keep_fp, OUTPUT}:
+        raise InputError(f"the table has no scale for any layer of {network.name}: it belongs to another network")
+    return Int8Plan(
+        network=network,
+        layers=frozenset(layer.name for layer in layers),
+        scales=scales,
+        weighted=tuple(layer for layer in layers if layer.kind in ("conv", "linear")),
+        kept=kept,
+        output_scale=usable.get(OUTPUT) if quantize_output else None,
+    )
+
+
+def usable_scales(table: CalibrationTable) -> dict[str, float]:
+    """The scales that can divide: positive, normal float32 numbers."""
+    smallest = torch.finfo(torch.float32).tiny
+    return {name: scale for name, scale in table.scales.items() if smallest <= scale < float("inf")}

@@ -1,0 +1,133 @@
+"""The command line of the three commands: the configuration, its flags, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from common.config import (
+    CalibrationConfig,
+    Config,
+    DataConfig,
+    EngineConfig,
+    EvaluationConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QuantizationConfig,
+)
+from common.errors import ExitCode, InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT_CONFIG = ROOT / "configs" / "lenet_mnist.yaml"
+
+SECTIONS: Mapping[str, type] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "optimizer": OptimizerConfig,
+    "calibration": CalibrationConfig,
+    "quantization": QuantizationConfig,
+    "engine": EngineConfig,
+    "evaluation": EvaluationConfig,
+}
+
+
+class Parser(ArgumentParser):
+    """jsonargparse's parser, with an error that is one line and exits with 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        text = " ".join(message.split())
+        print(f"error: {text} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(int(ExitCode.BAD_INPUT))
+
+
+def config_parser(prog: str, description: str, aliases: Mapping[str, str]) -> Parser:
+    """A parser for the whole configuration.
+
+    Args:
+        prog: Name of the command, such as ``train.py``.
+        description: First line of its help.
+        aliases: Short flags of this command, such as ``{"--data-dir": "data.dir"}``.
+    """
+    parser = Parser(prog=prog, description=description, default_env=False)
+    parser.add_argument(
+        "--config", action=ActionConfigFile, help=f"the run's YAML file (default: configs/{DEFAULT_CONFIG.name})"
+    )
+    parser.add_argument(
+        "--run", type=str, default="lenet_mnist", help="name of the run: results go to <artifacts>/<run>/"
+    )
+    parser.add_argument("--seed", type=int, default=1, help="seed of every random choice")
+    parser.add_argument("--artifacts", type=Path, default=Path("artifacts"), help="folder of all runs")
+    for name, section in SECTIONS.items():
+        parser.add_class_arguments(section, name)
+    parser.add_argument(
+        "--trainer", type=dict[str, Any], default={}, help="arguments of lightning.Trainer: --trainer.max_epochs 5"
+    )
+    for flag, destination in aliases.items():
+        _add_alias(parser, flag, destination)
+    return parser
+
+
+def _add_alias(parser: Parser, flag: str, destination: str) -> None:
+    """Give an existing option a second, shorter flag (argparse has no public way to do it afterwards)."""
+    action = next(action for action in parser._actions if action.dest == destination)
+    action.option_strings = [*action.option_strings, flag]
+    parser._option_string_actions[flag] = action
+
+
+def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace]:
+    """Parse ``argv`` over the run's YAML file into a :class:`Config`, and give the raw namespace for other flags.
+
+    Raises:
+        InputError: a value is out of range.
+        SystemExit: with 2 for a wrong option, a wrong type or an unreadable configuration; with 0 for ``--help``.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not any(item == "--config" or item.startswith("--config=") for item in arguments):
+        arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
+    namespace = parser.parse_args(arguments)
+    objects = parser.instantiate_classes(namespace)
+    sections = {name: getattr(objects, name) for name in SECTIONS}
+    trainer = namespace.trainer
+    config = Config(
+        run=namespace.run,
+        seed=namespace.seed,
+        artifacts=namespace.artifacts,
+        trainer=dict(trainer.as_dict() if isinstance(trainer, Namespace) else trainer),
+        **sections,
+    )
+    return config, namespace
+
+
+def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
+    """Run a command's ``main`` and exit: user errors are one line and 2, signals 130 and 143, defects 3."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = main(argv)
+    except InputError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        code = ExitCode.BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted; finished files are kept", file=sys.stderr)
+        code = ExitCode.INTERRUPTED
+    except SystemExit:
+        raise
+    except BrokenPipeError:
+        # The reader of stdout has gone (as in `| head`): nobody is left to tell.
+        sys.stderr.close()
+        code = ExitCode.FAILED
+    except Exception:
+        traceback.print_exc()
+        print("internal error: please report the lines above", file=sys.stderr)
+        code = ExitCode.INTERNAL
+    raise SystemExit(int(code))
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(int(ExitCode.TERMINATED))

@@ -1,0 +1,263 @@
+"""The configuration of a run: one YAML file, read by all three commands, every value overridable by a flag.
+
+These dataclasses are the schema. jsonargparse checks types and makes the help from their docstrings; ranges are
+checked in ``__post_init__``. The defaults are those of ``configs/lenet_mnist.yaml``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common.errors import InputError
+
+DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "imagefolder"]
+AlgorithmName = Literal["entropy2", "minmax", "percentile", "entropy", "legacy"]
+PrecisionName = Literal["fp32", "fp16", "int8"]
+EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass
+class DataConfig:
+    """Images and labels.
+
+    Args:
+        dataset: Which data set; ``auto`` takes MNIST where it is found or can be downloaded, else scikit-learn's
+            bundled digits, and says which.
+        dir: Folder with the data set's files; before the environment variables and the default folder.
+        download: Whether a missing data set may be downloaded.
+        batch_size: Images per training batch.
+        validation: Images held out of the training set to choose by; the test set serves the final figure alone.
+        augment: Whether training batches are augmented (small random affine).
+        image_size: Height and width after resizing and cropping (imagefolder).
+        resize: Length of the shorter side before the centre crop (imagefolder).
+        workers: Decoding threads (imagefolder).
+    """
+
+    dataset: DatasetName = "auto"
+    dir: Path | None = None
+    download: bool = True
+    batch_size: int = 64
+    validation: int = 5000
+    augment: bool = True
+    image_size: int = 224
+    resize: int = 256
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        _require(self.batch_size >= 1, f"data.batch_size must be at least 1, not {self.batch_size}")
+        _require(self.validation >= 1, f"data.validation must be at least 1, not {self.validation}")
+        _require(1 <= self.image_size <= self.resize, "data.image_size must be between 1 and data.resize")
+        _require(self.workers >= 0, f"data.workers must not be negative, not {self.workers}")
+
+
+@dataclass
+class ModelConfig:
+    """The network.
+
+    Args:
+        class_path: Class or factory that makes the network, such as ``models.LeNet``,
+            ``torchvision.models.resnet18`` or ``package.module:Class``.
+        init_args: Its keyword arguments.
+        weights: File with a state_dict (``.pt``, ``.pth`` or ``.safetensors``) to start from.
+    """
+
+    class_path: str = "models.LeNet"
+    init_args: dict[str, Any] = field(default_factory=dict)
+    weights: Path | None = None
+
+
+@dataclass
+class OptimizerConfig:
+    """How the network is trained; the epochs are ``trainer.max_epochs``.
+
+    Args:
+        name: Optimiser.
+        lr: Learning rate (the peak of ``onecycle``, the start of ``inv`` and ``cosine``).
+        momentum: Momentum of SGD (with Nesterov where ``nesterov``).
+        nesterov: Whether SGD uses Nesterov's momentum.
+        weight_decay: L2 penalty.
+        schedule: Learning-rate policy, stepped every batch; ``inv`` is Caffe's
+            lr * (1 + gamma * iteration) ** -power.
+        gamma: Of ``inv``.
+        power: Of ``inv``.
+        average: Decay of the exponential moving average of the weights, per step; 0 trains without.
+        label_smoothing: Of the cross entropy.
+        compile: Whether the training step goes through ``torch.compile``.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.05
+    momentum: float = 0.9
+    nesterov: bool = True
+    weight_decay: float = 5e-4
+    schedule: Literal["onecycle", "inv", "cosine", "constant"] = "onecycle"
+    gamma: float = 1e-4
+    power: float = 0.75
+    average: float = 0.0
+    label_smoothing: float = 0.0
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optimizer.lr must be positive, not {self.lr}")
+        _require(0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), not {self.momentum}")
+        _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        _require(0 <= self.average < 1, f"optimizer.average must be in [0, 1), not {self.average}")
+        _require(
+            0 <= self.label_smoothing < 1, f"optimizer.label_smoothing must be in [0, 1), not {self.label_smoothing}"
+        )
+
+
+@dataclass
+class CalibrationConfig:
+    """How the dynamic ranges are found.
+
+    Args:
+        algorithm: ``entropy2`` is IInt8EntropyCalibrator2's; ``minmax``, ``percentile``, ``entropy`` and ``legacy``
+            are the others.
+        percentile: Share of the values that stay in range (``percentile``), in percent.
+        quantile: Of ``legacy``.
+        cutoff: Regression cutoff of ``legacy``.
+        subset: How the representative images are chosen; ``first`` is the training file in its order, as NVIDIA's
+            sampleINT8 reads it.
+        batches: Calibration batches.
+        batch_size: Images per calibration batch; every batch is full.
+        skip: Batches to skip at the start (``first``).
+        tensorrt_version: Version in the table's first line, such as ``10.12.0``; the installed TensorRT's if unset.
+    """
+
+    algorithm: AlgorithmName = "entropy2"
+    percentile: float = 99.99
+    quantile: float = 0.9999
+    cutoff: float = 1.0
+    subset: Literal["stratified", "first", "random"] = "stratified"
+    batches: int = 10
+    batch_size: int = 50
+    skip: int = 0
+    tensorrt_version: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.batches >= 1, f"calibration.batches must be at least 1, not {self.batches}")
+        _require(self.batch_size >= 1, f"calibration.batch_size must be at least 1, not {self.batch_size}")
+        _require(self.skip >= 0, f"calibration.skip must not be negative, not {self.skip}")
+        _require(0 < self.percentile <= 100, f"calibration.percentile must be in (0, 100], not {self.percentile}")
+        _require(0 < self.quantile <= 1, f"calibration.quantile must be in (0, 1], not {self.quantile}")
+        _require(0 < self.cutoff <= 1, f"calibration.cutoff must be in (0, 1], not {self.cutoff}")
+
+
+@dataclass
+class QuantizationConfig:
+    """Which layers run in INT8.
+
+    Args:
+        mode: ``implicit`` gives the table to TensorRT (DataLoaderCalibrator, Torch-TensorRT up to 2.8); ``explicit``
+            puts quantize/dequantize into the network; ``auto`` chooses by the installed version.
+        keep_fp: Layers to keep in higher precision, by name.
+        quantize_output: Whether the network's output (the softmax) is quantized as well.
+    """
+
+    mode: Literal["auto", "implicit", "explicit"] = "auto"
+    keep_fp: list[str] = field(default_factory=list)
+    quantize_output: bool = False
+
+
+@dataclass
+class EngineConfig:
+    """What executes the network.
+
+    Args:
+        name: ``auto`` takes Torch-TensorRT on an NVIDIA GPU with TensorRT, else ONNX Runtime, and says why.
+        threads: CPU threads of an engine; all cores if unset.
+        device: Index of the GPU.
+        tf32: Whether FP32 engines on a GPU may use TF32.
+        int8_fp16: Whether an INT8 engine may run layers in FP16 as well.
+        timing_iterations: Timing iterations that TensorRT averages when it chooses a kernel.
+        workspace: TensorRT's workspace in MiB; 0 leaves it to TensorRT.
+        full_compilation: Whether Torch-TensorRT must take the whole network.
+        dla_core: DLA core (with GPU fallback); the GPU if unset.
+        cuda_graphs: Whether GPU engines are replayed as CUDA graphs.
+    """
+
+    name: EngineName = "auto"
+    threads: int | None = None
+    device: int = 0
+    tf32: bool = False
+    int8_fp16: bool = False
+    timing_iterations: int = 8
+    workspace: int = 0
+    full_compilation: bool = False
+    dla_core: int | None = None
+    cuda_graphs: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.threads is None or self.threads >= 1, f"engine.threads must be at least 1, not {self.threads}")
+        _require(self.device >= 0, f"engine.device must not be negative, not {self.device}")
+        _require(self.timing_iterations >= 1, "engine.timing_iterations must be at least 1")
+        _require(self.workspace >= 0, "engine.workspace must not be negative")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is compared, and when it passes.
+
+    Args:
+        precisions: Precisions to compare; FP32 is the reference.
+        split: Images to evaluate on; ``train`` is the whole training file in its order.
+        batch_size: Images per batch of the accuracy run.
+        start: Batches to skip.
+        batches: Batches to evaluate; all if unset.
+        tolerance: Largest loss of top-1 and of top-5 against FP32, in points.
+        latency_batch_sizes: Batch sizes of the latency measurement.
+        latency_seconds: Timed seconds per engine and batch size.
+        latency_runs: Least number of timed runs per engine and batch size.
+        analysis: Whether the report includes the per-layer analysis.
+    """
+
+    precisions: list[PrecisionName] = field(default_factory=lambda: ["fp32", "fp16", "int8"])
+    split: Literal["test", "train", "validation"] = "test"
+    batch_size: int = 256
+    start: int = 0
+    batches: int | None = None
+    tolerance: float = 1.0
+    latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32, 256])
+    latency_seconds: float = 0.5
+    latency_runs: int = 50
+    analysis: bool = True
+
+    def __post_init__(self) -> None:
+        _require(bool(self.precisions), "evaluation.precisions must name at least one precision")
+        _require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, not {self.batch_size}")
+        _require(self.start >= 0, f"evaluation.start must not be negative, not {self.start}")
+        _require(
+            self.batches is None or self.batches >= 1, f"evaluation.batches must be at least 1, not {self.batches}"
+        )
+        _require(self.tolerance >= 0, f"evaluation.tolerance must not be negative, not {self.tolerance}")
+        _require(all(size >= 1 for size in self.latency_batch_sizes), "evaluation.latency_batch_sizes must be positive")
+        _require(self.latency_seconds > 0, "evaluation.latency_seconds must be positive")
+        _require(self.latency_runs >= 1, "evaluation.latency_runs must be at least 1")
+
+
+@dataclass
+class Config:
+    """Everything a run is made of.
+
+    ``trainer`` holds arguments of ``lightning.Trainer`` as given; only ``train.py`` reads them.
+    """
+
+    run: str
+    seed: int
+    artifacts: Path
+    data: DataConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    calibration: CalibrationConfig
+    quantization: QuantizationConfig
+    engine: EngineConfig
+    evaluation: EvaluationConfig
+    trainer: dict[str, Any]

@@ -1,0 +1,26 @@
+"""Errors a user can act on, and the exit codes of every command."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit status of ``train.py``, ``quantize.py``, ``evaluate.py`` and the ``python -m`` tools."""
+
+    PASSED = 0
+    FAILED = 1
+    """The command ran and its verdict is negative."""
+    BAD_INPUT = 2
+    """Bad input or a missing requirement; nothing was overwritten."""
+    INTERNAL = 3
+    """A defect of this program."""
+    INTERRUPTED = 130
+    TERMINATED = 143
+
+
+class InputError(Exception):
+    """Bad input or a missing requirement: one line that says what is wrong and what to do.
+
+    The commands print it as ``error: <line>`` on stderr and exit with 2, without a traceback.
+    """

@@ -1,0 +1,68 @@
+"""One interface for everything that executes a network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from calib.graph import Network
+from calib.table import CalibrationTable
+from common.config import PrecisionName
+
+
+class EngineError(Exception):
+    """This engine cannot run this network in this precision here: one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A network, ready to run in one precision.
+
+    Attributes:
+        engine: ``torch``, ``onnxruntime``, ``torch-tensorrt``.
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        device: Where it runs, for people: ``CPU (2 threads)``, ``NVIDIA H200``.
+        run: float32 [B, C, H, W] on the CPU -> float32 [B, classes] on the CPU, probabilities.
+        size_bytes: Size of what would be deployed: the weights in this precision, or the engine's file.
+        latency_note: Why its latency says nothing about this precision (``simulated``, ...), or None if it does.
+        details: What a reader may want to know, such as the kernels that were chosen.
+        run_on_device: The same on tensors that lie on the GPU already, without a copy; None off a GPU.
+    """
+
+    engine: str
+    precision: PrecisionName
+    device: str
+    run: Callable[[Tensor], Tensor]
+    size_bytes: int
+    latency_note: str | None = None
+    details: Mapping[str, str] = field(default_factory=dict)
+    run_on_device: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.run(images)
+
+
+class Engine(Protocol):
+    """A way to execute a network."""
+
+    name: str
+
+    def unavailable(self) -> str | None:
+        """Why this engine cannot be used on this machine, or None if it can."""
+        ...
+
+    def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
+        """Make ``network`` ready to run in ``precision``.
+
+        Args:
+            network: A traced float network (``calib.graph.trace``).
+            precision: What to run it in.
+            table: Scales; needed for ``int8`` alone.
+
+        Raises:
+            EngineError: not possible here; the caller lists the precision as skipped with this reason.
+        """
+        ...
