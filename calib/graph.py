@@ -512,7 +512,7 @@ def plan_int8(
     for name in keep_fp:
         if name not in known:
             raise InputError(f"no layer {name!r} in {network.name}: choose from {', '.join(known)}")
-    usable = usable_scales(table)
+    usable = {name: scale for name, scale in table.scales.items() if name not in table.unusable}
     foreign = [name for name in table.scales if name not in network.tensors]
     if foreign:
         logger.warning("the table names tensors that %s does not have: %s", network.name, ", ".join(foreign))
@@ -543,9 +543,3 @@ def plan_int8(
         kept=kept,
         output_scale=usable.get(OUTPUT) if quantize_output else None,
     )
-
-
-def usable_scales(table: CalibrationTable) -> dict[str, float]:
-    """The scales that can divide: positive, normal float32 numbers."""
-    smallest = torch.finfo(torch.float32).tiny
-    return {name: scale for name, scale in table.scales.items() if smallest <= scale < float("inf")}

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from calib.graph import Network
+from calib.graph import Int8Plan, Network
 from calib.table import CalibrationTable
 from common.config import PrecisionName
 
@@ -66,3 +66,13 @@ class Engine(Protocol):
             EngineError: not possible here; the caller lists the precision as skipped with this reason.
         """
         ...
+
+
+def int8_size(plan: Int8Plan) -> int:
+    """Bytes of the parameters when the plan's layers store int8 weights and one float32 scale per output channel."""
+    module = plan.network.module
+    size = 4 * sum(parameter.numel() for parameter in module.parameters())
+    for layer in plan.weighted:
+        weight = module.get_parameter(f"{layer.target}.weight")
+        size += 4 * weight.shape[0] - 3 * weight.numel()
+    return size

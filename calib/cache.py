@@ -1,0 +1,213 @@
+"""The calibration cache: when a table may be reused, and the JSON side file that says what it was made from.
+
+TensorRT's table says nothing of the weights, the data or the preprocessing, so a stale one is used silently. The side
+file ``<table>.json`` records them; a table is reused only when all of it still holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from calib.subset import Strategy
+from calib.table import CalibrationTable
+from common.config import AlgorithmName
+from common.decode import decode, encode
+from common.errors import InputError
+from common.files import read_json, read_text, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SubsetRecord:
+    """Which images calibrated.
+
+    Attributes:
+        strategy: How they were chosen.
+        batches: Number of batches.
+        batch_size: Images per batch.
+        skip: Batches skipped at the start (``first``).
+        seed: Of the draw.
+        positions: Digest of their positions in the training file, in order (``calib.subset.fingerprint``).
+    """
+
+    strategy: Strategy
+    batches: int
+    batch_size: int
+    skip: int
+    seed: int
+    positions: str
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a table was made from: the content of its side file.
+
+    Attributes:
+        maker: ``reference`` (this project's calibrator) or ``tensorrt``.
+        network: Name of the network.
+        algorithm: The true algorithm, which line 1 of the table cannot always say (``percentile``).
+        options: Its parameters.
+        tensorrt_version: In line 1 of the table.
+        subset: The images.
+        dataset: Name of the data set.
+        data: Its fingerprint.
+        preprocessing: How pixels became inputs.
+        weights: Fingerprint of the weights.
+        table: SHA-256 of the table's file, so that the two cannot drift apart.
+        format: Of this file.
+    """
+
+    maker: Literal["reference", "tensorrt"]
+    network: str
+    algorithm: AlgorithmName
+    options: dict[str, float]
+    tensorrt_version: str
+    subset: SubsetRecord
+    dataset: str
+    data: str
+    preprocessing: dict[str, Any]
+    weights: str
+    table: str = ""
+    format: int = field(default=FORMAT)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether to calibrate, and why.
+
+    Attributes:
+        table: The table to reuse; None to calibrate.
+        reason: For the log: why this was decided.
+        foreign: Whether the table comes without a side file, so that nothing is known of its making.
+    """
+
+    table: CalibrationTable | None
+    reason: str
+    foreign: bool = False
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hex digest of a module's parameters and buffers, with their names, shapes and dtypes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(dtype=torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def side_file(table: Path) -> Path:
+    """The side file that belongs to the table file ``table``."""
+    return table.with_name(f"{table.name}.json")
+
+
+def write(path: Path, table: CalibrationTable, provenance: Provenance) -> None:
+    """Write a table and its side file, each atomically, the side file last.
+
+    If this is cut off in between, the digest in the old side file does not fit the new table, which is then made
+    again: a table is never taken for something that it is not.
+    """
+    table.write(path)
+    record = {**json.loads(encode(provenance)), "table": _digest(table.dumps())}
+    write_json(side_file(path), record)
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """The provenance of the table file ``path``, or None if it has no side file.
+
+    Raises:
+        InputError: the side file is damaged or of another format.
+    """
+    side = side_file(path)
+    if not side.exists():
+        return None
+    content = read_json(side)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{side} is not a side file of format {FORMAT}: remove it or give --recalibrate")
+    return decode(Provenance, content, str(side))
+
+
+def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = False) -> Decision:
+    """Decide whether the table in ``path`` serves or calibration has to run.
+
+    Args:
+        path: The table's file, there or not.
+        wanted: What a calibration now would record.
+        named: Whether the user named the file (``--cache``): only then is a table without a side file accepted.
+        recalibrate: Whether calibration was asked for in any case.
+
+    Raises:
+        InputError: the user named a file that is not a calibration table.
+    """
+    if recalibrate:
+        return Decision(None, "asked to calibrate again")
+    if not path.exists():
+        return Decision(None, f"there is no {path} yet")
+    try:
+        table = CalibrationTable.read(path)
+        recorded = read_provenance(path)
+    except InputError as error:
+        if named:
+            raise
+        return Decision(None, f"the cache cannot be used: {error}")
+    if recorded is None:
+        if named:
+            return Decision(table, f"{path} has no side file: what it was made from is not known", foreign=True)
+        return Decision(None, f"{path} has no side file that says what it was made from")
+    changes = changed(recorded, wanted)
+    if recorded.table != _digest(read_text(path)):
+        changes.append("the table was changed since")
+    if changes:
+        return Decision(None, "; ".join(changes))
+    return Decision(_named_algorithm(table, recorded), f"model, data, subset and algorithm are those of {path}")
+
+
+def changed(recorded: Provenance, wanted: Provenance) -> list[str]:
+    """What differs between two provenances, each difference in words."""
+    names = {"weights": "the weights", "data": "the images", "positions": "the chosen images"}
+    differences = []
+    for item in fields(Provenance):
+        if item.name in ("table", "format"):
+            continue
+        old, new = getattr(recorded, item.name), getattr(wanted, item.name)
+        if item.name == "subset":
+            pairs = [
+                (
+                    f"subset {part.name}" if part.name != "positions" else part.name,
+                    getattr(old, part.name),
+                    getattr(new, part.name),
+                )
+                for part in fields(SubsetRecord)
+            ]
+        else:
+            pairs = [(item.name, old, new)]
+        for name, before, after in pairs:
+            if _plain(before) != _plain(after):
+                differences.append(
+                    f"{names[name]} changed" if name in names else f"{name} changed from {before} to {after}"
+                )
+    return differences
+
+
+def _named_algorithm(table: CalibrationTable, provenance: Provenance) -> CalibrationTable:
+    """The table under its true algorithm: line 1 calls ``percentile`` MinMaxCalibration."""
+    return CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, as JSON gives them back."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

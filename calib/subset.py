@@ -1,0 +1,113 @@
+"""The representative subset: which images calibration sees, and in which order."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+
+Strategy = Literal["stratified", "first", "random"]
+
+MANY_CLASSES = 500
+"""Above this many classes a subset may lack some: TensorRT's guide holds about 500 images enough for ImageNet."""
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Images for calibration, in order; every batch is full and no image comes twice.
+
+    Attributes:
+        positions: int64 [batches * batch_size], positions in the labels that it was drawn from.
+        batch_size: Images per batch.
+    """
+
+    positions: Tensor
+    batch_size: int
+
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The positions of each batch, int64 [batch_size]."""
+        return self.positions.split(self.batch_size)
+
+
+def select(
+    labels: Tensor,
+    num_classes: int,
+    strategy: Strategy = "stratified",
+    batches: int = 10,
+    batch_size: int = 50,
+    skip: int = 0,
+    seed: int = 1,
+) -> Subset:
+    """Choose the representative subset.
+
+    Args:
+        labels: int64 [N], the classes of the images to choose from.
+        num_classes: Classes of the data set.
+        strategy: ``stratified`` draws from each class in proportion to its frequency, at least one image of each;
+            ``random`` draws uniformly; ``first`` takes the images in order, after ``skip`` batches (NVIDIA's
+            sampleINT8 skips one: ``first`` with 10 batches of 50 and ``skip=1`` is images 50 to 549).
+        batches: Number of batches.
+        batch_size: Images per batch.
+        skip: Batches to skip (``first`` alone).
+        seed: Of the draw and of the order.
+
+    Raises:
+        InputError: there are fewer images than asked for, ``skip`` is given to another strategy, or a class would be
+            missing (only data sets of more than 500 classes may lack some).
+    """
+    wanted = batches * batch_size
+    if skip and strategy != "first":
+        raise InputError(f"calibration.skip goes with the subset 'first', not with {strategy!r}")
+    needed = wanted + skip * batch_size
+    if needed > len(labels):
+        raise InputError(
+            f"calibration needs {needed} images ({batches} batches of {batch_size}"
+            + (f" after {skip} skipped" if skip else "")
+            + f"), but there are {len(labels)}: ask for fewer batches"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    if strategy == "first":
+        positions = torch.arange(skip * batch_size, needed)
+    elif strategy == "random":
+        positions = torch.randperm(len(labels), generator=generator)[:wanted]
+    else:
+        positions = _stratified(labels, num_classes, wanted, generator)
+    missing = sorted(set(range(num_classes)) - set(labels[positions].unique().tolist()))
+    if missing and num_classes <= MANY_CLASSES:
+        listed = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
+        raise InputError(
+            f"the calibration subset has no image of class {listed}: take more images "
+            f"(calibration.batches, calibration.batch_size; now {wanted}) or the subset 'stratified'"
+        )
+    return Subset(positions, batch_size)
+
+
+def _stratified(labels: Tensor, num_classes: int, wanted: int, generator: torch.Generator) -> Tensor:
+    """Positions with every class in proportion (largest remainder, at least one of each), in random order."""
+    counts = torch.bincount(labels, minlength=num_classes)
+    share = counts.double() * wanted / len(labels)
+    take = share.floor().long()
+    if wanted >= int((counts > 0).sum()):
+        take = torch.maximum(take, (counts > 0).long())
+    # Largest remainders first; a rare class's guaranteed image may have to come out of the largest classes.
+    for label in torch.argsort(share - take, descending=True, stable=True).repeat(2).tolist():
+        if int(take.sum()) >= wanted:
+            break
+        take[label] += int(take[label] < counts[label])
+    while int(take.sum()) > wanted:
+        take[int(torch.argmax(take - share))] -= 1
+    shuffled = torch.randperm(len(labels), generator=generator)
+    of_class = labels[shuffled]
+    chosen = torch.cat([shuffled[of_class == label][: int(take[label])] for label in range(num_classes)])
+    return chosen[torch.randperm(len(chosen), generator=generator)]
+
+
+def fingerprint(positions: Tensor) -> str:
+    """Hex digest of the positions, in order."""
+    return hashlib.sha256(positions.to(torch.int64).numpy().tobytes()).hexdigest()

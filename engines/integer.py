@@ -1,0 +1,123 @@
+"""The exact integer arithmetic of the reference, simulated: int8 operands, int32 accumulation.
+
+An INT8 layer quantizes its inputs; a convolution or matrix product then sums products of int8 codes exactly, scales
+the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again.
+
+The sums are formed by float matrix products on integer-valued operands. They are exact: every product and every
+partial sum is an integer, and float32 holds all integers up to 2^24. A layer whose sums could be larger
+(128 * 127 * terms > 2^24, that is more than 1032 terms) is computed in float64, which is exact up to 2^53.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from calib.graph import Int8Plan, Layer
+from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
+
+_EXACT_FLOAT32 = 2**24
+
+
+class _WeightedLayer:
+    """A convolution or linear layer on codes."""
+
+    def __init__(self, layer: Layer, module: nn.Module, input_scale: float) -> None:
+        assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
+        self.module = module
+        codes, scales = quantize_weight(module.weight)
+        terms = codes[0].numel()
+        self.dtype = torch.float32 if -ACTIVATION_MIN * WEIGHT_MAX * terms <= _EXACT_FLOAT32 else torch.float64
+        self.codes = codes.to(self.dtype)
+        shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
+        self.scale = (scales * input_scale).reshape(shape)
+        self.bias = None if module.bias is None else module.bias.detach().reshape(shape)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        total = self.accumulate(codes).to(torch.float32)
+        total = total.mul_(self.scale)
+        return total if self.bias is None else total.add_(self.bias)
+
+    def accumulate(self, codes: Tensor) -> Tensor:
+        """The int32 sums, exact, as float32 or float64."""
+        codes = codes.to(self.dtype)
+        module = self.module
+        if isinstance(module, nn.Conv2d):
+            return F.conv2d(codes, self.codes, None, module.stride, module.padding, module.dilation, module.groups)
+        return F.linear(codes, self.codes)
+
+
+class IntegerNetwork(fx.Interpreter):
+    """Runs a network in the integer arithmetic of its plan; layers outside the plan run in float32.
+
+    Args:
+        plan: Which layers run in INT8, and the scales.
+        observe: Called with (tensor name, float32 value) for every named tensor, in network order, as
+            ``Network.run`` does; must not modify the value.
+    """
+
+    def __init__(self, plan: Int8Plan, observe: Callable[[str, Tensor], None] | None = None) -> None:
+        super().__init__(plan.network.module)
+        self.extra_traceback = False
+        self.plan = plan
+        self._observe = observe
+        self._layers = {layer.node: layer for layer in plan.network.layers if layer.name in plan.layers}
+        self._weighted = {
+            layer.node: _WeightedLayer(
+                layer, plan.network.module.get_submodule(str(layer.target)), plan.scales[layer.inputs[0]]
+            )
+            for layer in plan.weighted
+        }
+        self._codes: dict[str, Tensor] = {}
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """float32 [B, C, H, W] -> probabilities, float32 [B, classes]."""
+        with torch.inference_mode():
+            result: Tensor = self.run(images)
+        self._codes.clear()
+        if self.plan.output_scale is not None:
+            result = quantize(result, self.plan.output_scale) * self.plan.output_scale
+        return result
+
+    def run_node(self, n: fx.Node) -> Any:
+        layer = self._layers.get(n.name)
+        if layer is None:
+            value = super().run_node(n)
+        elif n.name in self._weighted:
+            value = self._weighted[n.name](self._input_codes(n.all_input_nodes[0]))
+        else:
+            value = self._dequantized(n)
+        if self._observe is not None:
+            name = self.plan.network.observed.get(n.name)
+            if name is not None:
+                self._observe(name, value)
+        return value
+
+    def _input_codes(self, source: fx.Node) -> Tensor:
+        """Codes of an activation, made once however many layers read it."""
+        codes = self._codes.get(source.name)
+        if codes is None:
+            codes = quantize(self.env[source], self.plan.scales[source.name])
+            if len(source.users) > 1:
+                self._codes[source.name] = codes
+        return codes
+
+    def _dequantized(self, node: fx.Node) -> Any:
+        """Run a layer without weights (addition, average pooling, ...) on the values that its input codes stand for."""
+        kept = {source: self.env[source] for source in node.all_input_nodes if source.name in self.plan.scales}
+        for source in kept:
+            self.env[source] = self._input_codes(source) * self.plan.scales[source.name]
+        try:
+            return super().run_node(node)
+        finally:
+            self.env.update(kept)
+
+
+def saturated_share(values: Tensor, scale: float) -> float:
+    """Share of the values that ``scale`` cannot represent and clamps."""
+    codes = (values / scale).round_()
+    return float(((codes > ACTIVATION_MAX) | (codes < ACTIVATION_MIN)).double().mean())
