@@ -1,0 +1,80 @@
+"""What ``quantize.py`` decided for a run, so that ``evaluate.py`` runs exactly that."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from calib.cache import read_provenance
+from calib.table import CalibrationTable
+from common.config import QuantizationConfig
+from common.decode import decode, encode
+from common.errors import InputError
+from common.files import read_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class QuantizationRecord:
+    """The content of ``artifacts/<run>/quantization.json``.
+
+    Attributes:
+        table: The calibration table's file, relative to the run's folder where it lies inside.
+        weights: Fingerprint of the weights that were quantized.
+        quantization: Which layers stay in float, and how the others are quantized.
+        format: Of this file.
+    """
+
+    table: Path
+    weights: str
+    quantization: QuantizationConfig
+    format: int = FORMAT
+
+
+def _path(folder: Path) -> Path:
+    return folder / "quantization.json"
+
+
+def write_record(folder: Path, record: QuantizationRecord) -> None:
+    """Write the record of the run in ``folder``, atomically."""
+    write_json(_path(folder), json.loads(encode(record)))
+
+
+def read_record(folder: Path) -> QuantizationRecord | None:
+    """The record of the run in ``folder``, or None if ``quantize.py`` has not run.
+
+    Raises:
+        InputError: the file is damaged or of another format.
+    """
+    path = _path(folder)
+    if not path.exists():
+        return None
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise InputError(f"{path} is not a quantization record of format {FORMAT}: run quantize.py again")
+    return decode(QuantizationRecord, content, str(path))
+
+
+def quantized_table(folder: Path, weights: str) -> tuple[CalibrationTable, QuantizationRecord]:
+    """The table that ``quantize.py`` settled on, for the weights it was made for.
+
+    Args:
+        folder: The run's folder.
+        weights: Fingerprint of the checkpoint's weights.
+
+    Raises:
+        InputError: there is none, it is of other weights, or the table's file is missing or malformed.
+    """
+    record = read_record(folder)
+    if record is None:
+        raise InputError("not quantized yet: run quantize.py --precision int8")
+    if record.weights != weights:
+        raise InputError("the calibration table is of other weights (trained again?): run quantize.py --precision int8")
+    path = folder / record.table
+    table = CalibrationTable.read(path)
+    provenance = read_provenance(path)
+    if provenance is not None:
+        table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
+    return table, record

@@ -1,0 +1,83 @@
+"""Ways to execute a network behind one interface: eager PyTorch, ONNX Runtime, Torch-TensorRT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.config import EngineConfig, EngineName, QuantizationConfig
+from common.errors import InputError
+from engines.base import Compiled, Engine, EngineError
+
+__all__ = ["Compiled", "Engine", "EngineError", "Selection", "make_engine", "select_engine"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The engine that runs, and why it is this one.
+
+    Attributes:
+        engine: The engine.
+        reason: For the log and the report.
+    """
+
+    engine: Engine
+    reason: str
+
+
+def make_engine(name: EngineName, config: EngineConfig, quantization: QuantizationConfig, folder: Path) -> Engine:
+    """Make an engine by name, whether or not it can be used here (``Engine.unavailable`` tells).
+
+    Args:
+        name: Any but ``auto``.
+        config: Its options.
+        quantization: Which layers an INT8 network keeps in float, and how it is quantized.
+        folder: The run's folder, for built engines.
+    """
+    if name == "torch":
+        from engines.eager import TorchEngine
+
+        return TorchEngine(config, quantization)
+    if name == "onnxruntime":
+        from engines.ort import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine(config, quantization)
+    from engines.tensorrt import TorchTensorRTEngine
+
+    return TorchTensorRTEngine(config, quantization, folder)
+
+
+def select_engine(config: EngineConfig, quantization: QuantizationConfig, folder: Path) -> Selection:
+    """Choose the engine: the one that was named, else the first of Torch-TensorRT, ONNX Runtime and PyTorch that can run.
+
+    Args:
+        config: Its ``name`` is the choice.
+        quantization: As :func:`make_engine` takes it.
+        folder: The run's folder.
+
+    Raises:
+        InputError: an engine was named that cannot be used on this machine.
+    """
+
+    def make(name: EngineName) -> Engine:
+        return make_engine(name, config, quantization, folder)
+
+    if config.name != "auto":
+        engine = make(config.name)
+        reason = engine.unavailable()
+        if reason is not None:
+            raise InputError(f"engine {config.name} cannot be used here: {reason}; take --engine auto")
+        return Selection(engine, "asked for by name")
+    return _first_available(make)
+
+
+def _first_available(make: Callable[[EngineName], Engine]) -> Selection:
+    passed: list[str] = []
+    for name in ("torch-tensorrt", "onnxruntime"):
+        engine = make(name)  # type: ignore[arg-type]
+        reason = engine.unavailable()
+        if reason is None:
+            return Selection(engine, "; ".join(["the first that can run here", *passed]))
+        passed.append(f"not {name}: {reason}")
+    return Selection(make("torch"), "; ".join(["always available", *passed]))

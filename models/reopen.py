@@ -1,0 +1,33 @@
+"""The data that a checkpoint was trained on, opened again."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from common.config import DataConfig
+from common.errors import InputError
+from data import ImageData, open_data
+from models.checkpoint import CheckpointMeta
+
+
+def reopen_data(meta: CheckpointMeta, here: DataConfig) -> ImageData:
+    """Open the data set of a checkpoint, with its preprocessing and its validation split.
+
+    Args:
+        meta: Says which data set.
+        here: Says where it lies on this machine (``dir``), and whether it may be downloaded; all else is the
+            checkpoint's, so that no later command can disagree with training.
+
+    Raises:
+        InputError: the data cannot be opened, or it is not the data of the training.
+    """
+    config = dataclasses.replace(
+        meta.data, dir=here.dir or meta.data.dir, download=here.download, workers=here.workers
+    )
+    data = open_data(config, meta.seed)
+    if data.info.fingerprint != meta.dataset.fingerprint:
+        raise InputError(
+            f"the {data.info.name} data found here is not what the network was trained on: "
+            "give its folder with --data-dir, or train again"
+        )
+    return data
