@@ -62,7 +62,8 @@ format: $(VENV)/.installed-dev ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 docs: $(VENV)/.installed-docs ## Build the documentation into site/
-	$(BIN)/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "site/index.html"
 
 clean: ## Remove the environments and caches; artifacts/ stays
 	rm -rf $(VENV) .contract .contract-latest site build *.egg-info .coverage .coverage.* htmlcov
