@@ -16,9 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import get_args
 
-from common.config import AlgorithmName
 from common.errors import InputError
 from common.files import read_text, write_text
 
@@ -28,7 +26,7 @@ TESTED_TENSORRT = "10.12.0"
 LEVELS = 127
 """Largest INT8 code of a symmetric quantization: dynamic range = LEVELS * scale."""
 
-HEADER_NAMES: Mapping[AlgorithmName, str] = MappingProxyType(
+HEADER_NAMES: Mapping[str, str] = MappingProxyType(
     {
         "entropy2": "EntropyCalibration2",
         "entropy": "EntropyCalibration",
@@ -39,7 +37,7 @@ HEADER_NAMES: Mapping[AlgorithmName, str] = MappingProxyType(
 )
 """How line 1 calls each algorithm. TensorRT knows no ``percentile``: such a table reads back as ``minmax``."""
 
-_ALGORITHMS: Mapping[str, AlgorithmName] = {
+_ALGORITHMS: Mapping[str, str] = {
     header: algorithm for algorithm, header in HEADER_NAMES.items() if algorithm != "percentile"
 }
 _HEADER = re.compile(r"TRT-([0-9]{1,9})-([A-Za-z0-9]+)", re.ASCII)
@@ -141,7 +139,7 @@ class CalibrationTable:
 
     def __post_init__(self) -> None:
         if self.algorithm not in HEADER_NAMES:
-            raise InputError(f"unknown algorithm {self.algorithm!r}: take one of {', '.join(get_args(AlgorithmName))}")
+            raise InputError(f"unknown algorithm {self.algorithm!r}: take one of {', '.join(HEADER_NAMES)}")
         if not self.scales:
             raise InputError("a calibration table needs at least one tensor")
         rounded = {}
@@ -156,7 +154,7 @@ class CalibrationTable:
     @property
     def header(self) -> str:
         """Line 1, such as ``TRT-101200-EntropyCalibration2``."""
-        return f"TRT-{version_number(self.tensorrt_version)}-{HEADER_NAMES[self.algorithm]}"  # type: ignore[index]
+        return f"TRT-{version_number(self.tensorrt_version)}-{HEADER_NAMES[self.algorithm]}"
 
     @property
     def dynamic_ranges(self) -> dict[str, float]:
@@ -253,7 +251,7 @@ def parse(text: str) -> tuple[CalibrationTable | None, list[Problem]]:
     return CalibrationTable(scales, algorithm, version), []
 
 
-def _parse_header(line: str) -> tuple[tuple[AlgorithmName, str] | None, list[Problem]]:
+def _parse_header(line: str) -> tuple[tuple[str, str] | None, list[Problem]]:
     match = _HEADER.fullmatch(line)
     if not match:
         return None, [Problem(1, f"expected 'TRT-<version>-<algorithm>', found {_quote(line)}")]

@@ -1,0 +1,187 @@
+"""From a histogram of absolute values to the threshold that INT8 saturates at.
+
+``entropy2`` reproduces TensorRT's IInt8EntropyCalibrator2 to the bin. ``minmax`` is exact. Of the other two TensorRT
+algorithms only the outline is public, so that they are ours in detail, and not verified to the bin:
+
+- ``entropy`` (IInt8EntropyCalibrator, the first version): NVIDIA's presentation "8-bit inference with TensorRT" (GTC
+  2017, S7310) gives the search in pseudocode. It is ``entropy2`` without the treatment of the zeros' bin, and so it is
+  done here. Candidates go up to and including the last bin, so that clipping nothing is possible.
+- ``legacy`` (IInt8LegacyCalibrator): TensorRT's API describes two parameters, the quantile "that will be used to select
+  the region maximum", and "the fraction of the maximum used to define the regression cutoff when using regression to
+  determine the region maximum"; the paper that its guide referred to was not published. See :func:`_legacy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.histogram import BINS, AbsHistogram
+from common.errors import InputError
+
+LEVELS = 128
+"""Levels that a candidate range is merged into: the non-negative INT8 codes."""
+
+TIE = 1e-10
+"""Divergences closer than this are a tie, and the first candidate wins."""
+
+_UNSEEN = 1e-9
+"""Probability of a value that occurs in the reference and not in the candidate."""
+
+_CANDIDATES = np.arange(LEVELS, BINS + 1)
+"""Candidate i keeps the first i bins."""
+
+_MAX_WIDTH = BINS // LEVELS
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Where a tensor saturates.
+
+    Attributes:
+        value: The threshold; scale = value / 127. 0 if the tensor has no usable range (all values were zero).
+        bin: Bins that the winning candidate keeps; None for algorithms that do not choose a bin.
+        divergences: Of candidates 128 .. 2048, float64 [1921], infinite where the candidate is empty; None for
+            algorithms without a search.
+    """
+
+    value: float
+    bin: int | None = None
+    divergences: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+
+
+def threshold(
+    histogram: AbsHistogram,
+    algorithm: str = "entropy2",
+    *,
+    percentile: float = 99.99,
+    quantile: float = 0.9999,
+    cutoff: float = 1.0,
+) -> Threshold:
+    """The threshold of one tensor.
+
+    Args:
+        histogram: Of the tensor's absolute values.
+        algorithm: ``entropy2``, ``entropy``, ``minmax``, ``percentile`` or ``legacy``.
+        percentile: Share of the values that stay in range, in percent (``percentile``).
+        quantile: The same as a fraction (``legacy``).
+        cutoff: Fraction of the maximum where the regression begins; 1 for none (``legacy``).
+
+    Returns:
+        The threshold; its value is 0 if all values were zero.
+
+    Raises:
+        InputError: unknown algorithm.
+    """
+    if histogram.maximum == 0:
+        return Threshold(0.0)
+    if algorithm == "entropy2":
+        # The zeros' bin would dominate: it counts like its neighbour.
+        return _entropy(histogram, np.concatenate([histogram.counts[1:2], histogram.counts[1:]]))
+    if algorithm == "entropy":
+        return _entropy(histogram, histogram.counts)
+    if algorithm == "minmax":
+        return Threshold(histogram.maximum)
+    if algorithm == "percentile":
+        return Threshold(_quantile(histogram, percentile / 100))
+    if algorithm == "legacy":
+        return Threshold(_legacy(histogram, quantile, cutoff))
+    raise InputError(f"unknown calibration algorithm {algorithm!r}")
+
+
+def _entropy(histogram: AbsHistogram, counts: NDArray[np.int64]) -> Threshold:
+    divergences = _divergences(counts)
+    smallest = divergences.min()
+    if not np.isfinite(smallest):
+        return Threshold(0.0, divergences=divergences)
+    kept = int(_CANDIDATES[np.argmax(divergences <= smallest + TIE)])
+    return Threshold((kept + 0.5) * histogram.range / BINS, kept, divergences)
+
+
+def _divergences(counts: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence of every candidate, float64 [1921]; infinite where the candidate is empty.
+
+    Candidate i compares P = counts[:i], with everything above added to its last bin, with Q = counts[:i], merged
+    into 128 levels and each level spread evenly over its non-empty bins. With T the total, C the sum of counts[:i],
+    and S_l and n_l a level's sum and number of non-empty bins, Q is S_l / (n_l * C) on a level, and
+
+        T * divergence = sum of P log P - T log T - sum over levels of S_l log(S_l / n_l) + C log C
+                         - (what was added) * log(Q of the last bin).
+
+    A level is a run of at most 16 bins, and many candidates share a run: the logarithms of all runs (2048 * 16) are
+    fewer than those of all candidates' levels (1921 * 128).
+    """
+    total = float(counts.sum())
+    below = np.concatenate([[0], np.cumsum(counts)])
+    filled = np.concatenate([[0], np.cumsum(counts > 0)])
+    log_sums = np.concatenate([[0.0], np.cumsum(_xlogx(counts))])
+
+    runs = np.zeros((_MAX_WIDTH, BINS))
+    for width in range(1, _MAX_WIDTH + 1):
+        sums = below[width:] - below[:-width]
+        bins = filled[width:] - filled[:-width]
+        runs[width - 1, : BINS + 1 - width] = sums * np.log(np.maximum(sums, 1) / np.maximum(bins, 1))
+    levels = runs.ravel().take(_level_runs()).sum(axis=1)
+
+    kept = below[_CANDIDATES].astype(np.float64)
+    added = total - kept
+    last = _last_level_starts()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        last_q = (below[_CANDIDATES] - below[last]) / ((filled[_CANDIDATES] - filled[last]) * kept)
+    last_q = np.where(counts[_CANDIDATES - 1] > 0, last_q, _UNSEEN)
+    reference = log_sums[_CANDIDATES - 1] + _xlogx(total - below[_CANDIDATES - 1])
+    scaled = reference - _xlogx(np.asarray(total)) - levels + _xlogx(kept) - added * np.log(last_q)
+    return np.where(kept > 0, scaled / max(total, 1.0), np.inf)
+
+
+def _xlogx(counts: NDArray[np.int64] | NDArray[np.float64]) -> NDArray[np.float64]:
+    """``x log x`` of counts, which are 0 or at least 1; 0 at 0."""
+    x = counts.astype(np.float64)
+    return x * np.log(np.maximum(x, 1))
+
+
+@cache
+def _level_runs() -> NDArray[np.intp]:
+    """Each candidate's levels as positions in the flattened runs [width - 1, start]: intp [1921, 128]."""
+    candidates = _CANDIDATES[:, None]
+    # Bin j belongs to level floor(j * 128 / i), so that level l begins at ceil(l * i / 128).
+    bounds = -(-np.arange(LEVELS + 1) * candidates // LEVELS)
+    runs: NDArray[np.intp] = (np.diff(bounds, axis=1) - 1) * BINS + bounds[:, :-1]
+    return runs
+
+
+@cache
+def _last_level_starts() -> NDArray[np.intp]:
+    """Where each candidate's last level begins: intp [1921]."""
+    starts: NDArray[np.intp] = -(-(LEVELS - 1) * _CANDIDATES // LEVELS)
+    return starts
+
+
+def _quantile(histogram: AbsHistogram, share: float) -> float:
+    """Upper end of the first bin up to which at least ``share`` of all values lie, and at most the maximum."""
+    cumulative = np.cumsum(histogram.counts)
+    last = int(np.searchsorted(cumulative, share * cumulative[-1]))
+    return min((last + 1) * histogram.range / BINS, histogram.maximum)
+
+
+def _legacy(histogram: AbsHistogram, quantile: float, cutoff: float) -> float:
+    """The quantile of the values, or less where a regression through the tail ends earlier.
+
+    With ``cutoff`` < 1, a line is fitted (least squares) to the logarithm of the counts of the non-empty bins above
+    cutoff * maximum; the region ends where it falls to one value per bin. Fewer than two such bins, or a line that
+    does not fall, say nothing. This reading of the two parameters is ours.
+    """
+    limit = _quantile(histogram, quantile)
+    centres = (np.arange(BINS) + 0.5) * histogram.range / BINS
+    tail = (centres > cutoff * histogram.maximum) & (histogram.counts > 0)
+    if np.count_nonzero(tail) < 2:
+        return limit
+    x, y = centres[tail], np.log(histogram.counts[tail])
+    centred = x - x.mean()
+    slope = (centred @ y) / (centred @ centred)
+    if slope >= 0:
+        return limit
+    return min(limit, float(x.mean() - y.mean() / slope))
