@@ -1,0 +1,223 @@
+"""What this installation and this GPU can do with TensorRT, and which way INT8 goes there: rules without a GPU.
+
+Plain functions of plain values: nothing here imports torch, TensorRT or Torch-TensorRT. The versions named were read
+from the sources of Torch-TensorRT 2.8.0 to 2.13.0 and of its development branch (2.14); see docs/torch-tensorrt.md.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from calib.table import CalibrationTable, version_number
+from common.config import AlgorithmName, PrecisionName
+from common.errors import InputError
+
+Mode = Literal["implicit", "explicit"]
+Capability = tuple[int, int]
+
+LAST_WITH_CALIBRATOR = (2, 8)
+"""Last Torch-TensorRT with ``torch_tensorrt.ts.ptq.DataLoaderCalibrator``."""
+FIRST_STRONGLY_TYPED = (2, 13)
+"""First Torch-TensorRT whose TorchScript front end builds strongly typed networks (TensorRT 11)."""
+FIRST_WITHOUT_INT8_FLAG = (2, 9)
+"""From here to FIRST_STRONGLY_TYPED the front end no longer sets the builder's INT8 flag."""
+LEAST_CAPABILITY: Capability = (7, 5)
+"""Least compute capability that TensorRT supports from 10.5 on (Turing)."""
+
+TENSORRT_ALGORITHMS: dict[AlgorithmName, str] = {
+    "entropy2": "ENTROPY_CALIBRATION_2",
+    "entropy": "ENTROPY_CALIBRATION",
+    "minmax": "MINMAX_CALIBRATION",
+    "legacy": "LEGACY_CALIBRATION",
+}
+"""Members of ``torch_tensorrt.ts.ptq.CalibrationAlgo``."""
+
+
+class TensorRTError(InputError):
+    """TensorRT cannot do this here: one line that says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Versions of the installed packages, as the packages write them: ``2.8.0+cu128``, ``2.8.0``, ``10.12.0.36``."""
+
+    torch: str
+    torch_tensorrt: str
+    tensorrt: str
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU.
+
+    Attributes:
+        index: As PyTorch counts.
+        name: Such as ``NVIDIA H200``.
+        capability: Compute capability, such as (9, 0).
+    """
+
+    index: int
+    name: str
+    capability: Capability
+
+
+def release(version: str) -> tuple[int, int]:
+    """(major, minor) of a version: (2, 8) for ``2.8.0+cu128`` and for ``2.8.0a0``."""
+    match = re.match(r"(\d+)\.(\d+)", version)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def three_numbers(version: str) -> str:
+    """The version as a calibration table knows it: ``10.12.0`` for ``10.12.0.36``."""
+    return ".".join(version.split(".")[:3])
+
+
+def installation_problem(torch: str, torch_tensorrt: str | None) -> str | None:
+    """Why Torch-TensorRT cannot work with this torch, or None. ``torch_tensorrt`` is None where it is missing."""
+    if torch_tensorrt is None:
+        return "Torch-TensorRT is not installed: install the 'tensorrt' extra (pip install -e \".[tensorrt]\")"
+    if release(torch) != release(torch_tensorrt):
+        needed = ".".join(str(part) for part in release(torch_tensorrt))
+        return f"torch_tensorrt {torch_tensorrt} needs torch {needed}, and {torch} is installed: install the pair"
+    if release(torch_tensorrt) < LAST_WITH_CALIBRATOR:
+        return f"torch_tensorrt {torch_tensorrt} is older than 2.8.0, the oldest that this program works with"
+    return None
+
+
+def gpu_problem(gpu: Gpu) -> str | None:
+    """Why TensorRT cannot use ``gpu``, or None."""
+    if gpu.capability < LEAST_CAPABILITY:
+        return (
+            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, and TensorRT needs at least "
+            f"{_dotted(LEAST_CAPABILITY)}: use another engine"
+        )
+    return None
+
+
+def has_int8(capability: Capability) -> bool:
+    """Whether a GPU has INT8 dot products: 6.1 and every later one but 6.2 (Jetson TX2)."""
+    return capability >= (6, 1) and capability != (6, 2)
+
+
+def has_fast_fp16(capability: Capability) -> bool:
+    """Whether a GPU computes faster in FP16 than in FP32: 5.3, 6.0, 6.2 and everything from 7.0 on, not 6.1."""
+    return capability in {(5, 3), (6, 0), (6, 2)} or capability >= (7, 0)
+
+
+def precision_problem(precision: PrecisionName, gpu: Gpu, dla: bool = False) -> str | None:
+    """Why ``precision`` cannot run on ``gpu`` (or on its DLA core), or None."""
+    capability = _dotted(gpu.capability)
+    if precision == "int8" and not has_int8(gpu.capability):
+        return f"{gpu.name} (compute capability {capability}) has no INT8 arithmetic: INT8 needs 6.1 or later"
+    if precision == "fp16" and not has_fast_fp16(gpu.capability):
+        return f"{gpu.name} (compute capability {capability}) has no fast FP16"
+    if precision == "fp32" and dla:
+        return "a DLA core does not compute in FP32: leave --use-dla-core out for this precision"
+    return None
+
+
+def strongly_typed(installed: Installed) -> bool:
+    """Whether the tensors' own types decide the precision of each layer, as TensorRT 11 has it, and not a flag."""
+    return release(installed.torch_tensorrt) >= FIRST_STRONGLY_TYPED
+
+
+def quantization_mode(
+    wanted: Literal["auto", "implicit", "explicit"],
+    installed: Installed,
+    selective: bool = False,
+    dla: bool = False,
+) -> tuple[Mode, str]:
+    """Which way INT8 goes, and why.
+
+    Args:
+        wanted: What was asked for.
+        installed: Decides under ``auto``.
+        selective: Whether single layers are kept in float or the output is quantized: TensorRT's implicit
+            quantization chooses its layers itself.
+        dla: Whether a DLA core is asked for: it takes implicit quantization alone.
+
+    Raises:
+        TensorRTError: what was asked for is not possible with this version.
+    """
+    version = installed.torch_tensorrt
+    if release(version) > LAST_WITH_CALIBRATOR:
+        if wanted == "implicit":
+            raise TensorRTError(
+                f"Torch-TensorRT {version} has no DataLoaderCalibrator (2.8.0 was the last): "
+                "take --quantization explicit, or install torch_tensorrt 2.8.0"
+            )
+        if dla:
+            raise TensorRTError(
+                f"INT8 on a DLA core needs implicit quantization, which Torch-TensorRT {version} does not have: "
+                "install torch_tensorrt 2.8.0"
+            )
+        chosen = "as asked" if wanted == "explicit" else f"Torch-TensorRT {version} has no DataLoaderCalibrator"
+        if FIRST_WITHOUT_INT8_FLAG <= release(version) < FIRST_STRONGLY_TYPED:
+            chosen += "; versions 2.9 to 2.12 no longer set TensorRT's INT8 flag, and TensorRT may refuse the network"
+        return "explicit", chosen
+    if wanted == "implicit":
+        if selective:
+            raise TensorRTError(
+                "implicit quantization leaves the choice of layers to TensorRT: "
+                "take --quantization explicit to keep layers in float or to quantize the output"
+            )
+        return "implicit", "as asked"
+    if wanted == "explicit":
+        if dla:
+            raise TensorRTError("INT8 on a DLA core needs implicit quantization: take --quantization implicit")
+        return "explicit", "as asked"
+    if selective and dla:
+        raise TensorRTError(
+            "INT8 on a DLA core needs implicit quantization, which leaves the choice of layers to TensorRT: "
+            "leave out the layers to keep in float, or the DLA core"
+        )
+    if selective:
+        return "explicit", "implicit quantization could not keep single layers in float or quantize the output"
+    return "implicit", f"Torch-TensorRT {version} has DataLoaderCalibrator"
+
+
+def table_problem(table: CalibrationTable, algorithm: AlgorithmName, tensorrt: str) -> str | None:
+    """Why TensorRT would not read ``table`` back, or None: it compares version and algorithm in line 1, nothing else.
+
+    With ``use_cache=True`` there is no data to fall back on, so this is asked before TensorRT is called.
+
+    Args:
+        table: That TensorRT wrote.
+        algorithm: That is wanted now.
+        tensorrt: Installed version, such as ``10.12.0.36``.
+    """
+    if version_number(table.tensorrt_version) != version_number(three_numbers(tensorrt)):
+        return f"its table is of TensorRT {table.tensorrt_version}, and {three_numbers(tensorrt)} is installed"
+    if table.algorithm != algorithm:
+        return f"its table is of algorithm {table.algorithm}, and {algorithm} is wanted"
+    return None
+
+
+def algorithm_problem(algorithm: AlgorithmName) -> str | None:
+    """Why TensorRT cannot calibrate with ``algorithm``, or None."""
+    if algorithm not in TENSORRT_ALGORITHMS:
+        return (
+            f"TensorRT has no {algorithm} calibration: choose from {', '.join(TENSORRT_ALGORITHMS)}, "
+            "or take --quantization explicit, which uses this program's own table"
+        )
+    return None
+
+
+def engine_file(network: str, precision: str, batch_size: int, gpu: str, tensorrt: str) -> str:
+    """Name of an engine's file: ``LeNet_int8-implicit_b32_NVIDIA-H200_trt10.12.0.36.ts``.
+
+    Args:
+        network: Name of the network.
+        precision: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
+        batch_size: Images per batch; the engine takes no other.
+        gpu: Name of the GPU that it was built on.
+        tensorrt: Version that built it.
+    """
+    parts = (network, precision, f"b{batch_size}", gpu, f"trt{tensorrt}")
+    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts) + ".ts"
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"
