@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -73,6 +74,14 @@ class ImageSet(Protocol):
         """The images at ``index`` (a slice, or int64 positions), preprocessed: float32 [B, C, H, W]."""
         ...
 
+    def stream(self, indices: Iterable[slice | Tensor]) -> Iterator[Tensor]:
+        """``images`` of each index in turn; a set that decodes files works ahead of its consumer."""
+        ...
+
+    def to(self, device: torch.device) -> ImageSet:
+        """The same images, preprocessed on ``device`` and held there where they are held in memory."""
+        ...
+
 
 def batches(
     source: ImageSet, batch_size: int, start: int = 0, count: int | None = None
@@ -87,6 +96,6 @@ def batches(
     """
     first = start * batch_size
     last = len(source) if count is None else min(len(source), first + count * batch_size)
-    for begin in range(first, last, batch_size):
-        index = slice(begin, min(begin + batch_size, last))
-        yield source.images(index), source.labels[index]
+    indices = [slice(begin, min(begin + batch_size, last)) for begin in range(first, last, batch_size)]
+    for index, images in zip(indices, source.stream(indices), strict=True):
+        yield images, source.labels[index]

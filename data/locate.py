@@ -1,0 +1,118 @@
+"""Where a data set's files lie: the places in their order, and a download that leaves whole files or none."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from http.client import HTTPException
+from pathlib import Path
+
+from common.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+PROJECT = "int8-workflow"
+DOWNLOAD_TIMEOUT = 10.0
+"""Seconds without an answer after which a download is given up."""
+
+
+class NotAvailableError(InputError):
+    """A data set was found nowhere and could not be, or must not be, downloaded."""
+
+
+def default_folder(name: str) -> Path:
+    """Folder of data set ``name`` under the user's cache folder: where it is looked for last and downloaded to."""
+    cache = os.environ.get("XDG_CACHE_HOME", "")
+    # The XDG base directory specification: a relative path is to be ignored.
+    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
+    return base / PROJECT / name
+
+
+def locate(
+    name: str,
+    directory: Path | None,
+    variable: str,
+    missing: Callable[[Path], Sequence[str]],
+    implicit: Sequence[Path] = (),
+) -> Path | None:
+    """The first folder that holds the data set; None if there is none.
+
+    In this order: ``directory``; the folder that environment ``variable`` names; ``implicit``; the default folder.
+
+    Args:
+        name: Of the data set, which is its subfolder in the cache.
+        directory: Named by the user, or None.
+        variable: Environment variable that may name a folder; unset and empty are the same.
+        missing: Names the files that a folder lacks.
+        implicit: Folders that nobody named for this data set.
+
+    Raises:
+        InputError: a folder that was named, by ``directory`` or ``variable``, lacks files: it is never passed over.
+    """
+    named = directory or (Path(value) if (value := os.environ.get(variable)) else None)
+    if named is not None:
+        folder = named.expanduser()
+        if not folder.is_dir():
+            raise InputError(f"{folder} ({_origin(directory, variable)}) is not a folder")
+        if lacking := missing(folder):
+            raise InputError(f"{folder} ({_origin(directory, variable)}) lacks {', '.join(lacking)} for {name}")
+        return folder
+    for folder in (*implicit, default_folder(name)):
+        if not folder.is_dir():
+            continue
+        if not (lacking := missing(folder)):
+            return folder
+        logger.warning("%s is passed over: it lacks %s for %s", folder, ", ".join(lacking), name)
+    return None
+
+
+def _origin(directory: Path | None, variable: str) -> str:
+    return "data.dir" if directory else f"environment variable {variable}"
+
+
+def not_found(title: str, name: str, variable: str, reason: str) -> NotAvailableError:
+    """The error for a data set that is nowhere, which says what to do."""
+    return NotAvailableError(
+        f"{title} was not found ({reason}): name its folder with data.dir or {variable}, "
+        f"or put it into {default_folder(name)}"
+    )
+
+
+@contextlib.contextmanager
+def downloading(title: str, target: Path) -> Iterator[Path]:
+    """A temporary folder beside ``target`` to download into, with a short time-out on the network.
+
+    What torchvision prints goes to stderr. The caller checks the files and moves them to ``target`` with
+    :func:`move_into`; what is left is removed.
+
+    Raises:
+        NotAvailableError: the download failed.
+    """
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent) as folder,
+            contextlib.redirect_stdout(sys.stderr),
+        ):
+            logger.info("downloading %s to %s", title, target)
+            yield Path(folder)
+    except (OSError, RuntimeError, HTTPException) as error:
+        # torchvision's message lists each mirror; its last line has the system's reason.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise NotAvailableError(f"{title} could not be downloaded to {target}: {reason}") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def move_into(target: Path, files: Sequence[Path]) -> None:
+    """Rename ``files`` into ``target``, one by one: an incomplete set counts as absent the next time."""
+    target.mkdir(parents=True, exist_ok=True)
+    for path in files:
+        os.replace(path, target / path.name)
