@@ -109,7 +109,8 @@ class AbsHistogram:
         scaled = torch.empty(piece, dtype=torch.float64, device=values.device)
         bins = torch.empty(piece, dtype=torch.int16, device=values.device)
         counts = torch.zeros(_LANES * _COUNTERS, dtype=torch.int64, device=values.device)
-        for part in values.split(piece):
+        for begin in range(0, values.numel(), piece):
+            part = values[begin : begin + piece]
             scaled_part, bins_part = scaled[: part.numel()], bins[: part.numel()]
             scaled_part.copy_(part).mul_(factor)
             bins_part.copy_(scaled_part)

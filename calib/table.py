@@ -231,16 +231,17 @@ def parse(text: str) -> tuple[CalibrationTable | None, list[Problem]]:
         if not separator:
             problems.append(Problem(number, f"expected 'name: 8 hex digits', found {_quote(line)}"))
             continue
-        scale = scale_from_hex(digits) if _SCALE.fullmatch(digits) else None
-        if scale is None:
-            problem = f"the scale of {_quote(name)} must be 8 hex digits, not {_quote(digits)}"
-        elif name in first_seen:
-            problem = f"tensor {_quote(name)} already appeared in line {first_seen[name]}"
-        else:
-            problem = _name_problem(name) or _scale_problem(scale)
-            first_seen[name] = number
-        if problem or scale is None:
-            problems.append(Problem(number, str(problem)))
+        if not _SCALE.fullmatch(digits):
+            problems.append(Problem(number, f"the scale of {_quote(name)} must be 8 hex digits, not {_quote(digits)}"))
+            continue
+        if name in first_seen:
+            problems.append(Problem(number, f"tensor {_quote(name)} already appeared in line {first_seen[name]}"))
+            continue
+        first_seen[name] = number
+        scale = scale_from_hex(digits)
+        problem = _name_problem(name) or _scale_problem(scale)
+        if problem:
+            problems.append(Problem(number, f"tensor {_quote(name)}: {problem}"))
         else:
             scales[name] = scale
     if len(lines) == 1:
