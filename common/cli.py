@@ -41,6 +41,10 @@ SECTIONS: Mapping[str, type] = {
 class Parser(ArgumentParser):
     """jsonargparse's parser, with an error that is one line and exits with 2."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.replaced: dict[str, str] = {}
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         text = " ".join(message.split())
         print(f"error: {text} (see {self.prog} --help)", file=sys.stderr)
@@ -77,8 +81,20 @@ def config_parser(prog: str, description: str, aliases: Mapping[str, str]) -> Pa
 def _add_alias(parser: Parser, flag: str, destination: str) -> None:
     """Give an existing option a second, shorter flag (argparse has no public way to do it afterwards)."""
     action = next(action for action in parser._actions if action.dest == destination)
+    if flag.removeprefix("--") in SECTIONS:
+        # jsonargparse resolves a section by this very flag; it is replaced on the command line instead (parse).
+        parser.replaced[flag] = f"--{destination}"
+        section = parser._option_string_actions[flag]
+        section.help, section.metavar = f"short for --{destination}", destination.rpartition(".")[2].upper()
+        return
     action.option_strings = [*action.option_strings, flag]
     parser._option_string_actions[flag] = action
+
+
+def _replace(parser: Parser, argument: str) -> str:
+    """``--engine`` or ``--engine=X`` as ``--engine.name`` or ``--engine.name=X``."""
+    flag, equals, value = argument.partition("=")
+    return parser.replaced.get(flag, flag) + equals + value
 
 
 def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace]:
@@ -88,7 +104,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace
         InputError: a value is out of range.
         SystemExit: with 2 for a wrong option, a wrong type or an unreadable configuration; with 0 for ``--help``.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = [_replace(parser, item) for item in (sys.argv[1:] if argv is None else argv)]
     if not any(item == "--config" or item.startswith("--config=") for item in arguments):
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
     namespace = parser.parse_args(arguments)
