@@ -1,17 +1,15 @@
-"""The command line of the three commands: the configuration, its flags, one-line errors, exit codes."""
+"""The command line of the three commands: the configuration, its flags, one-line errors."""
 
 from __future__ import annotations
 
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
+from common.command import run_command
 from common.config import (
     CalibrationConfig,
     Config,
@@ -23,6 +21,8 @@ from common.config import (
     QuantizationConfig,
 )
 from common.errors import ExitCode, InputError
+
+__all__ = ["DEFAULT_CONFIG", "ROOT", "SECTIONS", "Parser", "config_parser", "parse", "run_command"]
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = ROOT / "configs" / "lenet_mnist.yaml"
@@ -119,31 +119,3 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace
         **sections,
     )
     return config, namespace
-
-
-def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
-    """Run a command's ``main`` and exit: user errors are one line and 2, signals 130 and 143, defects 3."""
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        code = main(argv)
-    except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = ExitCode.BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted; finished files are kept", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
-    except SystemExit:
-        raise
-    except BrokenPipeError:
-        # The reader of stdout has gone (as in `| head`): nobody is left to tell.
-        sys.stderr.close()
-        code = ExitCode.FAILED
-    except Exception:
-        traceback.print_exc()
-        print("internal error: please report the lines above", file=sys.stderr)
-        code = ExitCode.INTERNAL
-    raise SystemExit(int(code))
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(int(ExitCode.TERMINATED))
