@@ -20,7 +20,7 @@ from common.config import (
     OptimizerConfig,
     QuantizationConfig,
 )
-from common.errors import ExitCode, InputError
+from common.errors import ExitCode
 
 __all__ = ["DEFAULT_CONFIG", "ROOT", "SECTIONS", "Parser", "config_parser", "parse", "run_command"]
 

@@ -67,11 +67,11 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
-    """Read a UTF-8 text file of at most ``limit`` bytes.
+def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
+    """Read a file of at most ``limit`` bytes.
 
     Raises:
-        InputError: the file is missing, unreadable, too large or not UTF-8.
+        InputError: the file is missing, unreadable or too large.
     """
     try:
         with open(path, "rb") as stream:
@@ -80,6 +80,16 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     if len(content) > limit:
         raise InputError(f"{path} is larger than {limit} bytes: this is not the expected file")
+    return content
+
+
+def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
+    """Read a UTF-8 text file of at most ``limit`` bytes.
+
+    Raises:
+        InputError: the file is missing, unreadable, too large or not UTF-8.
+    """
+    content = read_bytes(path, limit)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
