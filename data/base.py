@@ -64,6 +64,9 @@ class ImageSet(Protocol):
     """Labelled images, indexable in batches."""
 
     @property
+    def preprocessing(self) -> Preprocessing: ...
+
+    @property
     def labels(self) -> Tensor:
         """int64 [N]."""
         ...

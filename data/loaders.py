@@ -17,6 +17,9 @@ from data.base import ImageSet
 Batch = tuple[Tensor, Tensor]
 """float32 images [B, C, H, W] and int64 labels [B]."""
 
+_CHUNK_VALUES = 1 << 19
+"""Small images are gathered and augmented several batches at a time: about 2 MiB of float32, which stays in cache."""
+
 
 class TrainLoader:
     """Full batches of one epoch's permutation, augmented; the same for the same seed, epoch and number of processes.
@@ -83,22 +86,31 @@ class TrainLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         # A generator: Lightning makes the first iterator before it sets the epoch, and this runs at the first batch.
-        steps = len(self)
         first = self._next = self._resume
         self._resume = 0
-        labels = self.source.labels
+        steps, size = len(self), self.batch_size
         generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
-        order = torch.randperm(len(self.source), generator=generator)[: steps * self.batch_size * self.processes]
-        order = order.view(steps, self.processes, self.batch_size)[:, self.rank].contiguous().to(labels.device)
+        order = torch.randperm(len(self.source), generator=generator)[: steps * self.processes * size]
+        order = order.view(steps, self.processes, size)[:, self.rank].to(self.source.labels.device)
         transforms = None
         if self.augment is not None:
-            count = steps * self.processes * self.batch_size
-            drawn = self.augment.draw(count, generator).view(steps, self.processes, self.batch_size, 2, 3)
-            transforms = drawn[:, self.rank].contiguous().to(labels.device)
-        for step, images in enumerate(self.source.stream(order[first:]), start=first):
-            self._next = step + 1
-            augmented = images if transforms is None else apply_affine(images, transforms[step])
-            yield augmented, labels.index_select(0, order[step])
+            transforms = self.augment.draw(steps * self.processes * size, generator)
+            transforms = transforms.view(steps, self.processes, size, 2, 3)[:, self.rank].to(order.device)
+
+        # Chunks begin at fixed steps of the epoch, so that a resumed epoch computes the very same numbers.
+        chunk = max(1, _CHUNK_VALUES // (size * math.prod(self.source.preprocessing.shape)))
+        starts = range(first - first % chunk, steps, chunk)
+        indices = [order[start : start + chunk].flatten() for start in starts]
+        for start, index, stored in zip(starts, indices, self.source.stream(indices), strict=True):
+            images = stored
+            if transforms is not None:
+                images = apply_affine(stored, transforms[start : start + chunk].flatten(0, 1))
+            labels = self.source.labels.index_select(0, index)
+            batches = zip(images.view(-1, size, *images.shape[1:]), labels.view(-1, size), strict=True)
+            for step, batch in enumerate(batches, start=start):
+                if step >= first:
+                    self._next = step + 1
+                    yield batch
 
 
 class EvaluationLoader:

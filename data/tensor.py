@@ -74,6 +74,10 @@ class Selection:
         self._labels = source.labels[index]
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        return self.source.preprocessing
+
+    @property
     def labels(self) -> Tensor:
         return self._labels
 
