@@ -55,7 +55,7 @@ def find_gpu(index: int) -> Gpu:
     if torch.version.cuda is None:
         raise TensorRTError("this PyTorch is a CPU build: install one with CUDA to use an NVIDIA GPU")
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.init()
         count = torch.cuda.device_count()
     except (RuntimeError, AssertionError) as error:
         raise TensorRTError(f"no NVIDIA GPU can be used: {first_line(error)}") from error
@@ -185,7 +185,8 @@ def calibrate(
         source: The images that ``subset`` has positions in.
         subset: The batches, as the reference calibrator takes them.
         path: ``<run>/tensorrt/CalibrationTable<Network>``: never the file of our own table, whose names differ.
-        provenance: What to record; its ``maker`` and ``tensorrt_version`` are set here.
+        provenance: What to record; its ``maker``, ``tensorrt_version`` and ``weights`` (those of the traced network)
+            are set here.
         config: Options of the build.
         recalibrate: Whether to calibrate in any case.
 
@@ -209,6 +210,7 @@ def calibrate(
         provenance,
         maker="tensorrt",
         tensorrt_version=three_numbers(installed.tensorrt),
+        weights=cache.weights_fingerprint(network.module),
         table="",
     )
     decision = decide(path, provenance, recalibrate)
@@ -260,6 +262,8 @@ def run_calibration(
         except TensorRTError:
             run.check()  # what a callback raised is the cause
             raise
+        finally:
+            run.batches.clear()
         run.check()
         if run.given != run.expected:
             raise TensorRTError(f"TensorRT took {run.given} of {run.expected} calibration batches: the table is void")

@@ -110,7 +110,7 @@ def to_torchscript(module: nn.Module, shape: Sequence[int], device: torch.device
         moved, example = moved.half(), example.half()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        return torch.jit.trace(moved, example, check_trace=False)  # type: ignore[no-untyped-call]
+        return torch.jit.trace(moved, example, check_trace=False)
 
 
 def build_engine(

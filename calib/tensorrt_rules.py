@@ -126,7 +126,7 @@ def strongly_typed(installed: Installed) -> bool:
 def quantization_mode(
     wanted: Literal["auto", "implicit", "explicit"],
     installed: Installed,
-    selective: bool = False,
+    needs_explicit: str | None = None,
     dla: bool = False,
 ) -> tuple[Mode, str]:
     """Which way INT8 goes, and why.
@@ -134,48 +134,39 @@ def quantization_mode(
     Args:
         wanted: What was asked for.
         installed: Decides under ``auto``.
-        selective: Whether single layers are kept in float or the output is quantized: TensorRT's implicit
-            quantization chooses its layers itself.
+        needs_explicit: What only explicit quantization can do, if it is asked for: TensorRT's implicit quantization
+            chooses its layers itself, and has its own calibration algorithms alone.
         dla: Whether a DLA core is asked for: it takes implicit quantization alone.
 
     Raises:
         TensorRTError: what was asked for is not possible with this version.
     """
     version = installed.torch_tensorrt
-    if release(version) > LAST_WITH_CALIBRATOR:
-        if wanted == "implicit":
-            raise TensorRTError(
-                f"Torch-TensorRT {version} has no DataLoaderCalibrator (2.8.0 was the last): "
-                "take --quantization explicit, or install torch_tensorrt 2.8.0"
-            )
-        if dla:
-            raise TensorRTError(
-                f"INT8 on a DLA core needs implicit quantization, which Torch-TensorRT {version} does not have: "
-                "install torch_tensorrt 2.8.0"
-            )
-        chosen = "as asked" if wanted == "explicit" else f"Torch-TensorRT {version} has no DataLoaderCalibrator"
-        if FIRST_WITHOUT_INT8_FLAG <= release(version) < FIRST_STRONGLY_TYPED:
-            chosen += "; versions 2.9 to 2.12 no longer set TensorRT's INT8 flag, and TensorRT may refuse the network"
-        return "explicit", chosen
-    if wanted == "implicit":
-        if selective:
-            raise TensorRTError(
-                "implicit quantization leaves the choice of layers to TensorRT: "
-                "take --quantization explicit to keep layers in float or to quantize the output"
-            )
-        return "implicit", "as asked"
-    if wanted == "explicit":
-        if dla:
-            raise TensorRTError("INT8 on a DLA core needs implicit quantization: take --quantization implicit")
-        return "explicit", "as asked"
-    if selective and dla:
+    has_calibrator = release(version) <= LAST_WITH_CALIBRATOR
+    if wanted == "implicit" and not has_calibrator:
         raise TensorRTError(
-            "INT8 on a DLA core needs implicit quantization, which leaves the choice of layers to TensorRT: "
-            "leave out the layers to keep in float, or the DLA core"
+            f"Torch-TensorRT {version} has no DataLoaderCalibrator (2.8.0 was the last): "
+            "take --quantization explicit, or install torch_tensorrt 2.8.0"
         )
-    if selective:
-        return "explicit", "implicit quantization could not keep single layers in float or quantize the output"
-    return "implicit", f"Torch-TensorRT {version} has DataLoaderCalibrator"
+    if wanted == "implicit" and needs_explicit:
+        raise TensorRTError(f"implicit quantization cannot do this: {needs_explicit}; take --quantization explicit")
+    if dla and (wanted == "explicit" or needs_explicit or not has_calibrator):
+        cause = needs_explicit or ("explicit was asked for" if wanted == "explicit" else f"{version} is installed")
+        raise TensorRTError(
+            "INT8 on a DLA core needs implicit quantization by DataLoaderCalibrator (Torch-TensorRT 2.8.0 at most), "
+            f"and {cause}: use the GPU, or change that"
+        )
+    if wanted == "implicit" or (wanted == "auto" and has_calibrator and not needs_explicit):
+        return "implicit", "as asked" if wanted == "implicit" else f"Torch-TensorRT {version} has DataLoaderCalibrator"
+    if wanted == "explicit":
+        reason = "as asked"
+    elif needs_explicit:
+        reason = f"implicit quantization cannot do this: {needs_explicit}"
+    else:
+        reason = f"Torch-TensorRT {version} has no DataLoaderCalibrator"
+    if FIRST_WITHOUT_INT8_FLAG <= release(version) < FIRST_STRONGLY_TYPED:
+        reason += "; versions 2.9 to 2.12 no longer set TensorRT's INT8 flag, and TensorRT may refuse the network"
+    return "explicit", reason
 
 
 def table_problem(table: CalibrationTable, algorithm: AlgorithmName, tensorrt: str) -> str | None:

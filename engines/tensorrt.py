@@ -1,0 +1,391 @@
+"""Torch-TensorRT: FP32, FP16 and INT8 engines, all through the TorchScript front end, so that precision alone differs.
+
+An engine has a static shape. A network that is ready to run therefore holds one engine per batch size, each in a file
+of its own under ``<run>/engines/`` and used again only for exactly what it was built from.
+
+Torch-TensorRT is imported inside functions alone (``calib.tensorrt.load``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib.cache import read_provenance, weights_fingerprint
+from calib.graph import Network, plan_int8
+from calib.table import CalibrationTable
+from calib.tensorrt import usable
+from calib.tensorrt_build import Build, build_engine, first_line, takes_half
+from calib.tensorrt_calibrator import CalibratorRun, table_calibrator
+from calib.tensorrt_rules import (
+    Gpu,
+    Installed,
+    Mode,
+    TensorRTError,
+    algorithm_problem,
+    precision_problem,
+    quantization_mode,
+    strongly_typed,
+    table_problem,
+)
+from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
+from common.errors import InputError
+from engines import tensorrt_files
+from engines.base import Compiled, EngineError
+from engines.tensorrt_files import EngineRecord
+
+logger = logging.getLogger(__name__)
+
+
+class TorchTensorRTEngine:
+    """Torch-TensorRT on an NVIDIA GPU.
+
+    Args:
+        config: Its options.
+        quantization: How INT8 goes, and which layers stay in float.
+        folder: The run's folder: engines go to ``engines/``, TensorRT's own table lies in ``tensorrt/``.
+        shape: Of one image, (channels, height, width). With it, ``compile`` builds the engine of the first batch
+            size, so that what cannot be built is known there; without it, every engine is built by its first batch.
+        batch_sizes: That will be run. A batch of another size that fits into one of them is padded, not built for.
+    """
+
+    name = "torch-tensorrt"
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        quantization: QuantizationConfig,
+        folder: Path,
+        shape: tuple[int, int, int] | None = None,
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
+        self._config = config
+        self._quantization = quantization
+        self._folder = folder
+        self._shape = shape
+        self._batch_sizes = tuple(batch_sizes)
+
+    def unavailable(self) -> str | None:
+        """Why TensorRT cannot be used on this machine, or None."""
+        try:
+            usable(self._config.device)
+        except TensorRTError as error:
+            return str(error)
+        return None
+
+    def mode(self, algorithm: AlgorithmName) -> tuple[Mode, str]:
+        """Which way INT8 goes here, and why.
+
+        Args:
+            algorithm: Of the calibration.
+
+        Raises:
+            EngineError: what was asked for is not possible here.
+        """
+        try:
+            _, installed, _ = usable(self._config.device)
+            return self._mode(installed, algorithm)
+        except TensorRTError as error:
+            raise EngineError(str(error)) from error
+
+    def _mode(self, installed: Installed, algorithm: AlgorithmName) -> tuple[Mode, str]:
+        needs = algorithm_problem(algorithm)
+        if self._quantization.keep_fp:
+            needs = f"{', '.join(self._quantization.keep_fp)} kept in float"
+        elif self._quantization.quantize_output:
+            needs = "the output quantized"
+        return quantization_mode(self._quantization.mode, installed, needs, self._config.dla_core is not None)
+
+    def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
+        """See :meth:`engines.base.Engine.compile`."""
+        try:
+            torch_tensorrt, installed, gpu = usable(self._config.device)
+            problem = precision_problem(precision, gpu, self._config.dla_core is not None)
+            if problem:
+                raise TensorRTError(problem)
+            job = self._job(torch_tensorrt, installed, network, precision, table)
+            engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
+            if self._shape is not None:
+                engines.module(((self._batch_sizes or (1,))[0], *self._shape))
+        except TensorRTError as error:
+            raise EngineError(str(error)) from error
+        graphs = self._config.cuda_graphs
+        device_run = with_cuda_graphs(torch_tensorrt, engines.on_device) if graphs else engines.on_device
+        return Compiled(
+            engine=self.name,
+            precision=precision,
+            device=gpu.name if self._config.dla_core is None else f"{gpu.name}, DLA core {self._config.dla_core}",
+            run=engines.on_cpu,
+            run_on_device=device_run,
+            size_bytes=engines.size_bytes,
+            details={
+                "TensorRT": installed.tensorrt,
+                "Torch-TensorRT": installed.torch_tensorrt,
+                **job.details,
+                "TF32": "allowed" if self._config.tf32 else "off",
+                "CUDA graphs": "each engine" if graphs else "none",
+            },
+        )
+
+    def _job(
+        self,
+        torch_tensorrt: ModuleType,
+        installed: Installed,
+        network: Network,
+        precision: PrecisionName,
+        table: CalibrationTable | None,
+    ) -> Job:
+        build = Build.of(self._config, precision)
+        if precision != "int8":
+            return Job(network.name, precision, network.module, build, takes_half(installed, build))
+        if table is None:
+            raise TensorRTError("INT8 needs a calibration table: run quantize.py --precision int8")
+        mode, why = self._mode(installed, table.algorithm)  # type: ignore[arg-type]  # one of AlgorithmName
+        details = {"quantization": f"{mode} ({why})"}
+        if mode == "explicit":
+            if self._config.int8_fp16 and strongly_typed(installed):
+                raise TensorRTError(
+                    f"TensorRT {installed.tensorrt} has no flag for FP16 layers in an INT8 engine: "
+                    "leave --engine.int8_fp16 out"
+                )
+            from calib.explicit import explicit_module
+
+            plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
+            details["int8 layers"] = ", ".join(layer.name for layer in network.layers if layer.name in plan.layers)
+            content = table.dumps().encode()
+            return Job(network.name, "int8-explicit", explicit_module(plan), build, False, content, None, details)
+        path = self._folder / "tensorrt" / f"CalibrationTable{network.name}"
+        content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
+
+        def calibrator() -> CalibratorRun:
+            device = gpu_device(self._config.device)
+            return table_calibrator(torch_tensorrt, path, table.algorithm, device)  # type: ignore[arg-type]
+
+        return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details)
+
+    @staticmethod
+    def _own_table(path: Path, network: Network, algorithm: AlgorithmName, installed: Installed) -> bytes:
+        """The bytes of the table that TensorRT wrote, if it can be given to it again for this network."""
+        again = "run quantize.py --precision int8 --engine torch-tensorrt"
+        if not path.exists():
+            raise TensorRTError(f"TensorRT has not calibrated {network.name} yet: {again}")
+        try:
+            problem = table_problem(CalibrationTable.read(path), algorithm, installed.tensorrt)
+            provenance = read_provenance(path)
+        except InputError as error:
+            raise TensorRTError(f"TensorRT's calibration table cannot be used ({error}): {again}") from error
+        if problem is None and (provenance is None or provenance.weights != weights_fingerprint(network.module)):
+            problem = "its table is of other weights"
+        if problem:
+            raise TensorRTError(f"TensorRT has to calibrate {network.name} again ({problem}): {again}")
+        return path.read_bytes()
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one precision is built from.
+
+    Attributes:
+        network: Name of the network.
+        label: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
+        module: What TensorRT is given.
+        build: Options.
+        half: Whether the built module takes and gives float16.
+        table: Bytes of the calibration table; empty without one.
+        calibrator: Makes the calibrator of one build, for implicit INT8.
+        details: For the report.
+    """
+
+    network: str
+    label: str
+    module: nn.Module
+    build: Build
+    half: bool
+    table: bytes = b""
+    calibrator: Callable[[], CalibratorRun] | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+
+class Engines:
+    """The engines of one network in one precision: one per input shape, built or loaded when first needed.
+
+    Args:
+        job: What they are built from.
+        torch_tensorrt: The module.
+        installed: The versions.
+        gpu: Where they run.
+        folder: Of the engine files.
+        batch_sizes: That will be run.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        torch_tensorrt: ModuleType,
+        installed: Installed,
+        gpu: Gpu,
+        folder: Path,
+        batch_sizes: Sequence[int] = (),
+    ) -> None:
+        self._job = job
+        self._torch_tensorrt = torch_tensorrt
+        self._installed = installed
+        self._gpu = gpu
+        self._folder = folder
+        self._sizes = set(batch_sizes)
+        self._device = gpu_device(gpu.index)
+        self._weights = _fingerprint(job.module)
+        self._modules: dict[tuple[int, ...], Any] = {}
+        self._files: list[Path] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of the first engine's file; of the float32 weights where none is built yet."""
+        if self._files:
+            return self._files[0].stat().st_size
+        return sum(item.numel() * item.element_size() for item in self._job.module.parameters())
+
+    def on_device(self, images: Tensor) -> Tensor:
+        """float32 [B, C, H, W] on the GPU -> float32 [B, classes] there; builds for exactly this B.
+
+        The GPU must be the current device.
+        """
+        module = self._modules.get(tuple(images.shape))
+        if module is None:
+            module = self._from_engine_error(tuple(images.shape))
+        with torch.no_grad():
+            if self._job.half:
+                return module(images.half()).float()  # type: ignore[no-any-return]
+            return module(images)  # type: ignore[no-any-return]
+
+    def on_cpu(self, images: Tensor) -> Tensor:
+        """float32 [B, C, H, W] on the CPU -> float32 [B, classes] there; an odd B is padded to one that is built for.
+
+        Raises:
+            EngineError: the engine cannot be built, or the GPU has too little memory.
+        """
+        count = len(images)
+        larger = [size for size in self._sizes if size >= count]
+        padded = min(larger, default=count)
+        batch = F.pad(images, (0, 0, 0, 0, 0, 0, 0, padded - count)) if padded > count else images
+        try:
+            with on(self._device):
+                return self.on_device(batch.to(self._device))[:count].cpu()
+        except torch.cuda.OutOfMemoryError as error:
+            raise EngineError(
+                f"{self._gpu.name} has too little free memory for a batch of {padded}: take smaller batches"
+            ) from error
+
+    def _from_engine_error(self, shape: tuple[int, ...]) -> Any:
+        try:
+            return self.module(shape)
+        except TensorRTError as error:
+            raise EngineError(str(error)) from error
+
+    def module(self, shape: tuple[int, ...]) -> Any:
+        """The engine for inputs of ``shape``: held, loaded, or built and stored.
+
+        Raises:
+            TensorRTError: it cannot be built.
+            InputError: its file cannot be written.
+        """
+        if shape not in self._modules:
+            with on(self._device):
+                self._modules[shape] = self._load_or_build(shape)
+            self._sizes.add(shape[0])
+        return self._modules[shape]
+
+    def _load_or_build(self, shape: tuple[int, ...]) -> Any:
+        record = self._record(shape)
+        path = record.file(self._folder, self._gpu.name, self._installed.tensorrt)
+        reason = tensorrt_files.why_build(path, record)
+        if reason is None:
+            try:
+                module = torch.jit.load(str(path), map_location=self._device)
+            except RuntimeError as error:
+                reason = f"the engine's file cannot be loaded: {first_line(error)}"
+            else:
+                logger.info("using the engine %s", path)
+                self._files.append(path)
+                return module
+        logger.info("building %s: %s", path.name, reason)
+        start = time.perf_counter()
+        module = self._build(shape)
+        tensorrt_files.store(path, record, lambda target: torch.jit.save(module, target))
+        logger.info("  built in %.1f s", time.perf_counter() - start)
+        self._files.append(path)
+        return module
+
+    def _build(self, shape: tuple[int, ...]) -> Any:
+        job = self._job
+        run = job.calibrator() if job.calibrator else None
+        try:
+            return build_engine(
+                self._torch_tensorrt,
+                self._installed,
+                job.module,
+                shape,
+                job.build,
+                run.calibrator if run else None,
+                self._device,
+            )
+        finally:
+            if run:
+                run.check()  # what a callback raised is the cause, or a table that was not accepted
+
+    def _record(self, shape: tuple[int, ...]) -> EngineRecord:
+        build = {name: str(value) for name, value in asdict(self._job.build).items()}
+        build["precisions"] = ", ".join(sorted(self._job.build.precisions))
+        return EngineRecord(
+            network=self._job.network,
+            precision=self._job.label,
+            shape=list(shape),
+            weights=self._weights,
+            table=hashlib.sha256(self._job.table).hexdigest() if self._job.table else "",
+            build=build,
+            gpu=f"{self._gpu.name}, compute capability {'.'.join(map(str, self._gpu.capability))}",
+            versions=asdict(self._installed),
+        )
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """Hex digest of a module's weights and operations."""
+    operations = str(getattr(module, "code", "")) + repr(module)
+    return hashlib.sha256(f"{weights_fingerprint(module)}\n{operations}".encode()).hexdigest()
+
+
+def with_cuda_graphs(torch_tensorrt: ModuleType, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``run`` with Torch-TensorRT's own CUDA graphs, which it records and replays per engine.
+
+    Its switch is global to the process, so it is on for the call alone.
+    """
+
+    def replay(images: Tensor) -> Tensor:
+        torch_tensorrt.runtime.set_cudagraphs_mode(True)
+        try:
+            return run(images)
+        finally:
+            torch_tensorrt.runtime.set_cudagraphs_mode(False)
+
+    return replay
+
+
+def gpu_device(index: int) -> torch.device:
+    """The GPU with this index, as a device."""
+    return torch.device("cuda", index)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a GPU the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -1,0 +1,93 @@
+"""Built TensorRT engines on disk: their names, what each was built from, and when one may be used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+
+from calib.tensorrt_rules import engine_file
+from common.decode import decode, encode
+from common.errors import InputError
+from common.files import atomic_path, read_json, write_json
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """What an engine was built from: the content of its side file ``<engine>.json``.
+
+    Attributes:
+        network: Name of the network.
+        precision: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
+        shape: Of the input, [B, C, H, W].
+        weights: Fingerprint of the module that TensorRT was given, weights and operations.
+        table: SHA-256 of the calibration table; empty without one.
+        build: Options of the build.
+        gpu: Name and compute capability.
+        versions: Of torch, Torch-TensorRT and TensorRT.
+        engine: SHA-256 of the engine's file, so that the two cannot drift apart.
+        format: Of this file.
+    """
+
+    network: str
+    precision: str
+    shape: list[int]
+    weights: str
+    table: str
+    build: dict[str, str]
+    gpu: str
+    versions: dict[str, str]
+    engine: str = ""
+    format: int = field(default=FORMAT)
+
+    def file(self, folder: Path, gpu: str, tensorrt: str) -> Path:
+        """Where this engine lies in ``folder``; ``gpu`` and ``tensorrt`` are the names that its file shows."""
+        return folder / engine_file(self.network, self.precision, self.shape[0], gpu, tensorrt)
+
+
+def side_file(engine: Path) -> Path:
+    """The side file that belongs to the engine file ``engine``."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def why_build(engine: Path, wanted: EngineRecord) -> str | None:
+    """Why the file ``engine`` cannot be used for ``wanted``, or None if it is exactly that."""
+    if not engine.exists():
+        return "there is no such engine yet"
+    try:
+        recorded = decode(EngineRecord, read_json(side_file(engine)), str(side_file(engine)))
+    except InputError as error:
+        return f"nothing tells what the engine there was built from: {error}"
+    changed = [
+        item.name
+        for item in fields(EngineRecord)
+        if item.name != "engine" and getattr(recorded, item.name) != getattr(wanted, item.name)
+    ]
+    if changed:
+        return f"changed since the engine was built: {', '.join(changed)}"
+    if recorded.engine != digest(engine):
+        return "the engine's file is not the one that was written"
+    return None
+
+
+def store(engine: Path, record: EngineRecord, save: Callable[[str], None]) -> None:
+    """Write an engine with ``save``, then its side file, each atomically.
+
+    If this is cut off in between, the digest in the old side file does not fit, and the engine is built again.
+    """
+    with atomic_path(engine) as temporary:
+        save(str(temporary))
+    write_json(side_file(engine), json.loads(encode(replace(record, engine=digest(engine)))))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    result = hashlib.sha256()
+    with open(path, "rb") as stream:
+        for block in iter(lambda: stream.read(1 << 20), b""):
+            result.update(block)
+    return result.hexdigest()
