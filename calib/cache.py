@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +35,6 @@ class SubsetRecord:
         batch_size: Images per batch.
         skip: Batches skipped at the start (``first``).
         seed: Of the draw.
-        positions: Digest of their positions in the training file, in order (``calib.subset.fingerprint``).
     """
 
     strategy: Strategy
@@ -44,7 +42,6 @@ class SubsetRecord:
     batch_size: int
     skip: int
     seed: int
-    positions: str
 
 
 @dataclass(frozen=True)
@@ -172,28 +169,13 @@ def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = F
 
 def changed(recorded: Provenance, wanted: Provenance) -> list[str]:
     """What differs between two provenances, each difference in words."""
-    names = {"weights": "the weights", "data": "the images", "positions": "the chosen images"}
+    names = {"weights": "the weights", "data": "the images"}
+    before, after = _flat(recorded), _flat(wanted)
     differences = []
-    for item in fields(Provenance):
-        if item.name in ("table", "format"):
-            continue
-        old, new = getattr(recorded, item.name), getattr(wanted, item.name)
-        if item.name == "subset":
-            pairs = [
-                (
-                    f"subset {part.name}" if part.name != "positions" else part.name,
-                    getattr(old, part.name),
-                    getattr(new, part.name),
-                )
-                for part in fields(SubsetRecord)
-            ]
-        else:
-            pairs = [(item.name, old, new)]
-        for name, before, after in pairs:
-            if _plain(before) != _plain(after):
-                differences.append(
-                    f"{names[name]} changed" if name in names else f"{name} changed from {before} to {after}"
-                )
+    for name, old in before.items():
+        new = after[name]
+        if old != new:
+            differences.append(f"{names[name]} changed" if name in names else f"{name} changed from {old} to {new}")
     return differences
 
 
@@ -202,11 +184,14 @@ def _named_algorithm(table: CalibrationTable, provenance: Provenance) -> Calibra
     return CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
 
 
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON gives them back."""
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _flat(provenance: Provenance) -> dict[str, Any]:
+    """What counts of a provenance, one level deep, as JSON gives it back."""
+    content = json.loads(encode(provenance))
+    subset = content.pop("subset")
+    return {
+        **{name: value for name, value in content.items() if name not in ("table", "format")},
+        **{f"subset {name}": value for name, value in subset.items()},
+    }
 
 
 def _digest(text: str) -> str:

@@ -124,12 +124,11 @@ def collect(
 
     for batch in batches:
         start = time.perf_counter()
-        batch = _images(batch)
-        if batch.dim() > 1 and constant:
-            constant = bool((batch == batch.flatten()[0]).all())
-        network.run(batch.to(device), observe)
+        inputs = _images(batch)
+        constant = constant and bool((inputs == inputs[0, 0, 0, 0]).all())
+        network.run(inputs.to(device), observe)
         seconds.append(time.perf_counter() - start)
-        images += len(batch)
+        images += len(inputs)
         if progress is not None:
             progress(len(seconds), seconds[-1])
     if not seconds:

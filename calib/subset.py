@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
+from common.config import CalibrationConfig
 from common.errors import InputError
 
 Strategy = Literal["stratified", "first", "random"]
@@ -108,6 +108,39 @@ def _stratified(labels: Tensor, num_classes: int, wanted: int, generator: torch.
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
-def fingerprint(positions: Tensor) -> str:
-    """Hex digest of the positions, in order."""
-    return hashlib.sha256(positions.to(torch.int64).numpy().tobytes()).hexdigest()
+class Labelled(Protocol):
+    """Images with labels; ``data.ImageSet`` is one."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        ...
+
+    def images(self, index: Tensor) -> Tensor:
+        """float32 [B, C, H, W] at int64 positions."""
+        ...
+
+
+class TrainingData(Protocol):
+    """What a subset is drawn from; ``data.ImageData`` is one.
+
+    ``train`` is ``train_file`` without the validation images, and ``train_index`` its positions there.
+    """
+
+    train_file: Labelled
+    train: Labelled
+    train_index: Tensor
+
+
+def draw(data: TrainingData, num_classes: int, config: CalibrationConfig, seed: int) -> Subset:
+    """Choose the representative subset as configured: positions in ``data.train_file``.
+
+    ``first`` means the whole training file in its order; the others leave out the validation images.
+
+    Raises:
+        InputError: as :func:`select` does.
+    """
+    whole = config.subset == "first"
+    labels = data.train_file.labels if whole else data.train.labels
+    subset = select(labels, num_classes, config.subset, config.batches, config.batch_size, config.skip, seed)
+    return subset if whole else Subset(data.train_index[subset.positions], subset.batch_size)
