@@ -1,0 +1,220 @@
+"""Running several precisions over the same images: what each predicts, and how far its outputs are from FP32's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from data.base import ImageSet, batches
+from engines.base import Compiled
+from evaluation.results import Accuracy, Interval, Paired
+from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
+
+TOP_K = 5
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What one precision says about every image, compactly.
+
+    Attributes:
+        predicted: Most probable class, int32 [N]; -1 where the output is not finite.
+        confidence: Its probability, float32 [N]; 0 where the output is not finite.
+        in_top: Whether the label is among the five most probable (all, with fewer classes), bool [N].
+        signal: Sum of squares of FP32's outputs over the images where both are finite.
+        noise: Sum of squares of the difference to FP32's outputs there.
+    """
+
+    predicted: Tensor
+    confidence: Tensor
+    in_top: Tensor
+    signal: float
+    noise: float
+
+    def correct(self, labels: Tensor) -> Tensor:
+        """Whether each prediction is right, bool [N]."""
+        return self.predicted == labels
+
+    @property
+    def non_finite(self) -> int:
+        """Images whose output has a NaN or an infinity."""
+        return int((self.predicted < 0).sum())
+
+    @property
+    def sqnr_db(self) -> float | None:
+        """Signal-to-noise ratio of the outputs against FP32's, in dB; None where they are identical."""
+        return sqnr_db(self.signal, self.noise)
+
+
+def sqnr_db(signal: float, noise: float) -> float | None:
+    """10 log10(signal / noise) of two energies; None without noise (or without signal)."""
+    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+
+
+def check_range(source: ImageSet, batch_size: int, start: int, count: int | None) -> int:
+    """Number of images that ``batches`` will give.
+
+    Raises:
+        InputError: none, or fewer batches than asked for.
+    """
+    total = math.ceil(len(source) / batch_size)
+    if start >= total:
+        raise InputError(
+            f"evaluation.start {start} skips all {total} batches of {batch_size} images ({len(source)} images): "
+            "lower --start or --batch-size"
+        )
+    if count is not None and start + count > total:
+        raise InputError(
+            f"evaluation.batches {count} from batch {start} on is more than the {total} batches of {batch_size} "
+            f"images there are ({len(source)} images)"
+        )
+    last = len(source) if count is None else min(len(source), (start + count) * batch_size)
+    return last - start * batch_size
+
+
+def predict(
+    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int
+) -> tuple[Tensor, list[Predictions]]:
+    """Run every network over the same batches; the first is the reference that the others are measured against.
+
+    Every batch is read once and given to all, so that only predictions are kept, never outputs or images.
+
+    Args:
+        compiled: Networks; the first is FP32.
+        stream: Batches of (float32 images [B, C, H, W], int64 labels [B]).
+        classes: Number of classes.
+
+    Returns:
+        The labels, int64 [N], and the predictions of each network.
+
+    Raises:
+        InputError: a label is out of range, an output has another shape, or FP32's outputs are not finite.
+    """
+    collectors = [_Collector() for _ in compiled]
+    labels: list[Tensor] = []
+    for images, target in stream:
+        if int(target.min()) < 0 or int(target.max()) >= classes:
+            raise InputError(
+                f"the data set has labels from {int(target.min())} to {int(target.max())}, "
+                f"but the network has {classes} classes"
+            )
+        labels.append(target)
+        reference: Tensor | None = None
+        for network, collector in zip(compiled, collectors, strict=True):
+            output = network(images)
+            if output.shape != (len(images), classes):
+                raise InputError(
+                    f"{network.engine} {network.precision} gives an output of shape {tuple(output.shape)} for "
+                    f"{len(images)} images of {classes} classes: not a classifier of this data set"
+                )
+            reference = output if reference is None else reference
+            collector.add(output, reference, target)
+    if not labels:
+        raise InputError("there are no images to evaluate")
+    results = [collector.finish() for collector in collectors]
+    if results[0].non_finite:
+        raise InputError(
+            f"the FP32 outputs are not finite for {results[0].non_finite} of {sum(map(len, labels))} images: "
+            "the checkpoint has NaN or infinite weights; train again"
+        )
+    return torch.cat(labels), results
+
+
+class _Collector:
+    """Gathers one network's predictions batch by batch."""
+
+    def __init__(self) -> None:
+        self.predicted: list[Tensor] = []
+        self.confidence: list[Tensor] = []
+        self.in_top: list[Tensor] = []
+        self.signal = 0.0
+        self.noise = 0.0
+
+    def add(self, output: Tensor, reference: Tensor, labels: Tensor) -> None:
+        finite = output.isfinite().all(dim=1)
+        safe = torch.where(finite[:, None], output, torch.zeros_like(output))
+        top = safe.topk(min(TOP_K, output.shape[1]), dim=1)
+        self.predicted.append(top.indices[:, 0].int().masked_fill_(~finite, -1))
+        self.confidence.append(top.values[:, 0].float())
+        self.in_top.append((top.indices == labels[:, None]).any(dim=1) & finite)
+        both = finite & reference.isfinite().all(dim=1)
+        truth, other = reference[both].double(), output[both].double()
+        self.signal += float(truth.square().sum())
+        self.noise += float((truth - other).square().sum())
+
+    def finish(self) -> Predictions:
+        return Predictions(
+            torch.cat(self.predicted), torch.cat(self.confidence), torch.cat(self.in_top), self.signal, self.noise
+        )
+
+
+def tracked(stream: Iterator[tuple[Tensor, Tensor]], total: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """``stream`` with a progress bar of ``total`` images on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(title, total=total)
+        for images, labels in stream:
+            yield images, labels
+            progress.advance(task, len(images))
+
+
+def accuracy(predictions: Predictions, reference: Predictions, labels: Tensor, classes: int) -> Accuracy:
+    """The figures of one precision."""
+    images = len(labels)
+    correct = predictions.correct(labels)
+    right, in_top = int(correct.sum()), int(predictions.in_top.sum())
+    matrix = confusion_matrix(predictions.predicted, labels, classes)
+    per_label = torch.bincount(labels, minlength=classes)
+    low, high = wilson_interval(right, images)
+    return Accuracy(
+        images=images,
+        correct_top1=right,
+        correct_top5=in_top,
+        top1=100 * right / images,
+        top5=100 * in_top / images,
+        top1_interval=Interval(100 * low, 100 * high),
+        agreement=100 * int((predictions.predicted == reference.predicted).sum()) / images,
+        sqnr_db=predictions.sqnr_db,
+        non_finite=predictions.non_finite,
+        calibration_error=100 * calibration_error(predictions.confidence, correct),
+        per_class=[
+            100 * int(matrix[label, label]) / int(count) if count else None for label, count in enumerate(per_label)
+        ],
+        confusion=matrix.tolist(),
+    )
+
+
+def paired(predictions: Predictions, reference: Predictions, labels: Tensor) -> Paired:
+    """One precision against FP32 on the same images, with McNemar's test and the interval of the difference."""
+    images = len(labels)
+    ours, theirs = predictions.correct(labels), reference.correct(labels)
+    lost, gained = int((theirs & ~ours).sum()), int((ours & ~theirs).sum())
+    exact, mid = mcnemar(lost, gained)
+    low, high = paired_interval(lost, gained, images)
+    top5 = int(predictions.in_top.sum()) - int(reference.in_top.sum())
+    return Paired(
+        lost=lost,
+        gained=gained,
+        top1_points=100 * (gained - lost) / images,
+        top1_interval=Interval(100 * low, 100 * high),
+        top5_points=100 * top5 / images,
+        mcnemar_exact=exact,
+        mcnemar_mid=mid,
+    )
+
+
+def measure(
+    compiled: Sequence[Compiled], source: ImageSet, classes: int, batch_size: int, start: int, count: int | None
+) -> tuple[Tensor, list[Predictions]]:
+    """:func:`predict` over a part of an image set, with a progress bar; see there and :func:`check_range`."""
+    total = check_range(source, batch_size, start, count)
+    stream = tracked(batches(source, batch_size, start, count), total, "accuracy")
+    return predict(compiled, stream, classes)

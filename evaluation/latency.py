@@ -1,0 +1,196 @@
+"""Latency, measured so that the precisions can be compared: interleaved, after a warm-up, on real images.
+
+On a CPU, ``perf_counter`` around each call. On a GPU, CUDA events around each launch on a stream of its own with the
+input already on the device, and beside it the wall-clock time with the copies from and to pinned host memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from data.base import ImageSet
+from engines.base import Compiled
+from evaluation.results import Latency, Timing
+
+SLICE_SECONDS = 0.02
+"""How long one network runs before it is the next one's turn: long against a switch, short against clock drift."""
+WARM_UP_SECONDS = 0.2
+GPU_RUNS, GPU_SECONDS = 200, 2.0
+"""On a GPU: at least this many timed runs, or this many seconds."""
+PATIENCE = 10
+"""A slow network stops after this many times the configured seconds, however few runs that makes."""
+LEAST_RUNS = 5
+
+
+@dataclass
+class _Subject:
+    """One network under measurement at one batch size.
+
+    ``sample(n)`` runs it n times and returns the times in milliseconds.
+    """
+
+    sample: Callable[[int], list[float]]
+    runs: int
+    seconds: float
+    limit: float
+    times: list[float] = field(default_factory=list)
+    spent: float = 0.0
+    estimate: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        enough = len(self.times) >= self.runs and self.spent >= self.seconds
+        return enough or (self.spent >= self.limit and len(self.times) >= LEAST_RUNS)
+
+
+def measure_latency(
+    compiled: Sequence[Compiled],
+    source: ImageSet,
+    batch_sizes: Sequence[int],
+    seconds: float,
+    runs: int,
+    device: int = 0,
+) -> list[list[Latency]]:
+    """Time every network at every batch size; the first is the one that speed-ups are against.
+
+    The networks take turns of about 20 ms, so that a change of clock or of load hits all alike. The first call of
+    each turn, which finds the caches full of the other networks' data, is not counted. A network whose latency is
+    not representative anyway (``latency_note``) is timed for ``seconds`` alone, without the least number of runs.
+
+    Args:
+        compiled: Networks.
+        source: Where the images come from, since the time of some kernels depends on the values; they repeat where
+            a batch is larger than the set.
+        batch_sizes: Images per batch.
+        seconds: Timed seconds per network and batch size, at least.
+        runs: Timed runs per network and batch size, at least; given up after ten times ``seconds``.
+        device: Index of the GPU, for the networks that run on one.
+
+    Returns:
+        For each network, one entry per batch size.
+    """
+    results: list[list[Latency]] = [[] for _ in compiled]
+    for size in batch_sizes:
+        images = source.images(torch.arange(size) % len(source)).contiguous()
+        compute = [_subject(network, images, seconds, runs, device) for network in compiled]
+        _take_turns(compute)
+        copies = {
+            index: _end_to_end_subject(network, images, seconds, runs, device)
+            for index, network in enumerate(compiled)
+            if network.run_on_device is not None
+        }
+        _take_turns(list(copies.values()))
+        for index, subject in enumerate(compute):
+            timing = summarise(subject.times, size)
+            end_to_end = summarise(copies[index].times, size) if index in copies else None
+            results[index].append(Latency(batch_size=size, compute=timing, end_to_end=end_to_end))
+    return [
+        [replace(entry, speedup=_speedup(results[0], entry)) for entry in entries] if index else entries
+        for index, entries in enumerate(results)
+    ]
+
+
+def _speedup(reference: Sequence[Latency], entry: Latency) -> float:
+    base = next(other for other in reference if other.batch_size == entry.batch_size)
+    return base.compute.median / entry.compute.median
+
+
+def summarise(times: Sequence[float], batch_size: int) -> Timing:
+    """Median and percentiles (linear interpolation) of times in milliseconds."""
+    values = torch.tensor(times, dtype=torch.float64)
+    median, p90, p99 = torch.quantile(values, torch.tensor([0.5, 0.9, 0.99], dtype=torch.float64)).tolist()
+    return Timing(
+        runs=len(times),
+        median=median,
+        p90=p90,
+        p99=p99,
+        per_image=median / batch_size,
+        images_per_second=1000 * batch_size / median,
+    )
+
+
+def _subject(network: Compiled, images: Tensor, seconds: float, runs: int, device: int) -> _Subject:
+    if network.run_on_device is not None:
+        return _gpu_subject(_DeviceRunner(network.run_on_device, images, device).compute, seconds, runs)
+    runs = LEAST_RUNS if network.latency_note else runs
+    return _Subject(_wall_clock(lambda: network.run(images)), runs, seconds, PATIENCE * seconds)
+
+
+def _end_to_end_subject(network: Compiled, images: Tensor, seconds: float, runs: int, device: int) -> _Subject:
+    assert network.run_on_device is not None  # the caller chose those that have it
+    return _gpu_subject(_wall_clock(_DeviceRunner(network.run_on_device, images, device).round_trip), seconds, runs)
+
+
+def _gpu_subject(sample: Callable[[int], list[float]], seconds: float, runs: int) -> _Subject:
+    return _Subject(sample, max(runs, GPU_RUNS), seconds, max(seconds, GPU_SECONDS))
+
+
+def _wall_clock(call: Callable[[], object]) -> Callable[[int], list[float]]:
+    def sample(count: int) -> list[float]:
+        times = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            call()
+            times.append(1000 * (time.perf_counter() - begin))
+        return times
+
+    return sample
+
+
+class _DeviceRunner:
+    """Runs a network on a GPU, on a stream of its own, with buffers that are allocated once."""
+
+    def __init__(self, run: Callable[[Tensor], Tensor], images: Tensor, device: int) -> None:
+        self.run = run
+        self.stream = torch.cuda.Stream(device)
+        self.source = images.pin_memory()
+        with torch.cuda.stream(self.stream):
+            self.input = images.to(torch.device("cuda", device))
+            output = run(self.input)
+        self.stream.synchronize()
+        self.target = torch.empty_like(output, device="cpu").pin_memory()
+
+    def compute(self, count: int) -> list[float]:
+        """Milliseconds of each of ``count`` launches, between two events on the stream."""
+        events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
+        with torch.cuda.stream(self.stream):
+            for begin, end in events:
+                begin.record(self.stream)
+                self.run(self.input)
+                end.record(self.stream)
+        self.stream.synchronize()
+        return [begin.elapsed_time(end) for begin, end in events]
+
+    def round_trip(self) -> None:
+        """Copy in, run, copy out, and wait for it."""
+        with torch.cuda.stream(self.stream):
+            self.input.copy_(self.source, non_blocking=True)
+            self.target.copy_(self.run(self.input), non_blocking=True)
+        self.stream.synchronize()
+
+
+def _take_turns(subjects: Sequence[_Subject]) -> None:
+    """Warm every subject up, then let them run in turns until each has enough."""
+    with torch.inference_mode():
+        for subject in subjects:
+            begin = time.perf_counter()
+            count = 0
+            while count < 2 or (time.perf_counter() - begin < WARM_UP_SECONDS):
+                subject.sample(1)
+                count += 1
+            subject.estimate = (time.perf_counter() - begin) / count
+        for subject in _in_turns(subjects):
+            begin = time.perf_counter()
+            count = max(1, round(SLICE_SECONDS / subject.estimate))
+            subject.times += subject.sample(count + 1)[1:]
+            subject.spent += time.perf_counter() - begin
+
+
+def _in_turns(subjects: Sequence[_Subject]) -> Iterator[_Subject]:
+    while waiting := [subject for subject in subjects if not subject.done]:
+        yield from waiting

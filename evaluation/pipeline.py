@@ -1,0 +1,212 @@
+"""One evaluation, from a subject to a :class:`evaluation.results.Report`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+
+from torch import Tensor
+
+from common.config import Config, PrecisionName
+from common.errors import InputError
+from engines import Compiled, Engine, EngineError, Selection
+from evaluation.accuracy import Predictions, accuracy, measure, paired
+from evaluation.environment import environment
+from evaluation.latency import measure_latency
+from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, judge
+from evaluation.subject import Subject
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Stopwatch:
+    """Seconds spent in each part of the evaluation, in order."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time the body under ``name``."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the accuracy run left for the analysis.
+
+    Attributes:
+        labels: int64 [N].
+        predictions: Precision -> its predictions, for those that ran.
+    """
+
+    labels: Tensor
+    predictions: dict[PrecisionName, Predictions]
+
+
+def evaluate(
+    config: Config, subject: Subject, selection: Selection, baselines: Sequence[Compiled] = ()
+) -> tuple[Report, Measured]:
+    """Compile each precision, run them over the same images, time them in turns, and judge.
+
+    Args:
+        config: Of the run.
+        subject: What to evaluate.
+        selection: What executes it.
+        baselines: Other ways to execute the network, timed beside it.
+
+    Returns:
+        The report, without the per-layer parts, and the predictions of each precision.
+
+    Raises:
+        InputError: the engine cannot run FP32, or the images or outputs are unusable.
+    """
+    engine, options = selection.engine, config.evaluation
+    classes = len(subject.info.classes)
+    watch = Stopwatch()
+    with watch.part("compile"):
+        compiled, skipped = compile_precisions(engine, subject, options.precisions)
+    networks = list(compiled.values())
+    with watch.part("accuracy"):
+        labels, predictions = measure(
+            networks, subject.images, classes, options.batch_size, options.start, options.batches
+        )
+    with watch.part("latency"):
+        latency = measure_latency(
+            [*networks, *baselines],
+            subject.images,
+            options.latency_batch_sizes,
+            options.latency_seconds,
+            options.latency_runs,
+            config.engine.device,
+        )
+    measured = Measured(labels, dict(zip(compiled, predictions, strict=True)))
+    rows: list[Row] = []
+    for precision in TITLES:
+        if precision in compiled:
+            entries = latency[list(compiled).index(precision)]
+            rows.append(_row(compiled[precision], entries, measured, classes))
+        else:
+            rows.append(Row(precision, engine.name, "compared", skipped=skipped[precision]))
+    rows += [
+        dataclasses.replace(_timed(network, entries), role="baseline")
+        for network, entries in zip(baselines, latency[len(networks) :], strict=True)
+    ]
+    report = Report(
+        version=VERSION,
+        run=config.run,
+        created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
+        seconds=watch.seconds,
+        verdict=judge(rows, options.tolerance),
+        model=_model(subject),
+        data=_data(config, subject, len(labels)),
+        engine=engine.name,
+        engine_reason=selection.reason,
+        rows=rows,
+        calibration=subject.int8.description,
+        tensors=[],
+        analysis=None,
+        changed=[],
+        changed_total={},
+        environment=environment(config.engine.device),
+        seed=config.seed,
+        config=_plain(dataclasses.asdict(config)),
+        notes=subject.notes,
+    )
+    return report, measured
+
+
+def compile_precisions(
+    engine: Engine, subject: Subject, precisions: Sequence[PrecisionName]
+) -> tuple[dict[PrecisionName, Compiled], dict[PrecisionName, str]]:
+    """Compile FP32, and of the other precisions those that were asked for: (networks, why the others did not run).
+
+    Raises:
+        InputError: the engine cannot run FP32, which the others are measured against.
+    """
+    compiled: dict[PrecisionName, Compiled] = {}
+    skipped: dict[PrecisionName, str] = {}
+    for precision in TITLES:
+        if precision != "fp32" and precision not in precisions:
+            skipped[precision] = "it was not asked for"
+            continue
+        if precision == "int8" and subject.int8.table is None:
+            skipped[precision] = subject.int8.problem
+        else:
+            try:
+                compiled[precision] = engine.compile(subject.network, precision, subject.int8.table)
+                continue
+            except EngineError as error:
+                if precision == "fp32":
+                    raise InputError(f"{engine.name} cannot run {subject.network.name} in FP32: {error}") from error
+                skipped[precision] = str(error)
+        logger.warning("%s is skipped: %s", TITLES[precision], skipped[precision])
+    return compiled, skipped
+
+
+def _timed(network: Compiled, latency: list[Latency]) -> Row:
+    return Row(
+        precision=network.precision,
+        engine=network.engine,
+        role="reference" if network.precision == "fp32" else "compared",
+        device=network.device,
+        size=network.size_bytes,
+        latency_note=network.latency_note,
+        latency=latency,
+        details=dict(network.details),
+    )
+
+
+def _row(network: Compiled, latency: list[Latency], measured: Measured, classes: int) -> Row:
+    reference, ours = measured.predictions["fp32"], measured.predictions[network.precision]
+    return dataclasses.replace(
+        _timed(network, latency),
+        accuracy=accuracy(ours, reference, measured.labels, classes),
+        paired=None if ours is reference else paired(ours, reference, measured.labels),
+    )
+
+
+def _model(subject: Subject) -> Model:
+    return Model(
+        name=subject.network.name,
+        class_path=subject.meta.class_path,
+        parameters=sum(parameter.numel() for parameter in subject.network.module.parameters()),
+        epochs=subject.meta.epochs,
+        seed=subject.meta.seed,
+        layers=[layer.name for layer in subject.network.layers],
+        unsupported=dict(subject.network.unsupported),
+    )
+
+
+def _data(config: Config, subject: Subject, images: int) -> Data:
+    info, options = subject.info, config.evaluation
+    return Data(
+        name=info.name,
+        title=info.title,
+        split=options.split,
+        images=images,
+        batch_size=options.batch_size,
+        start=options.start,
+        batches=options.batches,
+        classes=list(info.classes),
+        shape=list(info.preprocessing.shape),
+        fingerprint=info.fingerprint,
+        notes=list(info.notes),
+    )
+
+
+def _plain(value: object) -> dict[str, object]:
+    """A configuration as JSON values: paths become text."""
+    import json
+
+    result: dict[str, object] = json.loads(json.dumps(value, default=str))
+    return result

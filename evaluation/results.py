@@ -1,0 +1,491 @@
+"""What an evaluation finds: the dataclasses that ``report.json`` is made of, and the verdict.
+
+Shares are in percent, differences in points (percent of the images), times in milliseconds, sizes in bytes. None
+stands for "does not apply", never for zero. Imports no torch: reading and comparing reports starts at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from common.config import PrecisionName
+from common.decode import decode
+from common.errors import InputError
+from common.files import read_json
+
+VERSION = 1
+"""Of the format of ``report.json``; raised when a member is added, removed or changes its meaning."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A 95 % confidence interval, in the unit of what it belongs to."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What one precision got right.
+
+    Attributes:
+        images: Images evaluated.
+        correct_top1: Images whose most probable class is the label.
+        correct_top5: Images whose label is among the five most probable classes (all, with fewer classes).
+        top1: Percent.
+        top5: Percent.
+        top1_interval: Wilson's interval of the top-1 accuracy, percent.
+        agreement: Percent of the images for which it predicts the same class as FP32.
+        sqnr_db: Signal-to-noise ratio of its probabilities against FP32's, in dB; null where they are identical.
+        non_finite: Images whose output has a NaN or an infinity; they count as wrong.
+        calibration_error: Expected calibration error (15 bins), percent.
+        per_class: Percent right of each class, in label order; null for a class without images.
+        confusion: Counts; row = true class, column = predicted.
+    """
+
+    images: int
+    correct_top1: int
+    correct_top5: int
+    top1: float
+    top5: float
+    top1_interval: Interval
+    agreement: float
+    sqnr_db: float | None
+    non_finite: int
+    calibration_error: float
+    per_class: list[float | None]
+    confusion: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One precision against FP32 on the same images.
+
+    Attributes:
+        lost: Images that FP32 gets right and this precision wrong.
+        gained: Images that FP32 gets wrong and this precision right.
+        top1_points: Top-1 minus FP32's, points.
+        top1_interval: Interval of that difference (Bonett and Price), points.
+        top5_points: Top-5 minus FP32's, points.
+        mcnemar_exact: p-value of McNemar's exact test, two-sided.
+        mcnemar_mid: p-value of McNemar's mid-p test, two-sided: the one to read.
+    """
+
+    lost: int
+    gained: int
+    top1_points: float
+    top1_interval: Interval
+    top5_points: float
+    mcnemar_exact: float
+    mcnemar_mid: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times of many runs of one batch.
+
+    Attributes:
+        runs: Timed runs.
+        median: Milliseconds per batch.
+        p90: 90th percentile, milliseconds per batch.
+        p99: 99th percentile, milliseconds per batch.
+        per_image: Median over the batch size, milliseconds.
+        images_per_second: Batch size over the median.
+    """
+
+    runs: int
+    median: float
+    p90: float
+    p99: float
+    per_image: float
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Latency at one batch size.
+
+    Attributes:
+        batch_size: Images per batch.
+        compute: The network alone: inputs and outputs stay where it runs.
+        end_to_end: With the copies from and to pinned host memory (GPU alone).
+        speedup: FP32's median over this one's, both from this measurement; null for FP32 itself.
+    """
+
+    batch_size: int
+    compute: Timing
+    end_to_end: Timing | None = None
+    speedup: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One precision on one engine.
+
+    Attributes:
+        precision: ``fp32``, ``fp16`` or ``int8``.
+        engine: What executed it.
+        role: ``reference`` (FP32), ``compared`` (the verdict counts it) or ``baseline`` (shown beside, not judged).
+        device: Where it ran; empty if it did not.
+        skipped: Why it did not run; null if it did.
+        size: Bytes of what would be deployed.
+        latency_note: Why its latency says nothing about this precision; null if it does.
+        accuracy: Null if it did not run, or was timed alone (a baseline).
+        paired: Against FP32; null for FP32 itself.
+        latency: One entry per batch size.
+        details: What the engine says of it.
+    """
+
+    precision: PrecisionName
+    engine: str
+    role: Literal["reference", "compared", "baseline"]
+    device: str = ""
+    skipped: str | None = None
+    size: int | None = None
+    latency_note: str | None = None
+    accuracy: Accuracy | None = None
+    paired: Paired | None = None
+    latency: list[Latency] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether the lower precisions may replace FP32.
+
+    Attributes:
+        passed: FP16 (where it ran) and INT8 lose at most ``tolerance`` points of top-1 and of top-5.
+        tolerance: Points.
+        summary: One sentence.
+        reasons: Each finding that decided it.
+    """
+
+    passed: bool
+    tolerance: float
+    summary: str
+    reasons: list[str]
+
+    @property
+    def word(self) -> str:
+        return "PASSED" if self.passed else "FAILED"
+
+
+TITLES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
+
+
+def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
+    """The verdict: FP16 and INT8 each lose at most ``tolerance`` points of top-1 and of top-5 against FP32.
+
+    A gain never fails. FP16 may be absent (hardware without it); without INT8 there is no PASSED.
+    """
+    reasons: list[str] = []
+    failed: list[str] = []
+    for row in rows:
+        if row.role != "compared":
+            continue
+        title = TITLES[row.precision]
+        if row.accuracy is None or row.paired is None:
+            reasons.append(f"{title} did not run: {row.skipped}")
+            if row.precision == "int8":
+                failed.append(reasons[-1])
+            continue
+        for name, points in (("top-1", row.paired.top1_points), ("top-5", row.paired.top5_points)):
+            # A loss of exactly the tolerance passes; the slack is far below one image in any data set.
+            within = -points <= tolerance + 1e-9
+            reasons.append(
+                f"{title} {name} {points:+.2f} points against FP32: {'within' if within else 'outside'} {tolerance:g}"
+            )
+            if not within:
+                failed.append(reasons[-1])
+        if row.accuracy.non_finite:
+            reasons.append(f"{title} gave NaN or infinity for {row.accuracy.non_finite} images, counted as wrong")
+    judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.paired is not None]
+    if not any(row.precision == "int8" and row.role == "compared" for row in rows):
+        reasons.append("INT8 did not run: it was not asked for")
+        failed.append(reasons[-1])
+    if failed:
+        return Verdict(False, tolerance, "; ".join(failed), reasons)
+    verb = "is" if len(judged) == 1 else "are each"
+    summary = f"{' and '.join(judged)} {verb} within {tolerance:g} point{'' if tolerance == 1 else 's'} of FP32"
+    return Verdict(True, tolerance, summary, reasons)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The images.
+
+    Attributes:
+        name: ``mnist``, ``digits``, ...
+        title: For people.
+        split: ``test``, ``train`` or ``validation``.
+        images: How many were evaluated.
+        batch_size: Images per batch.
+        start: Batches skipped at the beginning.
+        batches: Batches evaluated; null for all.
+        classes: Names, in label order.
+        shape: Channels, height, width.
+        fingerprint: Hex digest of the data set.
+        notes: What a reader must know of it.
+    """
+
+    name: str
+    title: str
+    split: str
+    images: int
+    batch_size: int
+    start: int
+    batches: int | None
+    classes: list[str]
+    shape: list[int]
+    fingerprint: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Model:
+    """The network.
+
+    Attributes:
+        name: Names its files.
+        class_path: Its class or factory.
+        parameters: Number of weights.
+        epochs: Of its training.
+        seed: Of its training.
+        layers: Names of the layers that can run in INT8.
+        unsupported: Operations that stay in float: tensor -> operation.
+    """
+
+    name: str
+    class_path: str
+    parameters: int
+    epochs: int
+    seed: int
+    layers: list[str]
+    unsupported: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Environment:
+    """The machine and the software.
+
+    Attributes:
+        processor: The CPU's model.
+        instructions: Those of its instruction sets that matter to these engines, such as ``avx512_vnni``.
+        cores: Logical CPUs that this process may use.
+        threads: Threads that PyTorch uses within an operation.
+        memory: Bytes of RAM; null if unknown.
+        system: Operating system.
+        versions: Package -> version.
+        gpu: The GPU's name; null without one.
+        gpu_details: Driver, compute capability, clocks, power state, as text.
+    """
+
+    processor: str
+    instructions: list[str]
+    cores: int
+    threads: int
+    memory: int | None
+    system: str
+    versions: dict[str, str]
+    gpu: str | None = None
+    gpu_details: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of |x| in equal bins over [0, range).
+
+    Attributes:
+        range: Upper end of the last bin.
+        counts: One per bin.
+        maximum: Largest |x| seen.
+    """
+
+    range: float
+    counts: list[int]
+    maximum: float
+
+
+@dataclass(frozen=True)
+class TensorFigures:
+    """One tensor of the network over some of the evaluated images, and what quantizing it does.
+
+    Attributes:
+        name: As in the calibration table.
+        histogram: Of its FP32 values.
+        quantized: Whether a layer reads it in INT8.
+        scale: From the table; null if it has none that can be used.
+        threshold: 127 * scale: the largest value that INT8 represents; null without a scale.
+        clipped: Percent of the FP32 values beyond the threshold; null without a scale.
+        own_sqnr_db: Signal-to-noise ratio when the FP32 values themselves are quantized, dB: what its scale costs.
+        sqnr_db: Signal-to-noise ratio of its values in the INT8 network against FP32, dB: what has gathered so far;
+            null where identical or not analysed.
+        cosine: Cosine similarity of the two; null where one of them is zero or it was not analysed.
+    """
+
+    name: str
+    histogram: Histogram
+    quantized: bool
+    scale: float | None = None
+    threshold: float | None = None
+    clipped: float | None = None
+    own_sqnr_db: float | None = None
+    sqnr_db: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The calibration table.
+
+    Attributes:
+        algorithm: ``entropy2``, ...
+        tensorrt_version: In the table's first line.
+        source: Who made it, and from what: the table's side file, as text.
+        scales: Tensor -> scale, in network order.
+    """
+
+    algorithm: str
+    tensorrt_version: str
+    source: dict[str, str]
+    scales: dict[str, float]
+
+
+@dataclass(frozen=True)
+class LayerSensitivity:
+    """What one layer costs.
+
+    Attributes:
+        layer: Its name.
+        kind: ``conv``, ``linear``, ...
+        only_points: Top-1 minus FP32's when only this layer runs in INT8, points.
+        only_changed: Percent of the images whose prediction then differs from FP32's.
+        only_sqnr_db: Of the outputs then, dB; null where identical.
+        without_points: Top-1 minus FP32's when all but this layer run in INT8, points.
+        without_changed: Percent of the images whose prediction then differs from FP32's.
+        without_sqnr_db: Of the outputs then, dB; null where identical.
+    """
+
+    layer: str
+    kind: str
+    only_points: float
+    only_changed: float
+    only_sqnr_db: float | None
+    without_points: float
+    without_changed: float
+    without_sqnr_db: float | None
+
+
+@dataclass(frozen=True)
+class ChangedImage:
+    """An image whose prediction changed from FP32 to another precision.
+
+    Attributes:
+        index: Position in the evaluated split.
+        label: Its class.
+        precision: What it is compared with.
+        change: ``lost`` (FP32 is right), ``gained`` (FP32 is wrong) or ``other`` (both are wrong).
+        fp32: Class that FP32 predicts.
+        fp32_confidence: Its probability.
+        predicted: Class that the other precision predicts.
+        confidence: Its probability.
+        picture: PNG as a data URI.
+    """
+
+    index: int
+    label: int
+    precision: PrecisionName
+    change: Literal["lost", "gained", "other"]
+    fp32: int
+    fp32_confidence: float
+    predicted: int
+    confidence: float
+    picture: str
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Where INT8 loses, and what to do about it.
+
+    Attributes:
+        images: Images that the layers were measured on.
+        engine: What ran the layers in INT8, for people.
+        layers: Ranked: what hurts most comes first.
+        suggestion: Layers to keep in higher precision; empty if none is needed or none helps.
+        advice: One or two sentences.
+    """
+
+    images: int
+    engine: str
+    layers: list[LayerSensitivity]
+    suggestion: list[str]
+    advice: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All of an evaluation.
+
+    Attributes:
+        version: Of this format.
+        run: Name of the run.
+        created: Time, ISO 8601 with offset.
+        seconds: What the evaluation took, by part.
+        verdict: Whether the lower precisions may replace FP32.
+        model: The network.
+        data: The images.
+        engine: What executed the network.
+        engine_reason: Why that one.
+        rows: One per precision, FP32 first, then baselines.
+        calibration: The table; null without one.
+        tensors: In network order; empty where no report was asked for.
+        analysis: Null where it was not asked for.
+        changed: Images whose prediction changed; at most a few dozen per precision.
+        changed_total: Precision -> how many changed.
+        environment: The machine and the software.
+        seed: Of the run.
+        config: The configuration, every value.
+        notes: What a reader must know, such as that stand-in data was used.
+    """
+
+    version: int
+    run: str
+    created: str
+    seconds: dict[str, float]
+    verdict: Verdict
+    model: Model
+    data: Data
+    engine: str
+    engine_reason: str
+    rows: list[Row]
+    calibration: Calibration | None
+    tensors: list[TensorFigures]
+    analysis: Analysis | None
+    changed: list[ChangedImage]
+    changed_total: dict[str, int]
+    environment: Environment
+    seed: int
+    config: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def row(self, precision: str) -> Row | None:
+        """The judged row of a precision."""
+        return next((row for row in self.rows if row.precision == precision and row.role != "baseline"), None)
+
+
+def read_report(path: Path) -> Report:
+    """Read ``report.json``, given itself or its folder.
+
+    Raises:
+        InputError: missing, too large, not JSON, of another version, or of another form.
+    """
+    path = path / "report.json" if path.is_dir() else path
+    value = read_json(path)
+    version = value.get("version") if isinstance(value, dict) else None
+    if version != VERSION:
+        raise InputError(f"{path} is not a report of version {VERSION}: make it again with evaluate.py --report")
+    return decode(Report, value, str(path))

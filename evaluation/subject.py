@@ -1,0 +1,143 @@
+"""What an evaluation is about: the trained network, its images, and the calibration table that fits both."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from calib.cache import read_provenance, weights_fingerprint
+from calib.graph import Network, trace
+from calib.record import read_record
+from calib.table import CalibrationTable
+from common.config import Config, QuantizationConfig
+from common.decode import encode
+from common.errors import InputError
+from common.run import Run
+from data.base import DatasetInfo, ImageSet
+from evaluation.results import Calibration
+from models.checkpoint import CheckpointMeta, load_checkpoint
+from models.reopen import reopen_data
+
+logger = logging.getLogger(__name__)
+
+QUANTIZE = "run quantize.py --precision int8"
+
+
+@dataclass(frozen=True)
+class OpenTable:
+    """The calibration table that INT8 runs with.
+
+    Attributes:
+        table: None if there is none for these weights.
+        problem: Why there is none; empty otherwise.
+        description: The table for the report.
+        quantization: Which layers stay in float, as ``quantize.py`` decided.
+        notes: What a reader must know.
+    """
+
+    table: CalibrationTable | None
+    quantization: QuantizationConfig
+    problem: str = ""
+    description: Calibration | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Attributes:
+        network: The traced network.
+        meta: What its checkpoint says.
+        info: The data set.
+        images: The split that was asked for.
+        int8: The calibration table.
+    """
+
+    network: Network
+    meta: CheckpointMeta
+    info: DatasetInfo
+    images: ImageSet
+    int8: OpenTable
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader must know."""
+        return [*self.info.notes, *self.int8.notes]
+
+
+def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject:
+    """Open the run's checkpoint, its data and its calibration table.
+
+    The checkpoint decides the data set and its preprocessing; the configuration decides where the files lie.
+
+    Args:
+        config: Of the run.
+        run: Where the checkpoint and the table are.
+        cache: Another calibration table than the one that ``quantize.py`` recorded.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, the data cannot be found or is not what the network was
+            trained on, or the table is damaged.
+    """
+    checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
+    meta = checkpoint.meta
+    if config.data.dataset not in ("auto", meta.data.dataset):
+        raise InputError(
+            f"{run.checkpoint} was trained on {meta.data.dataset}, not on {config.data.dataset}: "
+            "leave data.dataset out, or train again"
+        )
+    weights = weights_fingerprint(checkpoint.network)
+    int8 = _named_table(cache, weights, config) if cache else _recorded_table(run, weights, config)
+    data = reopen_data(meta, config.data)
+    images = {"test": data.test, "train": data.train_file, "validation": data.validation}[config.evaluation.split]
+    return Subject(trace(checkpoint.network, meta.network), meta, data.info, images, int8)
+
+
+def _recorded_table(run: Run, weights: str, config: Config) -> OpenTable:
+    """The table that ``quantize.py`` settled on."""
+    record = read_record(run.folder)
+    if record is None:
+        return OpenTable(None, config.quantization, f"there is no calibration table yet: {QUANTIZE}")
+    if config.quantization not in (QuantizationConfig(), record.quantization):
+        logger.warning("INT8 is quantized as quantize.py prepared it, not as the options given here say")
+    path = run.folder / record.table
+    if record.weights != weights:
+        return OpenTable(None, record.quantization, f"the calibration table is of other weights: {QUANTIZE}")
+    if not path.exists():
+        return OpenTable(None, record.quantization, f"the calibration table {path} is gone: {QUANTIZE}")
+    return _read_table(path, record.quantization)
+
+
+def _named_table(path: Path, weights: str, config: Config) -> OpenTable:
+    """A table that the user named."""
+    provenance = read_provenance(path)
+    if provenance is not None and provenance.weights != weights:
+        raise InputError(f"{path} was made for other weights: {QUANTIZE}")
+    return _read_table(path, config.quantization)
+
+
+def _read_table(path: Path, quantization: QuantizationConfig) -> OpenTable:
+    table = CalibrationTable.read(path)
+    provenance = read_provenance(path)
+    if provenance is None:
+        note = f"the calibration table {path.name} has no side file: what it was made from is not known"
+        logger.warning("%s", note)
+        source, notes = {"maker": "unknown"}, (note,)
+    else:
+        table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
+        record: dict[str, Any] = json.loads(encode(provenance))
+        source, notes = {key: _text(value) for key, value in record.items() if key != "format"}, ()
+    description = Calibration(table.algorithm, table.tensorrt_version, source, dict(table.scales))
+    return OpenTable(table, quantization, "", description, notes)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return " ".join(map(_text, value))
+    return str(value)

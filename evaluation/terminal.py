@@ -1,0 +1,91 @@
+"""The tables that ``evaluate.py`` prints."""
+
+from __future__ import annotations
+
+import sys
+
+from common.console import print_table
+from evaluation.results import TITLES, Report, Row
+from evaluation.text import decibel, milliseconds, p_value, points, rate, size
+
+
+def print_report(report: Report) -> None:
+    """Print the tables and the verdict on stdout."""
+    data = report.data
+    print(f"{report.model.name} on {data.title}: {data.images:,} {data.split} images, engine {report.engine}")
+    for note in report.notes:
+        print(f"note: {note}")
+    print()
+    columns = ("accuracy", "top-1 %", "points", "95 % interval", "top-5 %", "points", "agree %", "SQNR dB", "p", "size")
+    print_table("", columns, [_accuracy(row) for row in report.rows if row.accuracy is not None])
+    if any(row.latency for row in report.rows):
+        _print_latency(report)
+    for row in report.rows:
+        if row.latency_note and row.latency:
+            print(f"* {row_title(report, row).rstrip('*')}: {row.latency_note}")
+        if row.skipped:
+            print(f"{TITLES[row.precision]} skipped: {row.skipped}")
+    if report.analysis is not None:
+        print(report.analysis.advice)
+    print_verdict(report)
+
+
+def print_verdict(report: Report) -> None:
+    """Print the verdict, in colour on a terminal."""
+    from rich.console import Console
+    from rich.text import Text
+
+    verdict = report.verdict
+    text = Text.assemble((verdict.word, "bold green" if verdict.passed else "bold red"), f": {verdict.summary}")
+    Console(file=sys.stdout, highlight=False, soft_wrap=True).print(text)
+
+
+def _accuracy(row: Row) -> tuple[str, ...]:
+    assert row.accuracy is not None  # the caller chose those that have it
+    top1, top5 = f"{row.accuracy.top1:.2f}", f"{row.accuracy.top5:.2f}"
+    if row.paired is None:
+        return TITLES[row.precision], top1, "", "", top5, "", "", "", "", size(row.size)
+    interval = row.paired.top1_interval
+    return (
+        TITLES[row.precision],
+        top1,
+        points(row.paired.top1_points),
+        f"{points(interval.low)} to {points(interval.high)}",
+        top5,
+        points(row.paired.top5_points),
+        f"{row.accuracy.agreement:.2f}",
+        decibel(row.accuracy.sqnr_db),
+        p_value(row.paired.mcnemar_mid),
+        size(row.size),
+    )
+
+
+def _print_latency(report: Report) -> None:
+    copies = any(entry.end_to_end for row in report.rows for entry in row.latency)
+    columns = ["latency", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"]
+    cells = []
+    for batch_size in sorted({entry.batch_size for row in report.rows for entry in row.latency}):
+        for row in report.rows:
+            for entry in row.latency:
+                if entry.batch_size == batch_size:
+                    timing, whole = entry.compute, entry.end_to_end
+                    cells.append(
+                        (
+                            row_title(report, row),
+                            str(batch_size),
+                            milliseconds(timing.median),
+                            milliseconds(timing.p90),
+                            milliseconds(timing.p99),
+                            milliseconds(timing.per_image),
+                            rate(timing.images_per_second),
+                            "" if entry.speedup is None else f"{entry.speedup:.2f}",
+                            *([milliseconds(whole.median) if whole else ""] if copies else []),
+                        )
+                    )
+    print_table("", [*columns, *(["with copies ms"] if copies else [])], cells)
+
+
+def row_title(report: Report, row: Row) -> str:
+    """``INT8``, with a star where the latency is not representative, with the engine where it is a baseline's."""
+    title = TITLES[row.precision] + ("*" if row.latency_note else "")
+    return f"{title} {row.engine}" if row.role == "baseline" else title
