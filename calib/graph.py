@@ -140,6 +140,7 @@ class Network:
         kinds: fx node name -> kind of operation.
         layers: What can run in INT8, in network order.
         unsupported: Tensor name -> operation that stays in float.
+        input_shape: (C, H, W) of one image, where ``trace`` was told; exporting needs it.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Network:
     kinds: Mapping[str, str]
     layers: tuple[Layer, ...]
     unsupported: Mapping[str, str]
+    input_shape: tuple[int, int, int] | None = None
 
     def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Tensor:
         """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
@@ -195,12 +197,13 @@ class _Tracer(fx.Tracer):
         return isinstance(m, tuple(_MODULES)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace(model: nn.Module, name: str | None = None) -> Network:
+def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int, int] | None = None) -> Network:
     """Describe ``model`` for calibration and quantization; ``model`` itself is left as it is.
 
     Args:
         model: A classifier from float32 [B, C, H, W] to [B, classes]; a softmax is appended if it does not end in one.
         name: Name of the network; the class name if None.
+        input_shape: (C, H, W) of one image; the ONNX export and the ONNX Runtime engine need it.
 
     Raises:
         InputError: ``torch.fx`` cannot trace it, or it has more than one input or output.
@@ -221,7 +224,7 @@ def trace(model: nn.Module, name: str | None = None) -> Network:
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
-    return _describe(name, module, in_place)
+    return _describe(name, module, in_place, input_shape)
 
 
 def _first_line(error: BaseException) -> str:
@@ -368,7 +371,9 @@ def _append_softmax(module: fx.GraphModule) -> None:
     output.args = (softmax,)
 
 
-def _describe(name: str, module: fx.GraphModule, in_place: set[str]) -> Network:
+def _describe(
+    name: str, module: fx.GraphModule, in_place: set[str], input_shape: tuple[int, int, int] | None
+) -> Network:
     nodes = [node for node in module.graph.nodes if node.op not in ("output", "get_attr")]
     kinds = {node.name: kind_of(node, module) for node in nodes}
     nodes = [node for node in nodes if kinds[node.name] != "shape"]
@@ -432,6 +437,7 @@ def _describe(name: str, module: fx.GraphModule, in_place: set[str]) -> Network:
         kinds=kinds,
         layers=layers,
         unsupported=unsupported,
+        input_shape=input_shape,
     )
 
 
