@@ -138,7 +138,9 @@ class EvaluationLoader:
         self.processes = processes
 
     def __len__(self) -> int:
-        return math.ceil(len(self.source) / (self.batch_size * self.processes))
+        # No batch is empty: with few images, some hold two where batch_size is 1.
+        count = math.ceil(len(self.source) / (self.batch_size * self.processes))
+        return min(count, len(self.source) // self.processes)
 
     def __iter__(self) -> Iterator[Batch]:
         count = len(self)

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from data import idx
+from data.idx import read_idx
+
+PIXELS = torch.arange(2 * 3 * 5, dtype=torch.uint8).view(2, 3, 5)
+
+
+def header(*sizes: int, kind: int = 8, dimensions: int | None = None) -> bytes:
+    return struct.pack(f">4B{len(sizes)}I", 0, 0, kind, len(sizes) if dimensions is None else dimensions, *sizes)
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write_file(content: bytes, name: str = "file-idx3-ubyte") -> Path:
+        path = tmp_path / name
+        path.write_bytes(content)
+        return path
+
+    return write_file
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["raw", "gzip"])
+@pytest.mark.parametrize("values", [PIXELS, torch.arange(7, dtype=torch.uint8)], ids=["images", "labels"])
+def test_reads_what_was_written(write, as_idx, compress, values):
+    content = as_idx(values)
+    file = read_idx(write(compress(content)), values.ndim)
+    assert torch.equal(file.values, values)
+    assert file.values.dtype == torch.uint8
+    assert file.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_gzip_is_told_by_content_not_by_name(write, as_idx):
+    assert torch.equal(read_idx(write(gzip.compress(as_idx(PIXELS)), "plain"), 3).values, PIXELS)
+    assert torch.equal(read_idx(write(as_idx(PIXELS), "named.gz"), 3).values, PIXELS)
+
+
+def test_several_gzip_members_are_one_file(write, as_idx):
+    content = as_idx(PIXELS)
+    assert torch.equal(read_idx(write(gzip.compress(content[:9]) + gzip.compress(content[9:])), 3).values, PIXELS)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is not an idx file (it starts with nothing)"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(60), "is not an idx file"),
+        (b"\0\1" + header(1, 1, 1)[2:] + b"x", "is not an idx file"),
+        (header(1, kind=7) + b"x", "is not an idx file"),
+        (header(dimensions=0), "is not an idx file"),
+        (header(1, 1, 1, kind=0x0D) + b"xxxx", "holds float32 elements; only unsigned bytes"),
+        (header(5) + b"12345", "holds labels (1 dimension) where images (3 dimensions) are expected"),
+        (header(1, 1, 1, 1) + b"x", "holds 4-dimensional data where images"),
+        (header(1, 1, 1)[:9], "ends within its header"),
+        (header(0, 28, 28), "is empty"),
+        (header(2, 0, 3), "is empty"),
+        (header(2, 3, 4) + bytes(23), "is truncated: 23 of 24 bytes"),
+        (header(2, 3, 4) + bytes(25), "goes on after the 24 bytes"),
+        (header(0xFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF), "more than the 1,073,741,824 allowed"),
+    ],
+)
+@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["raw", "gzip"])
+def test_wrong_content_is_named(write, compress, content, message):
+    path = write(compress(content))
+    with pytest.raises(InputError) as caught:
+        read_idx(path, 3)
+    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncation_at_every_byte_is_found(write, as_idx):
+    for content in (as_idx(PIXELS), gzip.compress(as_idx(PIXELS))):
+        for length in range(len(content)):
+            with pytest.raises(InputError, match="file-idx3-ubyte"):
+                read_idx(write(content[:length]), 3)
+
+
+def test_gzip_with_a_wrong_crc_is_found(write, as_idx):
+    content = bytearray(gzip.compress(as_idx(PIXELS)))
+    content[-8] ^= 1
+    with pytest.raises(InputError, match="truncated or corrupt gzip file"):
+        read_idx(write(bytes(content)), 3)
+
+
+def test_gzip_bomb_is_left_at_the_promised_end(write):
+    compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
+    parts = [compressor.compress(header(10, 10, 10))]
+    parts += [compressor.compress(bytes(1 << 20)) for _ in range(256)]
+    path = write(b"".join([*parts, compressor.flush()]))
+    tracemalloc.start()
+    with pytest.raises(InputError, match="goes on after the 1,000 bytes"):
+        read_idx(path, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+def test_a_promise_takes_no_memory_before_it_is_kept(write):
+    path = write(header(1000, 1000, 1000) + b"x")
+    tracemalloc.start()
+    with pytest.raises(InputError, match="is truncated: 1 of 1,000,000,000 bytes"):
+        read_idx(path, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 8 << 20
+
+
+def test_limit_holds_for_what_the_header_promises(write, monkeypatch, as_idx):
+    monkeypatch.setattr(idx, "MAX_BYTES", 29)
+    with pytest.raises(InputError, match="promises 30 bytes"):
+        read_idx(write(as_idx(PIXELS)), 3)
+
+
+def test_missing_file_folder_and_pipe(tmp_path):
+    with pytest.raises(InputError, match=r"cannot read .*absent: No such file"):
+        read_idx(tmp_path / "absent", 3)
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_idx(tmp_path, 3)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is not a regular file"):
+        read_idx(tmp_path / "pipe", 3)
+
+
+def sealed(data: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
+    """Also behind the magic bytes of idx and of gzip, and gzipped: what gets past the first checks."""
+    prefixes = st.sampled_from([b"", b"\0\0\x08\x03", b"\0\0\x08\x03\0\0\0\1\0\0\0\1\0\0\0\2", b"\x1f\x8b\x08"])
+    joined = st.tuples(prefixes, data).map(b"".join)
+    return joined | joined.map(gzip.compress)
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=sealed(st.binary(max_size=200)), dimensions=st.sampled_from([1, 3]))
+def test_arbitrary_bytes_give_values_or_one_line(tmp_path_factory, content, dimensions):
+    path = tmp_path_factory.getbasetemp() / "arbitrary"
+    path.write_bytes(content)
+    message = None
+    try:
+        file = read_idx(path, dimensions)
+    except InputError as error:
+        message = str(error)
+    if message is None:
+        assert file.values.ndim == dimensions
+        assert file.values.numel() > 0
+    else:
+        assert str(path) in message
+        assert "\n" not in message
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    compress=st.sampled_from([bytes, gzip.compress]),
+)
+def test_round_trip_of_any_shape(tmp_path_factory, as_idx, shape, seed, compress):
+    values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    path = tmp_path_factory.getbasetemp() / "round-trip"
+    path.write_bytes(compress(as_idx(values)))
+    assert torch.equal(read_idx(path, len(shape)).values, values)
