@@ -1,0 +1,197 @@
+"""Histograms of absolute values: exact bins, the range's rules, what is counted and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.histogram import BINS, AbsHistogram
+from common.errors import InputError
+from tests.calib import oracle
+
+FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False)
+MODEST = st.floats(-1e3, 1e3, width=32)
+BATCHES = st.lists(st.lists(st.one_of(FLOATS, MODEST, st.just(0.0)), max_size=40), max_size=6)
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+def histogram_of(*batches):
+    histogram = AbsHistogram()
+    for batch in batches:
+        histogram.add(batch if isinstance(batch, torch.Tensor) else tensor(batch))
+    return histogram
+
+
+def exact_counts(values, limit):
+    """Bins in float64 with one exact product and one division, which cannot cross an integer at these magnitudes."""
+    bins = np.floor(np.abs(values.astype(np.float64)) * BINS / limit).astype(int)
+    return np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
+
+
+@given(BATCHES)
+def test_equals_exact_arithmetic(batches):
+    histogram = histogram_of(*batches)
+    counts, limit = oracle.histogram([np.array(batch, dtype=np.float32) for batch in batches])
+    assert histogram.range == limit
+    assert histogram.counts.tolist() == counts.tolist()
+    assert histogram.maximum == max((abs(value) for batch in batches for value in batch), default=0.0)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_values_at_and_beside_every_edge(seed):
+    limit = np.float32(np.random.default_rng(seed).uniform(0.1, 100))
+    edges = (np.arange(1, BINS) * float(limit) / BINS).astype(np.float32)
+    values = np.concatenate([[limit], edges, np.nextafter(edges, np.float32(0)), np.nextafter(edges, limit)])
+    counts, _ = oracle.histogram([values])
+    assert histogram_of(torch.from_numpy(values)).counts.tolist() == counts.tolist()
+
+
+def test_edges_are_not_where_float32_would_put_them():
+    # What the exactness is for: rounding in float32 moves some values to the next bin.
+    values = torch.randn(500_000, generator=torch.Generator().manual_seed(0))
+    limit = values.abs().max()
+    in_float32 = torch.bincount((values.abs() * (BINS / limit)).int().clamp(max=BINS - 1), minlength=BINS)
+    histogram = histogram_of(values)
+    assert histogram.counts.tolist() == exact_counts(values.numpy(), float(limit)).tolist()
+    assert histogram.counts.tolist() != in_float32.tolist()
+
+
+@pytest.mark.parametrize("size", [1, 2, 131_071, 131_072, 131_073, 400_001])
+def test_large_batches_are_counted_in_pieces(size):
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size))
+    limit = float(values.abs().max())
+    assert histogram_of(values).counts.tolist() == exact_counts(values.numpy(), limit).tolist()
+
+
+@given(BATCHES)
+def test_no_count_is_lost_by_doubling(batches):
+    histogram = AbsHistogram()
+    seen = 0
+    for batch in batches:
+        histogram.add(tensor(batch))
+        seen += len(batch)
+        assert histogram.total == histogram.counts.sum() == seen
+        assert histogram.counts.shape == (BINS,)
+        assert histogram.maximum <= histogram.range or histogram.range == 0
+
+
+@given(st.lists(MODEST, min_size=1, max_size=60), st.randoms(use_true_random=False))
+def test_order_within_a_batch_does_not_matter(values, random):
+    shuffled = list(values)
+    random.shuffle(shuffled)
+    first, second = histogram_of([1.5], values), histogram_of([1.5], shuffled)
+    assert first.range == second.range
+    assert first.counts.tolist() == second.counts.tolist()
+
+
+def test_which_values_form_the_first_batch_does_matter():
+    # Not a promise but a property of the method: the range starts from the first batch.
+    assert histogram_of([1.0], [3.0]).range == 4.0
+    assert histogram_of([3.0], [1.0]).range == 3.0
+    assert histogram_of([1.0, 3.0]).range == 3.0
+
+
+def test_range_doubles_and_bins_merge_in_pairs():
+    histogram = histogram_of([0.25, 0.5, 1.0])
+    assert np.flatnonzero(histogram.counts).tolist() == [512, 1024, 2047]
+    histogram.add(tensor([-3.5]))
+    assert histogram.range == 4.0
+    assert histogram.maximum == 3.5
+    assert np.flatnonzero(histogram.counts).tolist() == [128, 256, 511, 1792]
+
+
+def test_value_equal_to_the_range_is_in_the_last_bin_whatever_its_sign():
+    histogram = histogram_of([2.0, -2.0, 0.0])
+    assert (histogram.counts[0], histogram.counts[-1]) == (1, 2)
+
+
+def test_leading_zeros_are_counted_and_leave_the_range_open():
+    histogram = histogram_of([0.0, -0.0], [0.0])
+    assert (histogram.range, histogram.maximum, histogram.total) == (0.0, 0.0, 3)
+    histogram.add(tensor([0.5, 0.0]))
+    assert histogram.range == 0.5
+    assert (histogram.counts[0], histogram.counts[-1], histogram.total) == (4, 1, 5)
+
+
+def test_extreme_magnitudes():
+    largest, smallest = float(np.finfo(np.float32).max), 2.0**-149
+    histogram = histogram_of([smallest], [largest], [largest / 2])
+    assert histogram.total == 3
+    assert histogram.counts[0] == 1
+    assert histogram.maximum == largest <= histogram.range < 2 * largest
+
+
+def test_empty_batch_changes_nothing():
+    histogram = histogram_of([1.0])
+    histogram.add(torch.empty(0, 3))
+    assert (histogram.total, histogram.range) == (1, 1.0)
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "inf"), (-float("inf"), "inf")])
+@pytest.mark.parametrize("before", [[], [[1.0, 2.0]]])
+def test_values_that_are_not_finite_are_refused_and_change_nothing(value, word, before):
+    histogram = histogram_of(*before)
+    state = (histogram.counts.tolist(), histogram.range, histogram.maximum)
+    with pytest.raises(InputError, match=word):
+        histogram.add(tensor([0.5, value, 7.0]))
+    assert (histogram.counts.tolist(), histogram.range, histogram.maximum) == state
+
+
+def test_other_dtypes():
+    with pytest.raises(TypeError, match="float64"):
+        AbsHistogram().add(torch.zeros(3, dtype=torch.float64))
+    values = torch.randn(1000)
+    for dtype in (torch.float16, torch.bfloat16):
+        halves = values.to(dtype)
+        assert histogram_of(halves).counts.tolist() == histogram_of(halves.float()).counts.tolist()
+
+
+def test_memory_layout_does_not_matter():
+    values = torch.randn(6, 5, 8, 8)
+    expected = histogram_of(values).counts.tolist()
+    assert histogram_of(values.contiguous(memory_format=torch.channels_last)).counts.tolist() == expected
+    assert histogram_of(values.permute(3, 0, 2, 1)).counts.tolist() == expected
+    padded = torch.zeros(6, 5, 8, 16)
+    padded[..., ::2] = values
+    assert histogram_of(padded[..., ::2]).counts.tolist() == expected
+    assert histogram_of(torch.tensor([1.0]).expand(7)).total == 7
+    assert histogram_of(torch.tensor(1.0)).total == 1
+
+
+def test_batch_is_left_as_it_was():
+    values = -torch.rand(100)
+    copy = values.clone()
+    histogram_of(values)
+    assert torch.equal(values, copy)
+
+
+def test_works_under_inference_mode_and_with_gradients():
+    with torch.inference_mode():
+        inside = histogram_of(torch.ones(5))
+    assert inside.total == 5
+    assert histogram_of(torch.ones(5, requires_grad=True)).total == 5
+
+
+@settings(max_examples=30)
+@given(st.lists(MODEST, min_size=1, max_size=200), st.floats(0, 2e3))
+def test_share_above_a_threshold_is_right_to_a_bin(values, threshold):
+    histogram = histogram_of(values)
+    width = histogram.range / BINS
+    magnitudes = np.abs(np.array(values))
+    share = histogram.share_above(threshold)
+    assert np.mean(magnitudes > threshold + width) <= share <= np.mean(magnitudes >= threshold)
+
+
+def test_share_above_of_zeros_is_zero():
+    assert histogram_of([0.0, 0.0]).share_above(0.0) == 0.0
+    assert AbsHistogram().share_above(1.0) == 0.0
+
+
+@pytest.mark.gpu
+def test_gpu_counts_as_the_cpu_does():
+    values = torch.randn(300_000)
+    assert histogram_of(values.cuda()).counts.tolist() == histogram_of(values).counts.tolist()

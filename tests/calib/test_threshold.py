@@ -1,0 +1,239 @@
+"""Thresholds against the plain definition, on random and on adversarial histograms."""
+
+import gzip
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.histogram import BINS, AbsHistogram
+from calib.table import scale_to_hex
+from calib.threshold import threshold
+from common.errors import InputError
+from tests.calib import oracle
+
+
+def with_counts(counts, limit=1.0):
+    histogram = AbsHistogram()
+    histogram.counts = np.array(counts, dtype=np.int64)
+    histogram.range = histogram.maximum = limit
+    return histogram
+
+
+def spike(*positions, count=1000):
+    counts = np.zeros(BINS, dtype=np.int64)
+    counts[list(positions)] = count
+    return counts
+
+
+def assert_equals_plain_definition(counts, limit=1.0):
+    bins, divergences = oracle.entropy2(counts)
+    found = threshold(with_counts(counts, limit), "entropy2")
+    assert found.bin == bins
+    assert found.divergences is not None
+    empty = np.isinf(divergences)
+    assert (np.isinf(found.divergences) == empty).all()
+    np.testing.assert_allclose(found.divergences[~empty], divergences[~empty], rtol=0, atol=1e-11)
+    assert found.value == (0.0 if bins is None else pytest.approx((bins + 0.5) * limit / BINS, rel=1e-15))
+
+
+def random_histogram(seed):
+    rng = np.random.default_rng(seed)
+    shape = rng.choice(["normal", "relu", "exponential", "grid", "uniform", "two", "heavy"])
+    size = int(rng.integers(10, 50_000))
+    values = {
+        "normal": lambda: rng.normal(size=size),
+        "relu": lambda: np.maximum(rng.normal(size=size), 0),
+        "exponential": lambda: rng.exponential(size=size),
+        "grid": lambda: rng.integers(0, 256, size) / 255,
+        "uniform": lambda: rng.uniform(size=size),
+        "two": lambda: np.concatenate([rng.normal(size=size), rng.normal(50, 0.1, size=3)]),
+        "heavy": lambda: rng.standard_t(2, size=size),
+    }[shape]()
+    histogram = AbsHistogram()
+    for part in np.array_split(values.astype(np.float32), 3):
+        histogram.add(torch.from_numpy(part))
+    return histogram
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_histograms(seed):
+    histogram = random_histogram(seed)
+    assert_equals_plain_definition(histogram.counts, histogram.range)
+
+
+_rng = np.random.default_rng(7)
+_ramp = np.arange(BINS)
+ADVERSARIAL = {
+    "uniform": np.full(BINS, 5),
+    "ones": np.ones(BINS, dtype=int),
+    "periodic": np.tile([3, 0, 0, 1], BINS // 4),
+    "periodic in 16": np.tile([1] + [0] * 15, BINS // 16),
+    "first bin": spike(0),
+    "second bin": spike(1),
+    "bin 126": spike(126),
+    "bin 127": spike(127),
+    "bin 128": spike(128),
+    "bin 1000": spike(1000),
+    "last bin": spike(2047),
+    "one value in the last bin": spike(2047, count=1),
+    "first and last": spike(0, 2047),
+    "second and last": spike(1, 2047, count=7),
+    "spikes": spike(3, 127, 128, 129, 700, 2046),
+    "empty upper half": np.where(_ramp < 1024, 10, 0),
+    "empty lower half": np.where(_ramp < 1024, 0, 10),
+    "only the first 128": np.where(_ramp < 128, 10, 0),
+    "empty first 128": np.where(_ramp < 128, 0, 10),
+    "outlier after a gap": np.where(_ramp < 300, 1000, 0) + spike(2047, count=1),
+    "all in the tail": np.where(_ramp < 2000, 1, 10**6),
+    "all in the zeros": np.where(_ramp < 1, 10**12, 1),
+    "huge": np.full(BINS, 10**15),
+    "huge and sparse": spike(1, 500, 1999, count=10**17),
+    "huge beside one": np.where(_ramp % 2 == 0, 10**14, 1),
+    "one in ten": (_rng.random(BINS) < 0.1).astype(int),
+    "one in a hundred": (_rng.random(BINS) < 0.01).astype(int) * 100,
+    "geometric": (10**9 * 0.99**_ramp).astype(np.int64),
+    "rising": _ramp + 1,
+    "saw": _ramp % 129,
+}
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_adversarial_histograms(name):
+    assert_equals_plain_definition(ADVERSARIAL[name])
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.dictionaries(st.integers(0, BINS - 1), st.integers(1, 10**6), min_size=1, max_size=30),
+    st.floats(1e-6, 1e6),
+)
+def test_sparse_histograms(entries, limit):
+    counts = np.zeros(BINS, dtype=np.int64)
+    counts[list(entries)] = list(entries.values())
+    assert_equals_plain_definition(counts, limit)
+
+
+def test_first_of_equal_divergences_wins():
+    # One value in bin 200: every candidate that reaches it has divergence 0.
+    found = threshold(with_counts(spike(200)))
+    assert found.bin == 201
+    # A uniform histogram quantizes without loss wherever 128 levels divide the bins evenly.
+    found = threshold(with_counts(np.full(BINS, 5)))
+    assert found.divergences is not None
+    assert found.bin == BINS
+    assert found.divergences[-1] == pytest.approx(0, abs=1e-12)
+
+
+def test_threshold_is_the_middle_of_the_bin_after():
+    found = threshold(with_counts(spike(2047), limit=4.0))
+    assert (found.bin, found.value) == (2048, 2048.5 / 2048 * 4.0)
+
+
+def test_zeros_do_not_move_the_entropy2_threshold():
+    counts = np.round(1e5 * np.exp(-np.arange(BINS) / 200)).astype(np.int64)
+    many = counts.copy()
+    many[0] += 10**9
+    assert threshold(with_counts(counts)).bin == threshold(with_counts(many)).bin
+
+
+@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+def test_all_zero_tensor_has_no_threshold(algorithm):
+    histogram = AbsHistogram()
+    assert threshold(histogram, algorithm).value == 0.0
+    histogram.add(torch.zeros(10))
+    assert threshold(histogram, algorithm).value == 0.0
+
+
+@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+@pytest.mark.parametrize("value", [1.0, -3.7, 1e-30, 1e30])
+def test_constant_tensor_keeps_its_value_in_range(algorithm, value):
+    histogram = AbsHistogram()
+    histogram.add(torch.full((100,), value))
+    magnitude = float(torch.tensor(value).abs())
+    assert magnitude <= threshold(histogram, algorithm).value <= magnitude * 2048.5 / 2048
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+def test_threshold_is_positive_and_at_most_half_a_bin_above_the_range(algorithm, seed):
+    histogram = random_histogram(seed)
+    value = threshold(histogram, algorithm).value
+    assert type(value) is float
+    assert 0 < value <= histogram.range * 2048.5 / 2048
+
+
+def test_minmax_is_the_exact_maximum_over_all_batches():
+    histogram = AbsHistogram()
+    histogram.add(torch.tensor([0.7]))
+    histogram.add(torch.tensor([0.1, -1.2345678]))
+    assert threshold(histogram, "minmax").value == float(torch.tensor(1.2345678))
+
+
+def test_percentile():
+    histogram = AbsHistogram()
+    histogram.add(torch.arange(1, 1001) / 1000)
+    assert threshold(histogram, "percentile", percentile=100).value == 1.0
+    assert threshold(histogram, "percentile", percentile=50).value == pytest.approx(0.5, abs=1 / BINS)
+    assert threshold(histogram, "percentile", percentile=99).value == pytest.approx(0.99, abs=1 / BINS)
+    assert threshold(histogram, "percentile", percentile=1e-9).value > 0
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=100), st.floats(0.01, 100))
+def test_percentile_keeps_at_least_its_share(values, percentile):
+    histogram = AbsHistogram()
+    histogram.add(torch.tensor(values, dtype=torch.float32))
+    found = threshold(histogram, "percentile", percentile=percentile).value
+    inside = sum(abs(value) <= found for value in values)
+    assert inside >= math.floor(percentile / 100 * len(values) - 1e-9)
+    assert found <= histogram.maximum
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_entropy_is_the_published_search_with_the_zeros_as_counted(seed):
+    histogram = random_histogram(seed)
+    assert threshold(histogram, "entropy").bin == oracle.chosen(oracle.divergences(histogram.counts))
+
+
+def test_legacy_is_the_quantile_unless_the_tail_ends_earlier():
+    histogram = AbsHistogram()
+    histogram.add(torch.randn(200_000, generator=torch.Generator().manual_seed(3)))
+    quantile = threshold(histogram, "percentile", percentile=99.9).value
+    assert threshold(histogram, "legacy", quantile=0.999).value == quantile
+    maximum = threshold(histogram, "legacy", quantile=1.0).value
+    regression = threshold(histogram, "legacy", quantile=1.0, cutoff=0.3).value
+    assert quantile < regression < maximum == histogram.maximum
+    assert threshold(histogram, "legacy", quantile=0.999, cutoff=0.3).value == quantile
+
+
+def test_legacy_without_a_falling_tail_is_the_quantile():
+    rising = with_counts(np.arange(1, BINS + 1))
+    assert threshold(rising, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
+    flat = with_counts(np.full(BINS, 3))
+    assert threshold(flat, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
+    lone = with_counts(spike(2047))
+    assert threshold(lone, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
+
+
+def test_unknown_algorithm():
+    with pytest.raises(InputError, match="entropy3"):
+        threshold(with_counts(spike(5)), "entropy3")
+
+
+def test_data_of_nvidias_sample_gives_the_scale_that_tensorrt_wrote(mnist_dir):
+    # sampleINT8 calibrates on images 50 to 549 of the training file, in batches of 50; TensorRT 7.2.2 wrote 3c008912.
+    path = next(
+        item for item in sorted(mnist_dir.rglob("train-images*")) if item.suffix == ".gz" or "ubyte" in item.suffix
+    )
+    content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    pixels = np.frombuffer(content, dtype=np.uint8, offset=16 + 50 * 784, count=500 * 784)
+    histogram = AbsHistogram()
+    for batch in np.split(pixels, 10):
+        histogram.add(torch.from_numpy(batch.astype(np.float32) / np.float32(255)))
+    found = threshold(histogram)
+    assert found.bin == 2040
+    assert scale_to_hex(found.value / 127) == "3c008912"
