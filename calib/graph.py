@@ -309,13 +309,15 @@ def _fold_batchnorm(module: fx.GraphModule) -> None:
         if kind not in ("conv", "linear") or uses[str(before.target)] != 1:
             continue
         layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
-        if norm.running_mean is None:
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
             continue
-        fused = (
-            fuse_conv_bn_eval(layer, norm)  # type: ignore[type-var]
-            if kind == "conv"
-            else fuse_linear_bn_eval(layer, norm)  # type: ignore[type-var]
-        )
+        fused: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            fused = fuse_conv_bn_eval(layer, norm)
+        elif isinstance(layer, nn.Linear):
+            fused = fuse_linear_bn_eval(layer, norm)
+        else:
+            continue
         module.set_submodule(str(before.target), fused.requires_grad_(False))
         node.replace_all_uses_with(before)
         module.graph.erase_node(node)

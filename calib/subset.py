@@ -32,7 +32,7 @@ class Subset:
     @property
     def batches(self) -> tuple[Tensor, ...]:
         """The positions of each batch, int64 [batch_size]."""
-        return self.positions.split(self.batch_size)
+        return tuple(torch.split(self.positions, self.batch_size))
 
 
 def select(
@@ -92,16 +92,12 @@ def _stratified(labels: Tensor, num_classes: int, wanted: int, generator: torch.
     """Positions with every class in proportion (largest remainder, at least one of each), in random order."""
     counts = torch.bincount(labels, minlength=num_classes)
     share = counts.double() * wanted / len(labels)
-    take = share.floor().long()
-    if wanted >= int((counts > 0).sum()):
-        take = torch.maximum(take, (counts > 0).long())
-    # Largest remainders first; a rare class's guaranteed image may have to come out of the largest classes.
-    for label in torch.argsort(share - take, descending=True, stable=True).repeat(2).tolist():
-        if int(take.sum()) >= wanted:
-            break
-        take[label] += int(take[label] < counts[label])
-    while int(take.sum()) > wanted:
-        take[int(torch.argmax(take - share))] -= 1
+    least = (counts > 0).long() if wanted >= int((counts > 0).sum()) else torch.zeros_like(counts)
+    take = torch.maximum(share.floor().long(), least)
+    while int(take.sum()) < wanted:
+        take[int(torch.argmax(torch.where(take < counts, share - take, -torch.inf)))] += 1
+    while int(take.sum()) > wanted:  # a rare class's guaranteed image comes out of the fullest class
+        take[int(torch.argmax(torch.where(take > least, take - share, -torch.inf)))] -= 1
     shuffled = torch.randperm(len(labels), generator=generator)
     of_class = labels[shuffled]
     chosen = torch.cat([shuffled[of_class == label][: int(take[label])] for label in range(num_classes)])
@@ -127,9 +123,16 @@ class TrainingData(Protocol):
     ``train`` is ``train_file`` without the validation images, and ``train_index`` its positions there.
     """
 
-    train_file: Labelled
-    train: Labelled
-    train_index: Tensor
+    @property
+    def train_file(self) -> Labelled: ...
+
+    @property
+    def train(self) -> Labelled: ...
+
+    @property
+    def train_index(self) -> Tensor:
+        """int64 [len(train)]."""
+        ...
 
 
 def draw(data: TrainingData, num_classes: int, config: CalibrationConfig, seed: int) -> Subset:

@@ -49,7 +49,7 @@ def make_engine(name: EngineName, config: EngineConfig, quantization: Quantizati
 
 
 def select_engine(config: EngineConfig, quantization: QuantizationConfig, folder: Path) -> Selection:
-    """Choose the engine: the one that was named, else the first of Torch-TensorRT, ONNX Runtime and PyTorch that can run.
+    """Choose the engine: the one named, else the first of Torch-TensorRT, ONNX Runtime and PyTorch that can run here.
 
     Args:
         config: Its ``name`` is the choice.

@@ -1,0 +1,144 @@
+"""When a calibration table is reused, and what its side file records."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from calib.cache import Provenance, SubsetRecord, decide, read_provenance, side_file, weights_fingerprint, write
+from calib.record import QuantizationRecord, quantized_table, read_record, write_record
+from calib.table import CalibrationTable
+from common.config import QuantizationConfig
+from common.errors import InputError
+from models import LeNet
+
+TABLE = CalibrationTable({"data": 0.0078125, "conv1": 0.25})
+WANTED = Provenance(
+    maker="reference",
+    network="LeNet",
+    algorithm="entropy2",
+    options={},
+    tensorrt_version="10.12.0",
+    subset=SubsetRecord("stratified", 10, 50, 0, 1),
+    dataset="mnist",
+    data="abc",
+    preprocessing={"height": 28, "mean": (0.5,)},
+    weights="def",
+)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "CalibrationTableLeNet"
+
+
+def test_an_unchanged_table_is_reused(path: Path) -> None:
+    write(path, TABLE, WANTED)
+    decision = decide(path, WANTED, named=False)
+    assert decision.table == TABLE
+    assert not decision.foreign
+    recorded = read_provenance(path)
+    assert recorded is not None
+    assert recorded.subset == WANTED.subset
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weights": "other"}, "the weights changed"),
+        ({"data": "other"}, "the images changed"),
+        ({"algorithm": "minmax"}, "algorithm changed from entropy2 to minmax"),
+        ({"options": {"percentile": 99.0}}, "options changed"),
+        ({"subset": SubsetRecord("stratified", 10, 50, 0, 2)}, "subset seed changed from 1 to 2"),
+        ({"subset": SubsetRecord("first", 10, 50, 0, 1)}, "subset strategy changed from stratified to first"),
+        ({"preprocessing": {"height": 32, "mean": (0.5,)}}, "preprocessing changed"),
+        ({"dataset": "digits"}, "dataset changed from mnist to digits"),
+        ({"tensorrt_version": "8.6.1"}, "tensorrt_version changed"),
+        ({"maker": "tensorrt"}, "maker changed"),
+    ],
+)
+def test_every_change_calibrates_again_and_is_named(path: Path, change: dict[str, Any], reason: str) -> None:
+    write(path, TABLE, WANTED)
+    decision = decide(path, dataclasses.replace(WANTED, **change), named=False)
+    assert decision.table is None
+    assert reason in decision.reason
+
+
+def test_a_missing_table_and_the_users_wish_calibrate(path: Path) -> None:
+    assert decide(path, WANTED, named=False).table is None
+    write(path, TABLE, WANTED)
+    assert decide(path, WANTED, named=False, recalibrate=True).table is None
+
+
+def test_a_table_that_was_edited_is_not_taken_for_ours(path: Path) -> None:
+    write(path, TABLE, WANTED)
+    CalibrationTable({"data": 1.0, "conv1": 0.25}).write(path)
+    assert "the table was changed since" in decide(path, WANTED, named=False).reason
+
+
+def test_a_foreign_table_needs_to_be_named(path: Path) -> None:
+    TABLE.write(path)
+    assert decide(path, WANTED, named=False).table is None
+    decision = decide(path, WANTED, named=True)
+    assert decision.table == TABLE
+    assert decision.foreign
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"format": 2}', '{"format": 1}', "\0" * 100])
+def test_a_damaged_side_file_calibrates_again_or_is_reported(path: Path, content: str) -> None:
+    write(path, TABLE, WANTED)
+    side_file(path).write_text(content)
+    assert decide(path, WANTED, named=False).table is None
+    with pytest.raises(InputError, match="json"):
+        decide(path, WANTED, named=True)
+
+
+def test_a_table_truncated_at_any_byte_is_never_reused(path: Path) -> None:
+    write(path, TABLE, WANTED)
+    content = path.read_bytes()
+    for length in range(len(content)):
+        path.write_bytes(content[:length])
+        assert decide(path, WANTED, named=False).table is None
+
+
+def test_percentile_reads_back_under_its_true_name(path: Path) -> None:
+    wanted = dataclasses.replace(WANTED, algorithm="percentile", options={"percentile": 99.9})
+    write(path, CalibrationTable(TABLE.scales, "percentile"), wanted)
+    assert path.read_text().startswith("TRT-101200-MinMaxCalibration\n")
+    decision = decide(path, wanted, named=False)
+    assert decision.table is not None
+    assert decision.table.algorithm == "percentile"
+
+
+def test_the_fingerprint_sees_every_weight() -> None:
+    torch.manual_seed(0)
+    model = LeNet()
+    before = weights_fingerprint(model)
+    assert weights_fingerprint(model) == before
+    with torch.no_grad():
+        model.ip2.bias[9] += 1e-6
+    assert weights_fingerprint(model) != before
+
+
+def test_the_record_leads_from_a_run_to_its_table(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"run quantize\.py"):
+        quantized_table(tmp_path, "def")
+    write(tmp_path / "CalibrationTableLeNet", TABLE, WANTED)
+    record = QuantizationRecord(Path("CalibrationTableLeNet"), "def", QuantizationConfig(keep_fp=["ip2"]))
+    write_record(tmp_path, record)
+    assert read_record(tmp_path) == record
+    assert quantized_table(tmp_path, "def") == (TABLE, record)
+    with pytest.raises(InputError, match="of other weights"):
+        quantized_table(tmp_path, "ghi")
+
+
+@pytest.mark.parametrize("content", ["nonsense", "{}", json.dumps({"format": 1, "table": 3})])
+def test_a_damaged_record_is_one_clear_line(tmp_path: Path, content: str) -> None:
+    (tmp_path / "quantization.json").write_text(content)
+    with pytest.raises(InputError, match=r"quantization\.json"):
+        read_record(tmp_path)

@@ -1,0 +1,219 @@
+"""Names, scale sharing, normalisation and the INT8 plan of traced networks."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib.graph import Network, plan_int8, trace
+from calib.table import CalibrationTable
+from common.errors import InputError
+from models import LeNet
+
+LENET = ("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob")
+
+
+class Residual(nn.Module):
+    """A block with everything that needs a rule: folding, in-place ReLU, addition, concatenation, pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+        self.second = nn.Conv2d(4, 4, 1)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.drop = nn.Dropout(0.5)
+        self.fc = nn.Linear(8, 5)
+        for parameter in (self.norm.running_mean, self.norm.weight, self.norm.bias):
+            nn.init.uniform_(parameter, 0.5, 1.5)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.relu(self.norm(self.conv(x)))
+        added = self.relu(first + self.second(first))
+        both = torch.cat([added, F.max_pool2d(first, 3, 1, 1)], 1)
+        return self.fc(self.drop(self.pool(both)).view(x.size(0), -1))
+
+
+def table(network: Network, scale: float = 0.1) -> CalibrationTable:
+    return CalibrationTable(dict.fromkeys(network.tensors, scale))
+
+
+def test_lenet_has_exactly_caffes_blobs() -> None:
+    network = trace(LeNet())
+    assert network.tensors == LENET
+    assert network.name == "LeNet"
+    assert network.scale_source["pool1"] == "conv1"
+    assert network.scale_source["pool2"] == "conv2"
+    assert all(network.scale_source[name] == name for name in LENET if not name.startswith("pool"))
+    assert [layer.name for layer in network.layers] == ["conv1", "conv2", "ip1", "ip2", "prob"]
+    assert not network.unsupported
+
+
+def test_ip1_is_the_value_after_the_in_place_relu() -> None:
+    model = LeNet().eval()
+    images = torch.rand(3, 1, 28, 28)
+    seen: dict[str, Tensor] = {}
+    result = trace(model).run(images, lambda name, value: seen.setdefault(name, value.clone()))
+    with torch.no_grad():
+        pool2 = model.pool2(model.conv2(model.pool1(model.conv1(images))))
+        ip1 = torch.relu(model.ip1(pool2.flatten(1)))
+        assert torch.equal(seen["ip1"], ip1)
+        assert torch.equal(seen["ip2"], model.ip2(ip1))
+        assert torch.equal(result, model(images))
+    assert tuple(seen) == LENET
+
+
+def test_tracing_leaves_the_model_alone() -> None:
+    model = Residual().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    trace(model)
+    assert model.training
+    assert model.relu.inplace
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_general_network_computes_the_same_with_batch_normalisation_folded() -> None:
+    model = Residual().eval()
+    network = trace(model)
+    images = torch.randn(2, 3, 8, 8)
+    seen: list[str] = []
+    with torch.no_grad():
+        expected = torch.softmax(model(images), 1)
+    torch.testing.assert_close(network.run(images, lambda name, value: seen.append(name)), expected)
+    assert tuple(seen) == network.tensors
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.Dropout) for module in network.module.modules())
+    assert network.tensors == ("data", "conv", "second", "add", "max_pool2d", "cat", "pool", "fc", "prob")
+
+
+def test_concatenation_shares_the_scale_of_its_output_and_pooling_that_of_its_input() -> None:
+    source = trace(Residual()).scale_source
+    # first -> max_pool2d -> cat, and first itself: one group, whose histogram is that of cat.
+    assert {name for name, root in source.items() if root == "cat"} == {"conv", "add", "max_pool2d", "cat"}
+    assert source["second"] == "second"
+
+
+def test_a_reused_module_gives_two_names() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 1, 3, padding=1)
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.conv(self.conv(x)).flatten(1))
+
+    assert trace(Twice()).tensors == ("data", "conv", "conv_1", "fc", "prob")
+
+
+def test_names_data_and_prob_are_kept_for_input_and_output() -> None:
+    class Names(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.data = nn.Conv2d(1, 1, 1)
+            self.prob = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.prob(self.data(x).flatten(1))
+
+    network = trace(Names())
+    assert network.tensors == ("data", "data_1", "prob_1", "prob")
+    torch.testing.assert_close(network.module(torch.ones(1, 1, 2, 2)).sum(), torch.tensor(1.0))
+
+
+def test_an_out_of_place_relu_is_a_tensor_of_its_own() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), "Plain")
+    assert network.tensors == ("data", "0", "1", "3", "prob")
+
+
+def test_what_is_not_understood_stays_in_float_and_is_named() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(1, 2, 1), nn.GELU(), nn.Flatten(), nn.Linear(8, 2)), "Gelu")
+    assert network.unsupported == {"1": "GELU"}
+    assert [layer.name for layer in network.layers] == ["0", "3", "prob"]
+
+
+def test_padding_other_than_zeros_is_not_an_int8_convolution() -> None:
+    network = trace(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten()), "Reflect")
+    assert "0" in network.unsupported
+
+
+def test_later_readers_see_what_an_in_place_operation_wrote() -> None:
+    class Overwrites(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x * 2
+            F.relu(y, inplace=True)
+            return y.flatten(1)
+
+    images = torch.tensor([[[[-1.0, 2.0]]]])
+    result = trace(Overwrites()).run(images, lambda name, value: None)
+    torch.testing.assert_close(result, torch.softmax(torch.tensor([[0.0, 4.0]]), 1))
+
+
+def test_control_flow_on_values_is_refused_with_the_place() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(InputError, match=r"Branches cannot be traced: .*test_graph\.py:\d+: return x if"):
+        trace(Branches())
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda self, x, y: x + y, "takes 2 inputs"),
+        (lambda self, x: (x, x), "returns tuple"),
+        (lambda self, x, y=None: x if y is None else y, "optional input 'y' is not supported"),
+    ],
+)
+def test_other_than_one_input_and_one_output_is_refused(forward: object, message: str) -> None:
+    model = type("Odd", (nn.Module,), {"forward": forward})()
+    with pytest.raises(InputError, match=message):
+        trace(model)
+
+
+def test_images_that_do_not_fit_are_one_clear_line() -> None:
+    with pytest.raises(InputError, match=r"LeNet does not take images of shape \(1, 3, 28, 28\)"):
+        trace(LeNet()).run(torch.rand(1, 3, 28, 28), lambda name, value: None)
+
+
+def test_plan_quantizes_the_inputs_of_every_layer_and_leaves_the_softmax() -> None:
+    network = trace(LeNet())
+    plan = plan_int8(network, table(network))
+    assert plan.layers == {"conv1", "conv2", "ip1", "ip2"}
+    assert set(plan.scales) == {"data", "pool1", "flatten", "relu1"}
+    assert plan.output_scale is None
+    assert plan_int8(network, table(network), quantize_output=True).layers == plan.layers | {"prob"}
+
+
+def test_plan_keeps_layers_in_float_as_asked() -> None:
+    network = trace(LeNet())
+    plan = plan_int8(network, table(network), keep_fp=["conv1", "ip2"])
+    assert plan.layers == {"conv2", "ip1"}
+    assert set(plan.kept) == {"conv1", "ip2"}
+    with pytest.raises(InputError, match="no layer 'conv9' in LeNet: choose from conv1, conv2"):
+        plan_int8(network, table(network), keep_fp=["conv9"])
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.0**-140])
+def test_a_scale_that_cannot_divide_leaves_its_readers_in_float(scale: float, caplog: pytest.LogCaptureFixture) -> None:
+    network = trace(LeNet())
+    scales = {**table(network).scales, "pool1": scale}
+    with caplog.at_level(logging.WARNING, "calib"):
+        plan = plan_int8(network, CalibrationTable(scales))
+    assert plan.layers == {"conv1", "ip1", "ip2"}
+    assert "conv2 stays in float: no scale for pool1" in caplog.text
+
+
+def test_a_table_of_another_network_is_refused_and_foreign_names_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    network = trace(LeNet())
+    with pytest.raises(InputError, match="belongs to another network"):
+        plan_int8(network, CalibrationTable({"input_0": 0.1, "output_0": 0.1}))
+    with caplog.at_level(logging.WARNING, "calib"):
+        plan_int8(network, CalibrationTable({**table(network).scales, "conv77": 0.1}))
+    assert "does not have: conv77" in caplog.text

@@ -1,0 +1,132 @@
+"""The integer simulation is exact: compared with int64 arithmetic on the codes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from calib.calibrator import calibrate
+from calib.graph import plan_int8, trace
+from calib.int8 import quantize, quantize_weight
+from calib.table import CalibrationTable
+from engines.integer import IntegerNetwork, _WeightedLayer, saturated_share
+from models import LeNet
+
+# The most that a sum can reach: every product at its extreme. 1032 terms are the last that float32 holds.
+TERMS = [1, 25, 500, 1032, 1033, 5000]
+
+
+@pytest.mark.parametrize("terms", TERMS)
+@pytest.mark.parametrize("extreme", [False, True])
+def test_matrix_products_are_exact(terms: int, extreme: bool) -> None:
+    generator = torch.Generator().manual_seed(terms)
+    layer = nn.Linear(terms, 7, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randint(-127, 128, (7, terms), generator=generator))
+        layer.weight[:, 0] = 127  # so that the scale is 1 and the codes are the weights
+        if extreme:
+            layer.weight.fill_(127)
+    codes = (
+        torch.full((3, terms), -128.0) if extreme else torch.randint(-128, 128, (3, terms), generator=generator).float()
+    )
+    weighted = _WeightedLayer(trace(nn.Sequential(nn.Flatten(), layer), "L").layers[0], layer, 1.0)
+    expected = codes.long() @ layer.weight.long().T
+    assert torch.equal(weighted.accumulate(codes).long(), expected)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_convolutions_are_exact(groups: int) -> None:
+    generator = torch.Generator().manual_seed(groups)
+    layer = nn.Conv2d(4, 8, 3, stride=2, padding=1, dilation=2, groups=groups)
+    codes = torch.randint(-128, 128, (2, 4, 11, 11), generator=generator).float()
+    weighted = _WeightedLayer(trace(nn.Sequential(layer), "C").layers[0], layer, 1.0)
+    weight = quantize_weight(layer.weight)[0].long()
+    windows = nn.functional.unfold(codes.double(), 3, dilation=2, padding=1, stride=2).long()
+    windows = windows.reshape(2, groups, -1, windows.shape[-1])
+    expected = torch.einsum("bgkl,gok->bgol", windows, weight.reshape(groups, 8 // groups, -1))
+    assert torch.equal(weighted.accumulate(codes).long().reshape(expected.shape), expected)
+
+
+def test_lenet_is_the_arithmetic_of_the_definition() -> None:
+    torch.manual_seed(3)
+    model = LeNet().eval()
+    images = torch.rand(5, 1, 28, 28)
+    table = calibrate(model, [images])
+    seen: dict[str, torch.Tensor] = {}
+    network = trace(model)
+    result = IntegerNetwork(plan_int8(network, table), lambda name, value: seen.update({name: value.clone()}))(images)
+
+    scales = table.scales
+
+    def dense(codes: torch.Tensor, layer: nn.Linear | nn.Conv2d, scale: float) -> torch.Tensor:
+        """int64 sums by NumPy's integer arithmetic, scaled and biased in float32."""
+        weight, weight_scale = quantize_weight(layer.weight)
+        if isinstance(layer, nn.Conv2d):
+            windows = nn.functional.unfold(codes.double(), 5).long().numpy()
+            total = np.einsum("bkl,ok->bol", windows, weight.flatten(1).long().numpy())
+            side = int(total.shape[-1] ** 0.5)
+            sums = torch.from_numpy(total.reshape(*total.shape[:2], side, side))
+            shape = (1, -1, 1, 1)
+        else:
+            sums, shape = codes.long() @ weight.long().T, (1, -1)
+        assert int(sums.abs().max()) < 2**31
+        return sums.float() * (weight_scale * scale).reshape(shape) + layer.bias.detach().reshape(shape)
+
+    conv1 = dense(quantize(images, scales["data"]), model.conv1, scales["data"])
+    # Requantizing before pooling, as TensorRT does, or after it is the same: rounding is monotonic.
+    pool1 = model.pool1(quantize(conv1, scales["conv1"]))
+    conv2 = dense(pool1, model.conv2, scales["pool1"])
+    pool2 = model.pool2(quantize(conv2, scales["conv2"]))
+    ip1 = torch.relu(dense(pool2.flatten(1), model.ip1, scales["pool2"]))
+    ip2 = dense(quantize(ip1, scales["ip1"]), model.ip2, scales["ip1"])
+    for name, expected in {"conv1": conv1, "conv2": conv2, "ip1": ip1, "ip2": ip2}.items():
+        assert torch.equal(seen[name], expected), name
+    assert torch.equal(result, torch.softmax(ip2, 1))
+
+
+def test_layers_kept_in_float_are_untouched() -> None:
+    torch.manual_seed(0)
+    model = LeNet().eval()
+    images = torch.rand(4, 1, 28, 28)
+    network, table = trace(model), calibrate(model, [images])
+    kept = IntegerNetwork(plan_int8(network, table, ["conv1", "conv2", "ip1", "ip2"]))
+    with torch.no_grad():
+        assert torch.equal(kept(images), model(images))
+
+
+def test_the_output_is_quantized_only_when_asked() -> None:
+    torch.manual_seed(0)
+    model = LeNet().eval()
+    images = torch.rand(4, 1, 28, 28)
+    network, table = trace(model), calibrate(model, [images])
+    result = IntegerNetwork(plan_int8(network, table, quantize_output=True))(images)
+    codes = result / table.scales["prob"]
+    torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+
+
+def test_one_value_read_by_two_layers_is_quantized_once_and_stays_float_for_others() -> None:
+    class Branch(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(1, 2, 1)
+            self.left = nn.Conv2d(2, 2, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first = self.conv(x)
+            return (self.left(first) + first).flatten(1)
+
+    torch.manual_seed(0)
+    network = trace(Branch())
+    table = CalibrationTable(dict.fromkeys(network.tensors, 0.05))
+    images = torch.rand(2, 1, 3, 3)
+    seen: dict[str, torch.Tensor] = {}
+    IntegerNetwork(plan_int8(network, table), lambda name, value: seen.update({name: value.clone()}))(images)
+    expected = (quantize(seen["left"], 0.05) + quantize(seen["conv"], 0.05)) * 0.05
+    torch.testing.assert_close(seen["add"], expected)
+
+
+def test_saturated_share_counts_what_is_clamped() -> None:
+    values = torch.tensor([0.0, 127.4, 127.6, -128.4, -129.0])
+    assert saturated_share(values, 1.0) == pytest.approx(2 / 5)
