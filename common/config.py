@@ -217,6 +217,8 @@ class EvaluationConfig:
         latency_seconds: Timed seconds per engine and batch size.
         latency_runs: Least number of timed runs per engine and batch size.
         analysis: Whether the report includes the per-layer analysis.
+        analysis_images: Images for the per-layer analysis, spread evenly over those evaluated; as many as a fixed
+            amount of arithmetic allows (all 10,000 of MNIST for LeNet) if unset.
     """
 
     precisions: list[PrecisionName] = field(default_factory=lambda: ["fp32", "fp16", "int8"])
@@ -229,6 +231,7 @@ class EvaluationConfig:
     latency_seconds: float = 0.5
     latency_runs: int = 50
     analysis: bool = True
+    analysis_images: int | None = None
 
     def __post_init__(self) -> None:
         _require(bool(self.precisions), "evaluation.precisions must name at least one precision")
@@ -241,6 +244,10 @@ class EvaluationConfig:
         _require(all(size >= 1 for size in self.latency_batch_sizes), "evaluation.latency_batch_sizes must be positive")
         _require(self.latency_seconds > 0, "evaluation.latency_seconds must be positive")
         _require(self.latency_runs >= 1, "evaluation.latency_runs must be at least 1")
+        _require(
+            self.analysis_images is None or self.analysis_images >= 1,
+            f"evaluation.analysis_images must be at least 1, not {self.analysis_images}",
+        )
 
 
 @dataclass

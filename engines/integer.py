@@ -10,7 +10,8 @@ partial sum is an integer, and float32 holds all integers up to 2^24. A layer wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -81,6 +82,14 @@ class IntegerNetwork(fx.Interpreter):
         self._codes.clear()
         if self.plan.output_scale is not None:
             result = quantize(result, self.plan.output_scale) * self.plan.output_scale
+        return result
+
+    def only(self, names: Collection[str]) -> IntegerNetwork:
+        """The same network with only these of its INT8 layers in INT8; the weights are shared, not copied."""
+        result = copy.copy(self)
+        result._layers = {node: layer for node, layer in self._layers.items() if layer.name in names}
+        result._weighted = {node: layer for node, layer in self._weighted.items() if node in result._layers}
+        result._codes = {}
         return result
 
     def run_node(self, n: fx.Node) -> Any:
