@@ -1,4 +1,4 @@
-"""Histogram and entropy calibration by their plain definitions: slow, and free of every trick of the code under test."""
+"""Histogram and entropy calibration by their plain definitions: slow, and free of the tricks of the code under test."""
 
 from __future__ import annotations
 

@@ -1,0 +1,338 @@
+"""The calibration table's format: round trips, versions, and everything that a file can get wrong."""
+
+import copy
+import math
+import pickle
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib.table import (
+    CalibrationTable,
+    parse,
+    scale_from_hex,
+    scale_to_hex,
+    version_number,
+    version_string,
+    why_unusable,
+)
+from common.errors import InputError
+
+SAMPLE = """\
+TRT-7202-EntropyCalibration2
+data: 3c008912
+conv1: 3c88edfc
+(Unnamed Layer* 4) [Fully Connected]_output: 3dc6a9ed
+a: b: c: 3f800000
+prob: 3c010a14
+"""
+
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), min_size=1)
+SCALES = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False, width=32)
+TABLES = st.builds(
+    CalibrationTable,
+    st.dictionaries(NAMES, SCALES, min_size=1, max_size=8),
+    st.sampled_from(["entropy2", "entropy", "minmax", "legacy"]),
+    st.sampled_from(["7.2.2", "8.6.1", "10.0.1", "10.12.0"]),
+)
+
+
+def assert_one_line(error):
+    assert "\n" not in str(error)
+
+
+def problems(text):
+    table, found = parse(text)
+    assert (table is None) == bool(found)
+    return [(problem.line, problem.message) for problem in found]
+
+
+def test_reads_what_tensorrt_writes():
+    table = CalibrationTable.loads(SAMPLE)
+    assert list(table.scales) == ["data", "conv1", "(Unnamed Layer* 4) [Fully Connected]_output", "a: b: c", "prob"]
+    assert (table.algorithm, table.tensorrt_version) == ("entropy2", "7.2.2")
+    assert table.scales["data"] * 127 * 2048 == pytest.approx(2040.5, rel=1e-7)
+    assert table.scales["prob"] * 127 * 2048 == pytest.approx(2048.5, rel=1e-7)
+    assert table.scales["a: b: c"] == 1.0
+    assert table.dumps() == SAMPLE
+
+
+def test_dynamic_ranges_are_127_scales():
+    table = CalibrationTable({"a": 0.5, "b": 2.0})
+    assert table.dynamic_ranges == {"a": 63.5, "b": 254.0}
+
+
+def test_read_and_write_files(tmp_path):
+    path = tmp_path / "CalibrationTableLeNet"
+    table = CalibrationTable.loads(SAMPLE)
+    table.write(path)
+    assert path.read_bytes() == SAMPLE.encode()
+    assert CalibrationTable.read(path) == table
+    assert CalibrationTable.read(str(path)) == table
+
+
+@given(TABLES)
+def test_round_trip(table):
+    again = CalibrationTable.loads(table.dumps())
+    assert again == table
+    assert list(again.scales) == list(table.scales)
+    crlf = CalibrationTable.loads(table.dumps().replace("\n", "\r\n"))
+    assert crlf == table
+
+
+@given(SCALES)
+def test_every_positive_float32_survives(scale):
+    assert scale_from_hex(scale_to_hex(scale)) == scale
+    assert CalibrationTable.loads(CalibrationTable({"x": scale}).dumps()).scales["x"] == scale
+
+
+def test_scales_are_rounded_to_float32():
+    scale = CalibrationTable({"x": 0.1}).scales["x"]
+    assert scale == struct.unpack("f", struct.pack("f", 0.1))[0] != 0.1
+
+
+def test_percentile_reads_back_as_minmax():
+    table = CalibrationTable({"x": 1.0}, "percentile")
+    assert table.header == "TRT-101200-MinMaxCalibration"
+    assert CalibrationTable.loads(table.dumps()).algorithm == "minmax"
+
+
+def test_can_be_copied_and_pickled():
+    table = CalibrationTable.loads(SAMPLE)
+    assert copy.deepcopy(table) == table
+    assert pickle.loads(pickle.dumps(table)) == table
+
+
+def test_does_not_change_with_what_it_was_made_from():
+    scales = {"x": 1.0}
+    table = CalibrationTable(scales)
+    scales["y"] = 2.0
+    assert list(table.scales) == ["x"]
+
+
+@pytest.mark.parametrize(
+    ("version", "number"),
+    [("7.0.0", 7000), ("7.2.2", 7202), ("8.6.1", 8601), ("8.5.10", 8510), ("10.0.1", 100001), ("10.12.0", 101200)],
+)
+def test_versions(version, number):
+    assert version_number(version) == number
+    assert version_string(number) == version
+
+
+def test_build_number_is_dropped():
+    assert version_number("10.12.0.36") == 101200
+    assert CalibrationTable({"x": 1.0}, tensorrt_version="8.5.2.2").tensorrt_version == "8.5.2"
+
+
+@pytest.mark.parametrize(
+    "version",
+    [
+        *("", "10", "10.12", "10.12.0.36.1", "10.12.x", "v10.12.0", "10.12.0-rc1", " 10.12.0", "10.12.0\n", "-1.2.3"),
+        *("0.1.2", "7.10.0", "7.2.100", "9.0.1", "10.100.0", "10.12.100", "100.0.0", "1O.12.0", "10..0"),
+        "\u0661\u0660.12.0",
+    ],
+)
+def test_versions_without_a_number(version):
+    with pytest.raises(InputError, match="TensorRT"):
+        version_number(version)
+
+
+@pytest.mark.parametrize("number", [0, 7, 999, 9001, 10000, 10120, 99999, 1000000])
+def test_numbers_without_a_version(number):
+    with pytest.raises(InputError, match=str(number)):
+        version_string(number)
+
+
+@given(st.integers(0, 1_100_000))
+def test_versions_and_numbers_are_one_to_one(number):
+    try:
+        version = version_string(number)
+    except InputError:
+        return
+    assert version_number(version) == number
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("conv1 3c88edfc", "expected 'name: 8 hex digits'"),
+        ("conv1:3c88edfc", "expected 'name: 8 hex digits'"),
+        ("", "expected 'name: 8 hex digits'"),
+        ("conv1: ", "must be 8 hex digits, not ''"),
+        ("conv1: 3c88edf", "must be 8 hex digits, not '3c88edf'"),
+        ("conv1: 3c88edfc0", "must be 8 hex digits"),
+        ("conv1: 0x3c88ed", "must be 8 hex digits"),
+        ("conv1: 3c88edfg", "must be 8 hex digits"),
+        ("conv1: 3c88edfc ", "must be 8 hex digits"),
+        ("conv1: \uff13c88edfc", "must be 8 hex digits"),
+        ("conv1: +c88edfc", "must be 8 hex digits"),
+        (": 3c88edfc", "no name"),
+        ("data: 3c88edfc", "'data' already appeared in line 2"),
+        ("conv1: 7fc00000", "NaN"),
+        ("conv1: ffc00001", "NaN"),
+        ("conv1: 7f800000", "infinite"),
+        ("conv1: ff800000", "infinite"),
+        ("conv1: bc88edfc", "negative"),
+        ("conv1: 80000000", "negative"),
+        ("co\rnv1: 3c88edfc", "line breaks"),
+        ("co\0nv1: 3c88edfc", "NUL"),
+    ],
+)
+def test_malformed_lines(line, complaint):
+    text = f"TRT-7202-EntropyCalibration2\ndata: 3c008912\n{line}\nlast: 3c008912\n"
+    ((number, message),) = problems(text)
+    assert number == 3
+    assert complaint in message
+    with pytest.raises(InputError, match=r"^some/file line 3: ") as caught:
+        CalibrationTable.loads(text, "some/file")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "complaint"),
+    [
+        ("", "expected 'TRT-<version>-<algorithm>'"),
+        ("data: 3c008912", "expected 'TRT-<version>-<algorithm>'"),
+        ("\ufeffTRT-7202-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
+        ("TRT-7202-EntropyCalibration2 ", "expected 'TRT-<version>-<algorithm>'"),
+        ("TRT-8XXX-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
+        ("TRT--EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
+        ("TRT-12345678901234567890-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
+        ("TRT-9001-EntropyCalibration2", "9001 is not the number of a TensorRT version"),
+        ("TRT-7202-EntropyCalibration3", "unknown algorithm 'EntropyCalibration3'"),
+        ("TRT-7202-entropycalibration2", "unknown algorithm"),
+    ],
+)
+def test_malformed_first_line(line, complaint):
+    ((number, message),) = problems(f"{line}\nconv1: 3c88edfc\n")
+    assert number == 1
+    assert complaint in message
+
+
+def test_every_problem_is_found_and_the_first_is_named():
+    text = "TRT-1-Magic\nx\ny: 3\nz: 3c008912\nz: 3c008912\n"
+    assert [line for line, _ in problems(text)] == [1, 1, 2, 3, 5]
+    with pytest.raises(InputError, match=r"line 1: .* \(and 4 more\)$"):
+        CalibrationTable.loads(text)
+
+
+@pytest.mark.parametrize("text", ["", "\n", "TRT-7202-EntropyCalibration2", "TRT-7202-EntropyCalibration2\n\n"])
+def test_files_without_a_tensor(text):
+    assert any("no tensor" in message for _, message in problems(text))
+
+
+def test_empty_lines_may_follow():
+    assert CalibrationTable.loads(SAMPLE + "\n\r\n\n") == CalibrationTable.loads(SAMPLE.rstrip("\n"))
+
+
+def test_tensorrt_writes_a_tensor_of_zeros_as_0():
+    table = CalibrationTable.loads("TRT-8401-EntropyCalibration2\ninput: 3caa54fc\n366: 0\n367: 00000000\n")
+    assert table.scales["366"] == table.scales["367"] == 0.0
+    assert list(table.unusable) == ["366", "367"]
+    assert table.dumps().splitlines()[2:] == ["366: 00000000", "367: 00000000"]
+    with pytest.raises(InputError, match=r"366.*zero throughout"):
+        table.scale("366")
+    assert table.scale("input") > 0
+    with pytest.raises(InputError, match="no tensor 'nothing'"):
+        table.scale("nothing")
+
+
+@pytest.mark.parametrize(
+    ("scale", "usable"),
+    [
+        (0.0, False),
+        (2.0**-149, False),
+        (2.0**-127, False),
+        (2.0**-126, True),
+        (1.0, True),
+        (2.6e36, True),
+        (3e36, False),
+    ],
+)
+def test_scales_that_cannot_quantize_are_kept_and_named(scale, usable):
+    assert (why_unusable(scale) is None) == usable
+    table = CalibrationTable({"x": scale, "y": 1.0})
+    assert (list(table.unusable) == ["x"]) == (not usable)
+    assert CalibrationTable.loads(table.dumps()) == table
+
+
+@pytest.mark.parametrize(
+    "scale", [-1.0, -0.0, math.nan, math.inf, -math.inf, 3.5e38, 1e300], ids=lambda value: f"{value:g}"
+)
+def test_constructor_refuses_scales(scale):
+    with pytest.raises(InputError, match="tensor 'x': the scale"):
+        CalibrationTable({"x": scale})
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", "a\rb", "a\0b", "\ud800"])
+def test_constructor_refuses_names(name):
+    with pytest.raises(InputError, match="name"):
+        CalibrationTable({name: 1.0})
+
+
+def test_constructor_refuses_the_rest():
+    with pytest.raises(InputError, match="at least one tensor"):
+        CalibrationTable({})
+    with pytest.raises(InputError, match="unknown algorithm 'entropy3'"):
+        CalibrationTable({"x": 1.0}, "entropy3")
+    with pytest.raises(InputError, match="not a TensorRT version"):
+        CalibrationTable({"x": 1.0}, tensorrt_version="latest")
+
+
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_never_crash(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "bytes"
+    path.write_bytes(content)
+    try:
+        CalibrationTable.read(path)
+    except InputError as error:
+        assert_one_line(error)
+
+
+@given(st.text(max_size=300), st.sampled_from(["", "TRT-7202-EntropyCalibration2\n", SAMPLE]), st.integers(0, 200))
+def test_arbitrary_text_never_crashes(text, before, position):
+    mutated = before[:position] + text + before[position:]
+    try:
+        table = CalibrationTable.loads(mutated)
+    except InputError as error:
+        assert_one_line(error)
+    else:
+        assert CalibrationTable.loads(table.dumps()) == table
+
+
+def test_cut_off_at_every_byte_it_is_refused_or_a_prefix():
+    whole = list(CalibrationTable.loads(SAMPLE).scales.items())
+    accepted = 0
+    for length in range(len(SAMPLE)):
+        try:
+            table = CalibrationTable.loads(SAMPLE[:length])
+        except InputError:
+            continue
+        accepted += 1
+        found = list(table.scales.items())
+        assert found == whole[: len(found)]
+    # Only cuts at the end of a line, with or without its line break, go unnoticed here.
+    assert accepted == 2 * len(whole) - 1
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    with pytest.raises(InputError, match="missing"):
+        CalibrationTable.read(tmp_path / "missing")
+    with pytest.raises(InputError, match="cannot read"):
+        CalibrationTable.read(tmp_path)
+    large = tmp_path / "large"
+    with open(large, "wb") as stream:
+        stream.truncate(17 * 1024 * 1024)
+    with pytest.raises(InputError, match="larger than"):
+        CalibrationTable.read(large)
+    (tmp_path / "latin").write_bytes(b"TRT-7202-EntropyCalibration2\nd\xe9but: 3c008912\n")
+    with pytest.raises(InputError, match="not UTF-8"):
+        CalibrationTable.read(tmp_path / "latin")
+
+
+def test_error_lines_stay_short():
+    with pytest.raises(InputError) as caught:
+        CalibrationTable.loads("x" * 100_000)
+    assert len(str(caught.value)) < 300

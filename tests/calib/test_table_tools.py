@@ -1,0 +1,431 @@
+"""``python -m calib``: show, diff, check, convert and set; their formats, messages and exit codes."""
+
+import json
+import math
+import os
+import struct
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib import formats
+from calib.__main__ import main
+from calib.table import CalibrationTable
+from common.command import run_command
+from common.errors import InputError
+
+TABLE = CalibrationTable({"data": 0.01, "conv1": 0.5, "a: b=c": 3.0}, "entropy2", "8.6.1")
+NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), min_size=1)
+SCALES = st.floats(0, exclude_min=True, allow_nan=False, allow_infinity=False, width=32)
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "CalibrationTableLeNet"
+    TABLE.write(path)
+    return path
+
+
+def assert_one_line(error):
+    assert "\n" not in str(error)
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+# show
+
+
+def test_show(table, capsys):
+    assert run("show", table) == 0
+    out = capsys.readouterr().out
+    assert "entropy2, TensorRT 8.6.1, 3 tensors" in out
+    assert [line.split()[0] for line in out.splitlines()[2:]] == ["data", "conv1", "a:"]
+    assert "63.5" in out
+    assert "3f000000" in out
+
+
+def test_show_json_reads_back(table, tmp_path, capsys):
+    assert run("show", table, "--json") == 0
+    content = json.loads(capsys.readouterr().out)
+    assert content["scales"] == TABLE.scales
+    assert content["dynamic_ranges"]["conv1"] == 63.5
+    copy = tmp_path / "copy.json"
+    copy.write_text(json.dumps(content))
+    assert formats.read(copy) == TABLE
+
+
+def test_show_names_what_cannot_be_quantized(tmp_path, capsys):
+    path = tmp_path / "table"
+    CalibrationTable({"x": 1.0, "dead": 0.0}).write(path)
+    assert run("show", path) == 0
+    assert "tensor 'dead' cannot be quantized: scale 0" in capsys.readouterr().out
+
+
+# diff
+
+
+def test_diff_of_equal_tables(table, capsys):
+    assert run("diff", table, table) == 0
+    assert capsys.readouterr().out == "3 of 3 tensors in both tables have the same scale\n"
+
+
+def test_diff_shows_what_is_missing_and_what_changed(table, tmp_path, capsys):
+    other = tmp_path / "other"
+    CalibrationTable({"data": 0.01, "conv1": 0.25, "new": 1.0}, "minmax", "10.12.0").write(other)
+    assert run("diff", table, other) == 1
+    out = capsys.readouterr().out
+    assert "line 1 differs: TRT-8601-EntropyCalibration2 and TRT-101200-MinMaxCalibration" in out
+    assert f"not in {table}: new" in out
+    assert f"not in {other}: a: b=c" in out
+    assert "0.500000" in out
+    assert "1 of 2 tensors in both tables" in out
+    assert run("diff", table, other, "--json") == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["missing"] == {str(table): ["new"], str(other): ["a: b=c"]}
+    assert content["changed"]["conv1"]["ratio"] == 0.5
+    assert content["equal"] is False
+
+
+def test_diff_tolerance_and_line_1(table, tmp_path, capsys):
+    other = tmp_path / "other"
+    CalibrationTable({name: scale * 1.01 for name, scale in TABLE.scales.items()}, "minmax").write(other)
+    assert run("diff", table, other) == 1
+    assert run("diff", table, other, "--tolerance", "0.009") == 1
+    assert run("diff", table, other, "--tolerance", "0.02") == 0
+    assert "line 1 differs" in capsys.readouterr().out
+
+
+def test_diff_with_a_scale_of_zero(table, tmp_path, capsys):
+    other = tmp_path / "other"
+    CalibrationTable({**TABLE.scales, "data": 0.0}, "entropy2", "8.6.1").write(other)
+    assert run("diff", other, table) == 1
+    assert run("diff", other, table, "--json") == 1
+    assert '"ratio": null' in capsys.readouterr().out
+
+
+# check
+
+
+def test_check_of_a_valid_table(table, capsys):
+    assert run("check", table) == 0
+    assert capsys.readouterr().out == f"{table}: valid, TRT-8601-EntropyCalibration2, 3 tensors\n"
+
+
+def test_check_lists_every_bad_line(tmp_path, capsys):
+    path = tmp_path / "bad"
+    path.write_text("TRT-9001-Magic\ndata: 3c008912\nconv1 3c88edfc\ndata: 3c008912\nx: 7fc00000\nend: 3c\n")
+    assert run("check", path) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == ["1", "1", "3", "4", "5", "6"]
+    assert lines[-1] == f"{path}: 6 problems"
+
+
+def test_check_warns_of_scales_and_line_ends(tmp_path, capsys):
+    path = tmp_path / "table"
+    path.write_bytes(b"TRT-8601-EntropyCalibration2\r\ndata: 3c008912\r\ndead: 00000000\r\ntiny: 00000001\r\n")
+    assert run("check", path) == 0
+    out = capsys.readouterr().out
+    assert "CR LF" in out
+    assert "'dead': scale 0" in out
+    assert "'tiny'" in out
+    assert "subnormal" in out
+
+
+def network(path, *nodes, weights=(), inputs=("data",), outputs=("prob",)):
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    def values(names):
+        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
+
+    graph = helper.make_graph(
+        [helper.make_node(operator, ins, outs) for operator, ins, outs in nodes],
+        "network",
+        values(inputs),
+        values(outputs),
+        [numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), name) for name in weights],
+    )
+    onnx.save(helper.make_model(graph), path)
+    return path
+
+
+@pytest.fixture
+def lenet_like(tmp_path):
+    return network(
+        tmp_path / "network.onnx",
+        ("Transpose", ["w0"], ["w"]),
+        ("Conv", ["data", "w"], ["conv1"]),
+        ("MaxPool", ["conv1"], ["pool1"]),
+        ("Reshape", ["pool1", "shape"], ["flat"]),
+        ("Gemm", ["flat", "w"], ["ip1_before"]),
+        ("Relu", ["ip1_before"], ["ip1"]),
+        ("Softmax", ["ip1"], ["prob"]),
+        weights=("w0", "shape"),
+    )
+
+
+def test_check_against_a_network(lenet_like, tmp_path, capsys):
+    path = tmp_path / "table"
+    for names in (["data", "conv1", "ip1", "prob"], ["data", "conv1", "pool1", "flat", "ip1_before", "ip1", "prob"]):
+        CalibrationTable(dict.fromkeys(names, 1.0)).write(path)
+        assert run("check", path, "--onnx", lenet_like) == 0
+    CalibrationTable(dict.fromkeys(["data", "conv1", "conv2", "prob", "w"], 1.0)).write(path)
+    capsys.readouterr()
+    assert run("check", path, "--onnx", lenet_like) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("'")[1] for line in lines[:-1]] == ["conv2", "w", "ip1"]
+
+
+def test_check_against_what_is_no_float_network(table, tmp_path):
+    quantized = network(tmp_path / "q.onnx", ("QuantizeLinear", ["data", "s"], ["prob"]), weights=("s",))
+    with pytest.raises(InputError, match="takes no table"):
+        run("check", table, "--onnx", quantized)
+    garbage = tmp_path / "garbage.onnx"
+    for content in (b"", b"\x00" * 100, b"garbage " * 100, os.urandom(1000)):
+        garbage.write_bytes(content)
+        with pytest.raises(InputError, match="not an ONNX file"):
+            run("check", table, "--onnx", garbage)
+    with pytest.raises(InputError, match="cannot read"):
+        run("check", table, "--onnx", tmp_path / "missing.onnx")
+
+
+# convert
+
+
+def test_convert_rewrites_line_1_in_place(table, capsys):
+    body = table.read_text().split("\n", 1)[1]
+    assert run("convert", table, table, "--tensorrt-version", "10.12.0.36", "--algorithm", "minmax") == 0
+    assert table.read_text() == "TRT-101200-MinMaxCalibration\n" + body
+    assert "TRT-101200-MinMaxCalibration" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["table.json", "table.flatbuffers", "other"])
+def test_convert_there_and_back(table, tmp_path, name):
+    assert run("convert", table, tmp_path / name) == 0
+    back = tmp_path / "back"
+    arguments = ["--algorithm", "entropy2", "--tensorrt-version", "8.6.1"] if name == "table.flatbuffers" else []
+    assert run("convert", tmp_path / name, back, *arguments) == 0
+    assert CalibrationTable.read(back) == TABLE
+
+
+def test_convert_to_asked_format_whatever_the_suffix(table, tmp_path):
+    assert run("convert", table, tmp_path / "ranges", "--to", "json") == 0
+    assert json.loads((tmp_path / "ranges").read_text())["algorithm"] == "entropy2"
+
+
+def test_onnxruntime_reads_its_ranges(table, tmp_path):
+    from onnxruntime.quantization.CalTableFlatBuffers.TrtTable import TrtTable
+
+    run("convert", table, tmp_path / "calibration.flatbuffers")
+    ranges = TrtTable.GetRootAs((tmp_path / "calibration.flatbuffers").read_bytes(), 0)
+    entries = [ranges.Dict(index) for index in range(ranges.DictLength())]
+    found = {entry.Key().decode(): float(entry.Value()) for entry in entries}
+    assert found == pytest.approx(TABLE.dynamic_ranges, rel=1e-7)
+
+
+def test_onnxruntimes_ranges_need_an_algorithm_and_usable_scales(table, tmp_path):
+    run("convert", table, tmp_path / "ranges.flatbuffers")
+    with pytest.raises(InputError, match="--algorithm"):
+        run("convert", tmp_path / "ranges.flatbuffers", tmp_path / "x")
+    CalibrationTable({"x": 1.0, "dead": 0.0}).write(table)
+    with pytest.raises(InputError, match="dead"):
+        run("convert", table, tmp_path / "ranges.flatbuffers")
+
+
+def test_damaged_ranges_are_refused(table, tmp_path):
+    path = tmp_path / "ranges.flatbuffers"
+    run("convert", table, path)
+    content = path.read_bytes()
+    damaged = [content[:length] for length in range(8, len(content))]
+    damaged += [
+        content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i in range(len(content)) for bit in (1, 128)
+    ]
+    damaged += [struct.pack("<I", 2**31) + content, bytes(64), b"\0" + b"\xff" * 64]
+    for item in damaged:
+        path.write_bytes(item)
+        try:
+            formats.read(path, algorithm="entropy2")
+        except InputError as error:
+            assert_one_line(error)
+
+
+def test_side_file_is_not_overwritten(table):
+    side_file = table.with_name("CalibrationTableLeNet.json")
+    with pytest.raises(InputError, match="side file"):
+        run("convert", table, side_file)
+    assert not side_file.exists()
+
+
+@pytest.mark.parametrize("tool", ["convert", "set"])
+def test_side_file_that_fits_no_longer_is_mentioned(table, capsys, tool):
+    arguments = [table, "--tensorrt-version", "8.5.2"] if tool == "convert" else ["data=1"]
+    run(tool, table, *arguments)
+    assert capsys.readouterr().err == ""
+    table.with_name("CalibrationTableLeNet.json").write_text("{}")
+    run(tool, table, *arguments)
+    assert "fits it no longer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ("{", "not valid JSON"),
+        ("{}", "neither scales nor dynamic_ranges"),
+        ('{"scales": {}}', "neither scales nor dynamic_ranges"),
+        ('{"scales": [1]}', "must map tensor names to numbers"),
+        ('{"scales": {"x": "1"}}', "must map tensor names to numbers"),
+        ('{"scales": {"x": true}}', "must map tensor names to numbers"),
+        ('{"scales": {"x": null}}', "must map tensor names to numbers"),
+        ('{"scales": {"x": 1}}', "give --algorithm"),
+        ('{"scales": {"x": 1, "x": 2}}', "twice"),
+        ('{"algorithm": "entropy2", "scales": {"x": -1}}', "negative"),
+        ('{"algorithm": "entropy2", "scales": {"x": NaN}}', "NaN"),
+        ('{"algorithm": "entropy2", "scales": {"x": 1e999}}', "infinite"),
+        ('{"algorithm": "entropy2", "scales": {"x": 1%s}}' % ("0" * 400), "beyond"),
+        ('{"algorithm": "entropy2", "scales": {"": 1}}', "no name"),
+        ('{"algorithm": "entropy9", "scales": {"x": 1}}', "entropy9"),
+        ('{"algorithm": 2, "scales": {"x": 1}}', "must be text"),
+        ('{"algorithm": "entropy2", "tensorrt_version": "9.0.1", "scales": {"x": 1}}', "TensorRT 9"),
+        ('{"algorithm": "entropy2", "scales": {"x": 1}, "dynamic_ranges": {"x": 128}}', "disagree about 'x'"),
+        ('{"algorithm": "entropy2", "scales": {"x": 1}, "dynamic_ranges": {"y": 127}}', "disagree about"),
+        ("{" + '"a":{' * 100_000, "not valid JSON"),
+    ],
+)
+def test_malformed_json(tmp_path, content, complaint):
+    path = tmp_path / "table.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match=complaint) as caught:
+        formats.read(path)
+    assert str(path) in str(caught.value)
+
+
+def test_json_may_give_ranges_alone(tmp_path):
+    path = tmp_path / "table.json"
+    path.write_text('{"algorithm": "minmax", "dynamic_ranges": {"x": 127, "y": 63.5}}')
+    table = formats.read(path)
+    assert table.scales == {"x": 1.0, "y": 0.5}
+    assert table.tensorrt_version == "10.12.0"
+
+
+@given(st.dictionaries(NAMES, SCALES, min_size=1, max_size=5), st.sampled_from(["table", "json"]))
+def test_formats_keep_every_bit(tmp_path_factory, scales, to):
+    path = tmp_path_factory.getbasetemp() / "any format"
+    table = CalibrationTable(scales)
+    formats.write(path, table, to)
+    again = formats.read(path)
+    assert again == table
+    assert list(again.scales) == list(table.scales)
+
+
+@settings(max_examples=50)
+@given(st.binary(max_size=200), st.sampled_from([b"", b"{", b'{"scales": ', b"TRT-8601-EntropyCalibration2\n", b"\0"]))
+def test_arbitrary_files_never_crash(tmp_path_factory, content, start):
+    path = tmp_path_factory.getbasetemp() / "anything"
+    path.write_bytes(start + content)
+    try:
+        formats.read(path, algorithm="minmax")
+    except InputError as error:
+        assert_one_line(error)
+
+
+# set
+
+
+def test_set_ranges_and_scales(table):
+    assert run("set", table, "conv1=12.7", "a: b=c=1e-3") == 0
+    changed = CalibrationTable.read(table)
+    assert changed.dynamic_ranges == pytest.approx({"data": 1.27, "conv1": 12.7, "a: b=c": 1e-3}, rel=1e-6)
+    assert changed.header == TABLE.header
+    assert run("set", table, "data=0.25", "--scale") == 0
+    assert CalibrationTable.read(table).scales["data"] == 0.25
+
+
+def test_set_adds_only_when_asked(table):
+    before = table.read_bytes()
+    with pytest.raises(InputError, match="no tensor 'conv9'"):
+        run("set", table, "data=1", "conv9=1")
+    assert table.read_bytes() == before
+    assert run("set", table, "conv9=1", "--add") == 0
+    assert list(CalibrationTable.read(table).scales)[-1] == "conv9"
+
+
+def test_set_writes_elsewhere(table, tmp_path):
+    before = table.read_bytes()
+    assert run("set", table, "data=127", "--output", tmp_path / "deep" / "copy") == 0
+    assert table.read_bytes() == before
+    assert CalibrationTable.read(tmp_path / "deep" / "copy").scales["data"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "value", ["data", "=1", "data=", "data=x", "data=0", "data=-1", "data=nan", "data=inf", "data=1e60"]
+)
+def test_set_refuses(table, value):
+    before = table.read_bytes()
+    with pytest.raises(InputError):
+        run("set", table, value)
+    assert table.read_bytes() == before
+
+
+# the command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["show", "TABLE"], 0),
+        (["diff", "TABLE", "TABLE"], 0),
+        (["check", "BAD"], 1),
+        (["show", "BAD"], 2),
+        (["show", "MISSING"], 2),
+        (["diff", "TABLE", "TABLE", "--tolerance", "-1"], 2),
+        (["diff", "TABLE", "TABLE", "--tolerance", "x"], 2),
+        (["convert", "TABLE", "TABLE", "--tensorrt-version", "9.1.0"], 2),
+        (["convert", "TABLE", "/proc/none/table"], 2),
+        (["set", "TABLE"], 2),
+        (["frobnicate"], 2),
+        ([], 2),
+        (["--help"], 0),
+        (["set", "--help"], 0),
+    ],
+)
+def test_exit_codes(table, tmp_path, capsys, arguments, code):
+    (tmp_path / "bad").write_text("nonsense\n")
+    names = {"TABLE": str(table), "BAD": str(tmp_path / "bad"), "MISSING": str(tmp_path / "missing")}
+    with pytest.raises(SystemExit) as caught:
+        run_command(main, [names.get(item, item) for item in arguments])
+    assert caught.value.code == code
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") == (code == 2)
+    assert err.count("\n") == (code == 2)
+
+
+def test_command_starts_without_heavy_imports(root, table):
+    script = (
+        "import sys; from calib.__main__ import main; code = main(sys.argv[1:]); "
+        "print([name for name in ('torch', 'numpy', 'onnx', 'rich', 'jsonargparse') if name in sys.modules]); "
+        "raise SystemExit(code)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script, "show", str(table)], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.splitlines()[-1] == "[]"
+
+
+def test_module_runs(command, table):
+    result = command("calib", "show", str(table))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "conv1" in result.stdout
+
+
+def test_scales_never_come_back_as_nan(tmp_path):
+    # JSON has no NaN: a table cannot hold one, so that the file is always valid JSON.
+    formats.write(tmp_path / "t.json", TABLE, "json")
+    content = json.loads((tmp_path / "t.json").read_text())
+    assert all(math.isfinite(value) for value in content["dynamic_ranges"].values())
