@@ -1,0 +1,70 @@
+"""What the documentation tells users to type is accepted, and what it links to exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+
+
+def documented_commands() -> list[str]:
+    """Every line of a code block that runs one of the three commands, once, without its comment."""
+    found: dict[str, None] = {}
+    for page in PAGES:
+        for _, block in BLOCK.findall(page.read_text(encoding="utf-8")):
+            for line in block.replace("\\\n", " ").splitlines():
+                match = re.match(r"(?:\w+=\S+ )*\$? ?python (?:train|quantize|evaluate)\.py.*", line.strip())
+                if match:
+                    words = shlex.split(match[0].removeprefix("$ "), comments=True)
+                    found[shlex.join(word for word in words[words.index("python") :])] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("line", documented_commands())
+def test_command_lines_of_the_documentation_parse(
+    line: str, command: Callable[..., CompletedProcess[str]], tmp_path: Path
+) -> None:
+    page = (ROOT / "docs/howto/own-network.md").read_text(encoding="utf-8")
+    (tmp_path / "parts.yaml").write_text(next(text for kind, text in BLOCK.findall(page) if kind == "yaml"))
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+
+    result = command(*shlex.split(line)[1:], "--print_config", cwd=tmp_path)
+
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    targets = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+
+    assert [link for link in targets if not (page.parent / link).exists()] == []
+
+
+def test_pins_lie_within_the_declared_bounds() -> None:
+    """constraints.txt is the tested set of what pyproject.toml declares."""
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    try:
+        declared = [Requirement(line) for line in requires("int8-workflow") or []]
+    except ModuleNotFoundError:
+        pytest.skip("the project is not installed: run make test")
+
+    for requirement in declared:
+        if requirement.marker and requirement.marker.evaluate({"extra": "tensorrt-latest"}):
+            continue
+        versions = [next(iter(pin.specifier)).version for pin in pins if pin.name.lower() == requirement.name.lower()]
+        assert versions, f"{requirement.name} has no pin"
+        assert all(requirement.specifier.contains(version) for version in versions), str(requirement)
