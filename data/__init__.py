@@ -12,14 +12,19 @@ from data.base import DatasetInfo, ImageSet, Preprocessing, batches
 from data.tensor import TensorImages
 
 if TYPE_CHECKING:
-    from data.module import ImageData, open_data
+    from data.module import ImageData
+    from data.sources import open_data
 
 __all__ = ["DatasetInfo", "ImageData", "ImageSet", "Preprocessing", "TensorImages", "batches", "open_data"]
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("ImageData", "open_data"):
-        from data import module
+    if name == "ImageData":
+        from data.module import ImageData
 
-        return getattr(module, name)
+        return ImageData
+    if name == "open_data":
+        from data.sources import open_data
+
+        return open_data
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

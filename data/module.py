@@ -1,23 +1,19 @@
-"""The data of a run as a LightningDataModule, and how it is opened from the configuration."""
+"""The data of a run as a LightningDataModule."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from common.config import DataConfig
 from common.errors import InputError
-from data import digits, mnist
 from data.augment import Affine
-from data.base import DatasetInfo, ImageSet, Preprocessing
+from data.base import DatasetInfo, ImageSet
 from data.loaders import EvaluationLoader, TrainLoader
-from data.locate import NotAvailableError
-from data.tensor import Selection, TensorImages
+from data.tensor import Selection
 
 logger = logging.getLogger(__name__)
 
@@ -151,106 +147,3 @@ def _shares(sizes: Tensor, count: int) -> Tensor:
     left = count - int(quotas.sum())
     quotas[torch.argsort(exact % sizes.sum(), descending=True, stable=True)[:left]] += 1
     return quotas
-
-
-def open_data(config: DataConfig, seed: int) -> ImageData:
-    """Open the data set that ``config`` names, downloading it if need be and allowed.
-
-    ``auto`` is MNIST, or scikit-learn's digits (with notes that say so) where MNIST is nowhere to be had.
-
-    Raises:
-        InputError: a file is missing, corrupt or does not fit, or the data set cannot be had.
-    """
-    return _OPENERS[config.dataset](config, seed)
-
-
-def _open_auto(config: DataConfig, seed: int) -> ImageData:
-    try:
-        return _open_collection(mnist.MNIST, config, seed)
-    except NotAvailableError as error:
-        reason = str(error)
-    logger.warning("%s; going on with scikit-learn's digits", reason)
-    return _open_digits(config, seed, notes=(f"the digits stand in for MNIST: {reason}",))
-
-
-def _open_mnist(config: DataConfig, seed: int) -> ImageData:
-    return _open_collection(mnist.MNIST, config, seed)
-
-
-def _open_fashion_mnist(config: DataConfig, seed: int) -> ImageData:
-    return _open_collection(mnist.FASHION_MNIST, config, seed)
-
-
-def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int) -> ImageData:
-    folder = mnist.find_or_download(collection, config.dir, config.download)
-    logger.info("reading %s from %s", collection.title, folder)
-    loaded = mnist.load(collection, folder)
-    fingerprint = hashlib.sha256("".join(loaded.digests).encode()).hexdigest()
-    return _in_memory(
-        collection.name,
-        collection.title,
-        collection.classes,
-        Preprocessing(channels=1, height=mnist.SIZE, width=mnist.SIZE),
-        (loaded.train, loaded.test),
-        config,
-        seed,
-        fingerprint=fingerprint,
-        notes=loaded.notes,
-    )
-
-
-def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> ImageData:
-    splits = digits.load()
-    return _in_memory(
-        "digits",
-        "scikit-learn's digits",
-        digits.CLASSES,
-        Preprocessing(channels=1, height=mnist.SIZE, width=mnist.SIZE),
-        splits,
-        config,
-        seed,
-        fingerprint=_fingerprint(splits),
-        notes=(digits.NOTE, *notes),
-    )
-
-
-def _in_memory(
-    name: str,
-    title: str,
-    classes: tuple[str, ...],
-    preprocessing: Preprocessing,
-    splits: tuple[mnist.Split, mnist.Split],
-    config: DataConfig,
-    seed: int,
-    *,
-    fingerprint: str,
-    notes: tuple[str, ...],
-) -> ImageData:
-    train, test = splits
-    counts = f"{len(train.labels):,} + {len(test.labels):,}"
-    info = DatasetInfo(name, f"{title} ({counts})", classes, preprocessing, fingerprint, notes)
-    return ImageData(
-        info,
-        TensorImages(train.pixels, train.labels, preprocessing),
-        TensorImages(test.pixels, test.labels, preprocessing),
-        batch_size=config.batch_size,
-        validation=config.validation,
-        augment=Affine() if config.augment else None,
-        seed=seed,
-    )
-
-
-def _fingerprint(splits: tuple[mnist.Split, ...]) -> str:
-    digest = hashlib.sha256()
-    for split in splits:
-        digest.update(split.pixels.numpy().tobytes())
-        digest.update(split.labels.numpy().tobytes())
-    return digest.hexdigest()
-
-
-_OPENERS: Mapping[str, Callable[[DataConfig, int], ImageData]] = {
-    "auto": _open_auto,
-    "mnist": _open_mnist,
-    "digits": _open_digits,
-    "fashion_mnist": _open_fashion_mnist,
-}

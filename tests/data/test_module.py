@@ -109,12 +109,12 @@ def test_digits_by_name_have_one_note():
     assert data.info.fingerprint.startswith("a2e328f44939ce71")
 
 
-def test_heavy_libraries_are_imported_at_first_use():
+def test_heavy_libraries_are_imported_at_first_use(root):
     code = (
         "import sys, data; "
         "assert not {'lightning', 'sklearn', 'torchvision', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
 
 
 class Recorder(LightningModule):
