@@ -30,9 +30,7 @@ def write_part(root: Path, part: str, count: int, classes: tuple[str, ...] = ("c
 
 
 def config(root: Path, validation: int = 5000) -> DataConfig:
-    return DataConfig(
-        **{"dataset": "imagefolder", "dir": root, "image_size": 24, "resize": 32, "batch_size": 4} | options
-    )
+    return DataConfig(dataset="imagefolder", dir=root, image_size=24, resize=32, batch_size=4, validation=validation)
 
 
 @pytest.fixture
