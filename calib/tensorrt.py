@@ -21,7 +21,7 @@ from types import ModuleType
 
 import torch
 
-from calib import cache
+from calib import cache, tensorrt_build
 from calib.graph import Network
 from calib.subset import Subset
 from calib.table import CalibrationTable
@@ -33,8 +33,10 @@ from calib.tensorrt_rules import (
     TensorRTError,
     algorithm_problem,
     gpu_problem,
+    has_calibrator,
     installation_problem,
     precision_problem,
+    quantization_mode,
     table_problem,
     three_numbers,
 )
@@ -80,6 +82,9 @@ def load() -> tuple[ModuleType, Installed]:
         with _quiet_import():
             import tensorrt
             import torch_tensorrt
+
+            if has_calibrator(torch_tensorrt.__version__):
+                import torch_tensorrt.ts.ptq  # its package does not import it
     except Exception as error:  # its import runs CUDA and loads several libraries
         raise TensorRTError(
             f"Torch-TensorRT cannot be imported ({type(error).__name__}: {first_line(error)}): "
@@ -166,6 +171,20 @@ def decide(path: Path, wanted: cache.Provenance, recalibrate: bool = False) -> c
     return cache.decide(path, wanted, named=False, recalibrate=recalibrate)
 
 
+def own_provenance(provenance: cache.Provenance, network: Network, installed: Installed) -> cache.Provenance:
+    """What TensorRT's own table is made from, as against the reference's ``provenance``.
+
+    Its ``weights`` are those of the traced network, which is what TensorRT is given.
+    """
+    return replace(
+        provenance,
+        maker="tensorrt",
+        tensorrt_version=three_numbers(installed.tensorrt),
+        weights=cache.weights_fingerprint(network.module),
+        table="",
+    )
+
+
 def calibrate(
     network: Network,
     source: Images,
@@ -185,8 +204,7 @@ def calibrate(
         source: The images that ``subset`` has positions in.
         subset: The batches, as the reference calibrator takes them.
         path: ``<run>/tensorrt/CalibrationTable<Network>``: never the file of our own table, whose names differ.
-        provenance: What to record; its ``maker``, ``tensorrt_version`` and ``weights`` (those of the traced network)
-            are set here.
+        provenance: What the reference's table records; TensorRT's is :func:`own_provenance`.
         config: Options of the build.
         recalibrate: Whether to calibrate in any case.
 
@@ -197,22 +215,11 @@ def calibrate(
         TensorRTError: not possible here, or TensorRT failed; the old table is as it was.
     """
     torch_tensorrt, installed, gpu = usable(config.device)
-    problem = (
-        precision_problem("int8", gpu)
-        or algorithm_problem(provenance.algorithm)
-        or (
-            None if hasattr(torch_tensorrt.ts, "ptq") else f"Torch-TensorRT {installed.torch_tensorrt} cannot calibrate"
-        )
-    )
+    problem = precision_problem("int8", gpu) or algorithm_problem(provenance.algorithm)
     if problem:
         raise TensorRTError(problem)
-    provenance = replace(
-        provenance,
-        maker="tensorrt",
-        tensorrt_version=three_numbers(installed.tensorrt),
-        weights=cache.weights_fingerprint(network.module),
-        table="",
-    )
+    quantization_mode("implicit", installed)
+    provenance = own_provenance(provenance, network, installed)
     decision = decide(path, provenance, recalibrate)
     if decision.table is not None:
         return TensorRTCalibration(decision.table, path, calibrated=False, reason=decision.reason)
@@ -242,7 +249,6 @@ def run_calibration(
     algorithm: AlgorithmName,
     build: Build,
     options: dict[str, float] | None = None,
-    device: torch.device | None = None,
 ) -> bytes:
     """Calibrate and return the table's bytes, as TensorRT wrote them.
 
@@ -250,7 +256,7 @@ def run_calibration(
         TensorRTError: the network is not all TensorRT's, the build failed, TensorRT took another number of batches
             than there are, or wrote no table.
     """
-    device = device or torch.device("cuda", build.device)
+    device = tensorrt_build.gpu_device(build.device)
     first = source.images(subset.positions[: subset.batch_size])
     refuse_partial(torch_tensorrt, network, first.shape)
     known = {name: value for name, value in (options or {}).items() if name in ("quantile", "cutoff")}

@@ -98,6 +98,11 @@ def compile_arguments(
     }
 
 
+def gpu_device(index: int) -> torch.device:
+    """The GPU with this index, as a device."""
+    return torch.device("cuda", index)
+
+
 def to_torchscript(module: nn.Module, shape: Sequence[int], device: torch.device, half: bool = False) -> Any:
     """Trace a copy of ``module`` on ``device`` for inputs of ``shape``.
 
@@ -140,7 +145,7 @@ def build_engine(
         TensorRTError: one line with the reason; TensorRT's own messages have gone to stderr before.
     """
     half = takes_half(installed, build)
-    device = device or torch.device("cuda", build.device)
+    device = device or gpu_device(build.device)
     arguments = compile_arguments(torch_tensorrt, shape, build, torch.half if half else torch.float)
     if calibrator is not None:
         arguments["calibrator"] = calibrator

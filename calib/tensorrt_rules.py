@@ -7,8 +7,9 @@ from the sources of Torch-TensorRT 2.8.0 to 2.13.0 and of its development branch
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 from calib.table import CalibrationTable, version_number
 from common.config import AlgorithmName, PrecisionName
@@ -17,16 +18,16 @@ from common.errors import InputError
 Mode = Literal["implicit", "explicit"]
 Capability = tuple[int, int]
 
-LAST_WITH_CALIBRATOR = (2, 8)
+LAST_WITH_CALIBRATOR: Final = (2, 8)
 """Last Torch-TensorRT with ``torch_tensorrt.ts.ptq.DataLoaderCalibrator``."""
-FIRST_STRONGLY_TYPED = (2, 13)
+FIRST_STRONGLY_TYPED: Final = (2, 13)
 """First Torch-TensorRT whose TorchScript front end builds strongly typed networks (TensorRT 11)."""
-FIRST_WITHOUT_INT8_FLAG = (2, 9)
+FIRST_WITHOUT_INT8_FLAG: Final = (2, 9)
 """From here to FIRST_STRONGLY_TYPED the front end no longer sets the builder's INT8 flag."""
-LEAST_CAPABILITY: Capability = (7, 5)
+LEAST_CAPABILITY: Final[Capability] = (7, 5)
 """Least compute capability that TensorRT supports from 10.5 on (Turing)."""
 
-TENSORRT_ALGORITHMS: dict[AlgorithmName, str] = {
+TENSORRT_ALGORITHMS: Final[Mapping[AlgorithmName, str]] = {
     "entropy2": "ENTROPY_CALIBRATION_2",
     "entropy": "ENTROPY_CALIBRATION",
     "minmax": "MINMAX_CALIBRATION",
@@ -86,6 +87,11 @@ def installation_problem(torch: str, torch_tensorrt: str | None) -> str | None:
     return None
 
 
+def has_calibrator(torch_tensorrt: str) -> bool:
+    """Whether this Torch-TensorRT has ``torch_tensorrt.ts.ptq.DataLoaderCalibrator``."""
+    return release(torch_tensorrt) <= LAST_WITH_CALIBRATOR
+
+
 def gpu_problem(gpu: Gpu) -> str | None:
     """Why TensorRT cannot use ``gpu``, or None."""
     if gpu.capability < LEAST_CAPABILITY:
@@ -142,21 +148,21 @@ def quantization_mode(
         TensorRTError: what was asked for is not possible with this version.
     """
     version = installed.torch_tensorrt
-    has_calibrator = release(version) <= LAST_WITH_CALIBRATOR
-    if wanted == "implicit" and not has_calibrator:
+    calibrator = has_calibrator(version)
+    if wanted == "implicit" and not calibrator:
         raise TensorRTError(
             f"Torch-TensorRT {version} has no DataLoaderCalibrator (2.8.0 was the last): "
             "take --quantization explicit, or install torch_tensorrt 2.8.0"
         )
     if wanted == "implicit" and needs_explicit:
         raise TensorRTError(f"implicit quantization cannot do this: {needs_explicit}; take --quantization explicit")
-    if dla and (wanted == "explicit" or needs_explicit or not has_calibrator):
+    if dla and (wanted == "explicit" or needs_explicit or not calibrator):
         cause = needs_explicit or ("explicit was asked for" if wanted == "explicit" else f"{version} is installed")
         raise TensorRTError(
             "INT8 on a DLA core needs implicit quantization by DataLoaderCalibrator (Torch-TensorRT 2.8.0 at most), "
             f"and {cause}: use the GPU, or change that"
         )
-    if wanted == "implicit" or (wanted == "auto" and has_calibrator and not needs_explicit):
+    if wanted == "implicit" or (wanted == "auto" and calibrator and not needs_explicit):
         return "implicit", "as asked" if wanted == "implicit" else f"Torch-TensorRT {version} has DataLoaderCalibrator"
     if wanted == "explicit":
         reason = "as asked"

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from calib import tensorrt_build
 from calib.cache import read_provenance, weights_fingerprint
+from calib.explicit import fake_quantize
 from calib.graph import Network, plan_int8
 from calib.table import CalibrationTable
 from calib.tensorrt import usable
@@ -55,9 +57,9 @@ class TorchTensorRTEngine:
         config: Its options.
         quantization: How INT8 goes, and which layers stay in float.
         folder: The run's folder: engines go to ``engines/``, TensorRT's own table lies in ``tensorrt/``.
-        shape: Of one image, (channels, height, width). With it, ``compile`` builds the engine of the first batch
-            size, so that what cannot be built is known there; without it, every engine is built by its first batch.
-        batch_sizes: That will be run. A batch of another size that fits into one of them is padded, not built for.
+        batch_sizes: That will be run. The engine of the first one is built by ``compile``, so that what cannot be
+            built is known there; the others by their first batch. A batch from the CPU of another size is padded to
+            one of these where it fits.
     """
 
     name = "torch-tensorrt"
@@ -67,13 +69,11 @@ class TorchTensorRTEngine:
         config: EngineConfig,
         quantization: QuantizationConfig,
         folder: Path,
-        shape: tuple[int, int, int] | None = None,
-        batch_sizes: Sequence[int] = (),
+        batch_sizes: Sequence[int] = (1,),
     ) -> None:
         self._config = config
         self._quantization = quantization
         self._folder = folder
-        self._shape = shape
         self._batch_sizes = tuple(batch_sizes)
 
     def unavailable(self) -> str | None:
@@ -116,8 +116,8 @@ class TorchTensorRTEngine:
                 raise TensorRTError(problem)
             job = self._job(torch_tensorrt, installed, network, precision, table)
             engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
-            if self._shape is not None:
-                engines.module(((self._batch_sizes or (1,))[0], *self._shape))
+            if network.input_shape is not None:
+                engines.module((self._batch_sizes[0], *network.input_shape))
         except TensorRTError as error:
             raise EngineError(str(error)) from error
         graphs = self._config.cuda_graphs
@@ -159,17 +159,15 @@ class TorchTensorRTEngine:
                     f"TensorRT {installed.tensorrt} has no flag for FP16 layers in an INT8 engine: "
                     "leave --engine.int8_fp16 out"
                 )
-            from calib.explicit import explicit_module
-
             plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
             details["int8 layers"] = ", ".join(layer.name for layer in network.layers if layer.name in plan.layers)
             content = table.dumps().encode()
-            return Job(network.name, "int8-explicit", explicit_module(plan), build, False, content, None, details)
+            return Job(network.name, "int8-explicit", fake_quantize(plan), build, False, content, None, details)
         path = self._folder / "tensorrt" / f"CalibrationTable{network.name}"
         content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
 
         def calibrator() -> CalibratorRun:
-            device = gpu_device(self._config.device)
+            device = tensorrt_build.gpu_device(self._config.device)
             return table_calibrator(torch_tensorrt, path, table.algorithm, device)  # type: ignore[arg-type]
 
         return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details)
@@ -236,7 +234,7 @@ class Engines:
         installed: Installed,
         gpu: Gpu,
         folder: Path,
-        batch_sizes: Sequence[int] = (),
+        batch_sizes: Sequence[int],
     ) -> None:
         self._job = job
         self._torch_tensorrt = torch_tensorrt
@@ -244,7 +242,7 @@ class Engines:
         self._gpu = gpu
         self._folder = folder
         self._sizes = set(batch_sizes)
-        self._device = gpu_device(gpu.index)
+        self._device = tensorrt_build.gpu_device(gpu.index)
         self._weights = _fingerprint(job.module)
         self._modules: dict[tuple[int, ...], Any] = {}
         self._files: list[Path] = []
@@ -379,11 +377,6 @@ def with_cuda_graphs(torch_tensorrt: ModuleType, run: Callable[[Tensor], Tensor]
             torch_tensorrt.runtime.set_cudagraphs_mode(False)
 
     return replay
-
-
-def gpu_device(index: int) -> torch.device:
-    """The GPU with this index, as a device."""
-    return torch.device("cuda", index)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
