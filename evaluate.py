@@ -44,14 +44,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     from dataclasses import asdict
 
     from engines import select_engine
-    from evaluation.pipeline import evaluate
+    from evaluation.pipeline import evaluate, explain
     from evaluation.subject import open_subject
     from evaluation.terminal import print_report
 
     subject = open_subject(config, run, flags.cache)
     selection = select_engine(config.engine, subject.int8.quantization, run.folder)
     logger.info("engine %s: %s", selection.engine.name, selection.reason)
-    report, _ = evaluate(config, subject, selection)
+    report, measured = evaluate(config, subject, selection)
+    if flags.report is not None:
+        config.evaluation.analysis &= not flags.no_analysis
+        report = explain(report, measured, config, subject)
     if flags.json:
         print(json.dumps(asdict(report), indent=2, allow_nan=False))
     else:

@@ -12,7 +12,7 @@ from torch import Tensor
 from common.errors import InputError
 from data.base import ImageSet, batches
 from engines.base import Compiled
-from evaluation.results import Accuracy, Interval, Paired
+from evaluation.results import Accuracy, ClassAccuracy, Interval, Mistake, Paired
 from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
 
 TOP_K = 5
@@ -186,10 +186,17 @@ def accuracy(predictions: Predictions, reference: Predictions, labels: Tensor, c
         non_finite=predictions.non_finite,
         calibration_error=100 * calibration_error(predictions.confidence, correct),
         per_class=[
-            100 * int(matrix[label, label]) / int(count) if count else None for label, count in enumerate(per_label)
+            ClassAccuracy(images, correct)
+            for images, correct in zip(per_label.tolist(), matrix.diagonal().tolist(), strict=True)
         ],
-        confusion=matrix.tolist(),
+        mistakes=_mistakes(matrix),
     )
+
+
+def _mistakes(matrix: Tensor) -> list[Mistake]:
+    cells = matrix.clone().fill_diagonal_(0).nonzero().tolist()
+    found = [Mistake(label, predicted, int(matrix[label, predicted])) for label, predicted in cells]
+    return sorted(found, key=lambda mistake: -mistake.count)
 
 
 def paired(predictions: Predictions, reference: Predictions, labels: Tensor) -> Paired:

@@ -89,15 +89,13 @@ def measure_latency(
             timing = summarise(subject.times, size)
             end_to_end = summarise(copies[index].times, size) if index in copies else None
             results[index].append(Latency(batch_size=size, compute=timing, end_to_end=end_to_end))
-    return [
-        [replace(entry, speedup=_speedup(results[0], entry)) for entry in entries] if index else entries
-        for index, entries in enumerate(results)
-    ]
-
-
-def _speedup(reference: Sequence[Latency], entry: Latency) -> float:
-    base = next(other for other in reference if other.batch_size == entry.batch_size)
-    return base.compute.median / entry.compute.median
+    for index, network in enumerate(compiled):
+        if index and network.latency_note is None and results[0]:
+            results[index] = [
+                replace(entry, speedup=base.compute.median / entry.compute.median)
+                for base, entry in zip(results[0], results[index], strict=True)
+            ]
+    return results
 
 
 def summarise(times: Sequence[float], batch_size: int) -> Timing:

@@ -12,13 +12,23 @@ from datetime import datetime, timezone
 
 from torch import Tensor
 
+from calib.graph import plan_int8
+from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError
 from engines import Compiled, Engine, EngineError, Selection
 from evaluation.accuracy import Predictions, accuracy, measure, paired
+from evaluation.analysis import (
+    TENSOR_IMAGES,
+    affordable_images,
+    analyse,
+    changed_images,
+    sample,
+    tensor_figures,
+)
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
-from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, judge
+from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, judge, within
 from evaluation.subject import Subject
 
 logger = logging.getLogger(__name__)
@@ -123,6 +133,54 @@ def evaluate(
         notes=subject.notes,
     )
     return report, measured
+
+
+def explain(report: Report, measured: Measured, config: Config, subject: Subject) -> Report:
+    """Add what only a written report shows: tensors, changed images and, unless switched off, the layers' analysis.
+
+    Args:
+        report: Of :func:`evaluate`.
+        measured: Its predictions.
+        config: Of the run.
+        subject: What was evaluated.
+    """
+    options, network, int8 = config.evaluation, subject.network, subject.int8
+    watch = Stopwatch(dict(report.seconds))
+    first, total = options.start * options.batch_size, len(measured.labels)
+    row = report.row("int8")
+    plan = None
+    if int8.table is not None and row is not None and row.accuracy is not None:
+        plan = plan_int8(network, int8.table, int8.quantization.keep_fp, int8.quantization.quantize_output)
+    analysis = None
+    with watch.part("tensors"):
+        some = sample(subject.images, first, total, TENSOR_IMAGES)
+        scales = _usable_scales(int8.table) if int8.table is not None else {}
+        tensors = tensor_figures(network, scales, plan if options.analysis else None, some)
+    if plan is not None and options.analysis:
+        with watch.part("layers"):
+            count = options.analysis_images or affordable_images(network, plan, subject.images)
+            some = sample(subject.images, first, total, count)
+            passed = row is not None and within(row, options.tolerance)
+            analysis = analyse(
+                network, plan, some, options.batch_size, len(subject.info.classes), options.tolerance, passed
+            )
+    with watch.part("changed images"):
+        changed, changed_total = changed_images(
+            subject.images, first, measured.labels, measured.predictions, subject.info.preprocessing
+        )
+    return dataclasses.replace(
+        report,
+        seconds=watch.seconds,
+        tensors=tensors,
+        analysis=analysis,
+        changed=changed,
+        changed_total=changed_total,
+    )
+
+
+def _usable_scales(table: CalibrationTable) -> dict[str, float]:
+    unusable = table.unusable
+    return {name: scale for name, scale in table.scales.items() if name not in unusable}
 
 
 def compile_precisions(

@@ -29,6 +29,23 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class ClassAccuracy:
+    """Of one class: its images, and how many of them are predicted right."""
+
+    images: int
+    correct: int
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A cell of the confusion matrix off its diagonal: ``count`` images of ``label`` were taken for ``predicted``."""
+
+    label: int
+    predicted: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Accuracy:
     """What one precision got right.
 
@@ -43,8 +60,8 @@ class Accuracy:
         sqnr_db: Signal-to-noise ratio of its probabilities against FP32's, in dB; null where they are identical.
         non_finite: Images whose output has a NaN or an infinity; they count as wrong.
         calibration_error: Expected calibration error (15 bins), percent.
-        per_class: Percent right of each class, in label order; null for a class without images.
-        confusion: Counts; row = true class, column = predicted.
+        per_class: In label order.
+        mistakes: Confusion matrix without its diagonal (which ``per_class`` has), most frequent first.
     """
 
     images: int
@@ -57,8 +74,8 @@ class Accuracy:
     sqnr_db: float | None
     non_finite: int
     calibration_error: float
-    per_class: list[float | None]
-    confusion: list[list[int]]
+    per_class: list[ClassAccuracy]
+    mistakes: list[Mistake]
 
 
 @dataclass(frozen=True)
@@ -113,7 +130,7 @@ class Latency:
         batch_size: Images per batch.
         compute: The network alone: inputs and outputs stay where it runs.
         end_to_end: With the copies from and to pinned host memory (GPU alone).
-        speedup: FP32's median over this one's, both from this measurement; null for FP32 itself.
+        speedup: FP32's median over this one's; null for FP32 itself and where the latency says nothing.
     """
 
     batch_size: int
@@ -177,6 +194,17 @@ class Verdict:
 TITLES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
 
+def within(row: Row, tolerance: float) -> bool:
+    """Whether a row that ran loses at most ``tolerance`` points of top-1 and of top-5 against FP32."""
+    assert row.paired is not None  # it ran, and is not FP32
+    return all(_within(points, tolerance) for points in (row.paired.top1_points, row.paired.top5_points))
+
+
+def _within(points: float, tolerance: float) -> bool:
+    # A loss of exactly the tolerance passes; the slack is far below one image in any data set.
+    return -points <= tolerance + 1e-9
+
+
 def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
     """The verdict: FP16 and INT8 each lose at most ``tolerance`` points of top-1 and of top-5 against FP32.
 
@@ -194,21 +222,18 @@ def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
                 failed.append(reasons[-1])
             continue
         for name, points in (("top-1", row.paired.top1_points), ("top-5", row.paired.top5_points)):
-            # A loss of exactly the tolerance passes; the slack is far below one image in any data set.
-            within = -points <= tolerance + 1e-9
-            reasons.append(
-                f"{title} {name} {points:+.2f} points against FP32: {'within' if within else 'outside'} {tolerance:g}"
-            )
-            if not within:
+            side = "within" if _within(points, tolerance) else "outside"
+            reasons.append(f"{title} {name} is {points:+.2f} points from FP32: {side} {tolerance:g}")
+            if side == "outside":
                 failed.append(reasons[-1])
         if row.accuracy.non_finite:
-            reasons.append(f"{title} gave NaN or infinity for {row.accuracy.non_finite} images, counted as wrong")
-    judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.paired is not None]
+            reasons.append(f"{title} gave NaN or infinity for {row.accuracy.non_finite:,} images, counted as wrong")
     if not any(row.precision == "int8" and row.role == "compared" for row in rows):
-        reasons.append("INT8 did not run: it was not asked for")
-        failed.append(reasons[-1])
+        failed.append("INT8 did not run")
+        reasons.append(failed[-1])
     if failed:
         return Verdict(False, tolerance, "; ".join(failed), reasons)
+    judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.paired is not None]
     verb = "is" if len(judged) == 1 else "are each"
     summary = f"{' and '.join(judged)} {verb} within {tolerance:g} point{'' if tolerance == 1 else 's'} of FP32"
     return Verdict(True, tolerance, summary, reasons)
@@ -362,6 +387,8 @@ class LayerSensitivity:
     Attributes:
         layer: Its name.
         kind: ``conv``, ``linear``, ...
+        noise_share: Its part of the noise that the layers make in the outputs, each on its own, percent; the list is
+            ranked by it.
         only_points: Top-1 minus FP32's when only this layer runs in INT8, points.
         only_changed: Percent of the images whose prediction then differs from FP32's.
         only_sqnr_db: Of the outputs then, dB; null where identical.
@@ -372,6 +399,7 @@ class LayerSensitivity:
 
     layer: str
     kind: str
+    noise_share: float
     only_points: float
     only_changed: float
     only_sqnr_db: float | None
