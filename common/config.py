@@ -30,10 +30,12 @@ class DataConfig:
     Args:
         dataset: Which data set; ``auto`` takes MNIST where it is found or can be downloaded, else scikit-learn's
             bundled digits, and says which.
-        dir: Folder with the data set's files; before the environment variables and the default folder.
+        dir: Folder with the data set's files. If unset: the one that MNIST_DIR (FASHION_MNIST_DIR, CIFAR10_DIR)
+            names, for MNIST $TRT_DATADIR/mnist, and the default folder under the user's cache folder.
         download: Whether a missing data set may be downloaded.
         batch_size: Images per training batch.
-        validation: Images held out of the training set to choose by; the test set serves the final figure alone.
+        validation: Images held out of the training set to choose by, at most a sixth of it; the test set serves the
+            final figure alone.
         augment: Whether training batches are augmented (small random affine).
         image_size: Height and width after resizing and cropping (imagefolder).
         resize: Length of the shorter side before the centre crop (imagefolder).

@@ -15,6 +15,7 @@ from torch import Tensor
 from common.config import DataConfig
 from common.errors import InputError
 from data.base import Preprocessing
+from data.locate import expanded, is_folder
 from data.tensor import preprocess
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -144,8 +145,8 @@ def open_folders(config: DataConfig) -> Folders:
         InputError: the folder is not named, or a part is missing, empty, or has other classes than ``train/``.
     """
     root = _root(config.dir)
-    validation = next((root / name for name in ("val", "validation") if (root / name).is_dir()), None)
-    test = root / "test" if (root / "test").is_dir() else None
+    validation = next((root / name for name in ("val", "validation") if is_folder(root / name)), None)
+    test = root / "test" if is_folder(root / "test") else None
     notes: tuple[str, ...] = ()
     if test is None:
         if validation is None:
@@ -176,8 +177,8 @@ def open_folders(config: DataConfig) -> Folders:
 def _root(directory: Path | None) -> Path:
     if directory is None:
         raise InputError("data.dataset imagefolder needs data.dir: the folder with train/ and test/ or val/")
-    root = directory.expanduser()
-    if not (root / "train").is_dir():
+    root = expanded(directory)
+    if not is_folder(root / "train"):
         raise InputError(f"{root} has no folder train/ with one folder of images per class")
     return root
 

@@ -20,17 +20,43 @@ PROJECT = "int8-workflow"
 DOWNLOAD_TIMEOUT = 10.0
 """Seconds without an answer after which a download is given up."""
 
+_ABSENT = "is not a folder"
+
 
 class NotAvailableError(InputError):
     """A data set was found nowhere and could not be, or must not be, downloaded."""
 
 
 def default_folder(name: str) -> Path:
-    """Folder of data set ``name`` under the user's cache folder: where it is looked for last and downloaded to."""
+    """Folder of data set ``name`` under the user's cache folder: where it is looked for last and downloaded to.
+
+    Raises:
+        NotAvailableError: the user has no home folder, as in some containers.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG base directory specification: a relative path is to be ignored.
-    base = Path(cache) if os.path.isabs(cache) else Path.home() / ".cache"
-    return base / PROJECT / name
+    if os.path.isabs(cache):
+        return Path(cache) / PROJECT / name
+    try:
+        return Path.home() / ".cache" / PROJECT / name
+    except RuntimeError as error:
+        raise NotAvailableError(f"no folder for {name}: this user has no home folder; set XDG_CACHE_HOME") from error
+
+
+def expanded(folder: Path) -> Path:
+    """``folder`` with ``~`` replaced. Raises InputError where that user is unknown."""
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def is_folder(path: Path) -> bool:
+    """Whether ``path`` is a folder. Raises InputError where that cannot be told, as without permission."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def locate(
@@ -56,23 +82,27 @@ def locate(
     """
     named = directory or (Path(value) if (value := os.environ.get(variable)) else None)
     if named is not None:
-        folder = named.expanduser()
-        if not folder.is_dir():
-            raise InputError(f"{folder} ({_origin(directory, variable)}) is not a folder")
-        if lacking := missing(folder):
-            raise InputError(f"{folder} ({_origin(directory, variable)}) lacks {', '.join(lacking)} for {name}")
+        folder = expanded(named)
+        if fault := _fault(folder, missing):
+            raise InputError(f"{folder} ({'data.dir' if directory else f'environment variable {variable}'}) {fault}")
         return folder
     for folder in (*implicit, default_folder(name)):
-        if not folder.is_dir():
-            continue
-        if not (lacking := missing(folder)):
+        if not (fault := _fault(folder, missing)):
             return folder
-        logger.warning("%s is passed over: it lacks %s for %s", folder, ", ".join(lacking), name)
+        log = logger.debug if fault == _ABSENT else logger.warning
+        log("%s is passed over: it %s", folder, fault)
     return None
 
 
-def _origin(directory: Path | None, variable: str) -> str:
-    return "data.dir" if directory else f"environment variable {variable}"
+def _fault(folder: Path, missing: Callable[[Path], Sequence[str]]) -> str | None:
+    """Why the data set cannot be read from ``folder``, as the end of a sentence; None if it can."""
+    try:
+        if not folder.is_dir():
+            return _ABSENT
+        lacking = missing(folder)
+    except OSError as error:
+        return f"cannot be read ({error.strerror or error})"
+    return f"lacks {', '.join(lacking)}" if lacking else None
 
 
 def not_found(title: str, name: str, variable: str, reason: str) -> NotAvailableError:
@@ -106,7 +136,9 @@ def downloading(title: str, target: Path) -> Iterator[Path]:
     except (OSError, RuntimeError, HTTPException) as error:
         # torchvision's message lists each mirror; its last line has the system's reason.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        raise NotAvailableError(f"{title} could not be downloaded to {target}: {reason}") from error
+        raise NotAvailableError(
+            f"{title} could not be downloaded ({reason}): check the network, or name its folder with data.dir"
+        ) from error
     finally:
         socket.setdefaulttimeout(timeout)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from common.config import DataConfig, DatasetName
 from data import cifar, digits, folder, mnist
 from data.augment import Affine
 from data.base import DatasetInfo, Preprocessing
 from data.locate import NotAvailableError
-from data.module import ImageData
+from data.module import LARGEST_VALIDATION_SHARE, ImageData
 from data.tensor import TensorImages
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int
 
 def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> ImageData:
     splits = digits.load()
+    # The default is meant for larger sets; that fewer are held out here is documented, and no cause for a warning.
+    config = replace(config, validation=min(config.validation, len(splits[0].labels) // LARGEST_VALIDATION_SHARE))
     return _in_memory(
         "digits",
         "scikit-learn's digits",

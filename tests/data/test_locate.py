@@ -5,12 +5,13 @@ import socket
 import sys
 from http.client import IncompleteRead
 from pathlib import Path
+from unittest.mock import Mock
 from urllib.error import URLError
 
 import pytest
 
 from common.errors import InputError
-from data.locate import NotAvailableError, default_folder, downloading, locate, move_into
+from data.locate import NotAvailableError, default_folder, downloading, is_folder, locate, move_into
 
 
 def missing(folder: Path) -> list[str]:
@@ -45,7 +46,7 @@ def test_a_named_folder_is_never_passed_over(make, isolated, monkeypatch):
     complete, partial = make("complete"), make("partial", "a")
     make("cache/int8-workflow/thing")
     monkeypatch.setenv("THING_DIR", str(complete))
-    with pytest.raises(InputError, match=r"partial \(data\.dir\) lacks b for thing"):
+    with pytest.raises(InputError, match=r"partial \(data\.dir\) lacks b"):
         locate("thing", partial, "THING_DIR", missing)
     with pytest.raises(InputError, match=r"absent \(data\.dir\) is not a folder"):
         locate("thing", partial.parent / "absent", "THING_DIR", missing)
@@ -57,13 +58,36 @@ def test_a_named_folder_is_never_passed_over(make, isolated, monkeypatch):
 def test_an_incomplete_place_that_nobody_named_is_passed_over_with_a_warning(make, isolated, caplog):
     partial, default = make("partial", "a"), make("cache/int8-workflow/thing")
     assert locate("thing", None, "THING_DIR", missing, [partial]) == default
-    assert f"{partial} is passed over: it lacks b for thing" in caplog.text
+    assert f"{partial} is passed over: it lacks b" in caplog.text
 
 
 def test_home_is_expanded(make, isolated, monkeypatch):
     folder = make("home/images")
     monkeypatch.setenv("HOME", str(folder.parent))
     assert locate("thing", Path("~/images"), "THING_DIR", missing) == folder
+
+
+def test_what_cannot_be_read_is_an_error_if_named_and_passed_over_if_not(make, isolated, caplog):
+    named = make("named")
+
+    def denied(folder: Path) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    with pytest.raises(InputError, match=r"named \(data\.dir\) cannot be read \(Permission denied\)"):
+        locate("thing", named, "THING_DIR", denied)
+    assert locate("thing", None, "THING_DIR", denied, [named]) is None
+    assert "named is passed over: it cannot be read" in caplog.text
+    with pytest.raises(InputError, match="nobody-of-that-name"):
+        locate("thing", Path("~nobody-of-that-name/images"), "THING_DIR", missing)
+    with pytest.raises(InputError, match=r"cannot read .*File name too long"):
+        is_folder(Path("x" * 5000))
+
+
+def test_a_user_without_a_home_has_no_default_folder(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    with pytest.raises(NotAvailableError, match="has no home folder; set XDG_CACHE_HOME"):
+        locate("thing", None, "THING_DIR", missing)
 
 
 def test_default_folder_follows_the_xdg_specification(tmp_path, monkeypatch):
@@ -104,7 +128,7 @@ def test_download_goes_beside_the_target_and_is_moved(tmp_path, capsys):
 def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, error):
     target = tmp_path / "thing"
     with (
-        pytest.raises(NotAvailableError, match="Thing could not be downloaded to") as caught,
+        pytest.raises(NotAvailableError, match=r"Thing could not be downloaded \(") as caught,
         downloading("Thing", target),
     ):
         raise error

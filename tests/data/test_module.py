@@ -72,6 +72,13 @@ def test_hold_out_is_limited_with_a_warning(caplog):
         hold_out(torch.arange(5), 1, 1)
 
 
+def test_fashion_has_its_own_classes(small):
+    small.dataset = "fashion_mnist"
+    info = open_data(small, seed=1).info
+    assert (info.name, info.title, info.classes[9]) == ("fashion_mnist", "Fashion-MNIST (600 + 20)", "Ankle boot")
+    assert "not the published Fashion-MNIST" in info.notes[0]
+
+
 def test_auto_takes_mnist_where_it_is(small):
     small.dataset = "auto"
     assert open_data(small, seed=1).info.name == "mnist"
