@@ -41,7 +41,7 @@ def find_or_download(directory: Path | None, download: bool) -> Path:
     if folder is not None:
         return _root(folder)
     if not download:
-        raise not_found(TITLE, NAME, VARIABLE, "and data.download is off")
+        raise not_found(TITLE, NAME, VARIABLE)
     target = default_folder(NAME)
     with downloading(TITLE, target) as temporary:
         _torchvision()(str(temporary), download=True)

@@ -105,10 +105,10 @@ def _fault(folder: Path, missing: Callable[[Path], Sequence[str]]) -> str | None
     return f"lacks {', '.join(lacking)}" if lacking else None
 
 
-def not_found(title: str, name: str, variable: str, reason: str) -> NotAvailableError:
-    """The error for a data set that is nowhere, which says what to do."""
+def not_found(title: str, name: str, variable: str) -> NotAvailableError:
+    """The error for a data set that is nowhere and must not be downloaded, which says what to do."""
     return NotAvailableError(
-        f"{title} was not found ({reason}): name its folder with data.dir or {variable}, "
+        f"{title} was not found, and data.download is off: name its folder with data.dir or {variable}, "
         f"or put it into {default_folder(name)}"
     )
 

@@ -127,7 +127,7 @@ def find_or_download(collection: Collection, directory: Path | None, download: b
     if folder is not None:
         return folder
     if not download:
-        raise not_found(collection.title, collection.name, collection.variable, "and data.download is off")
+        raise not_found(collection.title, collection.name, collection.variable)
     return _download(collection)
 
 
