@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from common.cli import Parser, config_parser, parse, run_command
-from common.config import CalibrationConfig, Config, PrecisionName
+from common.config import AlgorithmName, Config, PrecisionName
 from common.console import print_table, start_logging
 from common.errors import ExitCode, InputError
 from common.run import Run
@@ -19,9 +20,13 @@ from common.run import Run
 if TYPE_CHECKING:
     from calib.cache import Provenance
     from calib.calibrator import Calibration
+    from calib.counterparts import Pair
     from calib.graph import Network
+    from calib.subset import Subset
     from calib.table import CalibrationTable
-    from engines.base import Compiled
+    from calib.tensorrt import TensorRTCalibration
+    from data import ImageSet
+    from engines.base import Compiled, Engine
     from models.checkpoint import CheckpointMeta
 
 logger = logging.getLogger("quantize")
@@ -37,6 +42,7 @@ ALIASES = {
     "--quantization": "quantization.mode",
     "--quantize-output": "quantization.quantize_output",
     "--use-dla-core": "engine.dla_core",
+    "--tolerance": "evaluation.tolerance",
 }
 
 
@@ -49,6 +55,14 @@ class Job:
     meta: CheckpointMeta
     network: Network
     weights: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ByTensorRT:
+    """TensorRT's own calibration, side by side with ours."""
+
+    calibration: TensorRTCalibration
+    pairs: tuple[Pair, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +84,27 @@ def parser() -> Parser:
     result.add_argument("--cache", type=Path | None, help="calibration table to use or make, instead of the run's own")
     result.add_argument("--recalibrate", action="store_true", help="calibrate even if the cached table serves")
     result.add_argument("--keep-fp", type=str | None, help="layers to keep in float, as in conv1,ip2")
+    result.add_argument(
+        "--auto-mixed",
+        action="store_true",
+        help="keep the fewest layers in float that bring INT8 within --tolerance of FP32 on the validation images",
+    )
+    result.add_argument(
+        "--export", type=Literal["onnx"] | None, help="write the FP32 and the Q/DQ INT8 network as ONNX"
+    )
+    result.add_argument(
+        "--compare-algorithms",
+        nargs="?",
+        const=",".join(get_args(AlgorithmName)),
+        type=str | None,
+        help="study: accuracy and scales of each algorithm, as in entropy2,minmax (default: all); the run is unchanged",
+    )
+    result.add_argument(
+        "--sweep-images",
+        type=str | None,
+        help="study: accuracy and spread of the scales with so many images, as in 50,100,500; the run is unchanged",
+    )
+    result.add_argument("--sweep-seeds", type=int, default=3, help="calibrations for each number of images")
     result.add_argument("--json", action="store_true", help="print JSON alone on stdout")
     return result
 
@@ -84,25 +119,36 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from calib.cache import weights_fingerprint
     from calib.graph import trace
+    from engines import select_engine
     from models.checkpoint import load_checkpoint
 
     with run.locked():
         checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
         meta = checkpoint.meta
-        network = trace(checkpoint.network, meta.network)
+        network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
         job = Job(config, run, meta, network, weights_fingerprint(checkpoint.network))
         logger.info("%s, trained on %s; seed %d", meta.network, meta.dataset.title, config.seed)
         for note in meta.dataset.notes:
             logger.warning("%s", note)
         for tensor, operation in network.unsupported.items():
             logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
+        if flags.compare_algorithms or flags.sweep_images:
+            summary = studied(job, flags.compare_algorithms, flags.sweep_images, flags.sweep_seeds)
+            print(json.dumps(summary, indent=2)) if flags.json else show_studies(summary)
+            return ExitCode.PASSED
         table = calibrated(job, flags.cache, flags.recalibrate) if flags.precision == "int8" else None
-        compiled, why = prepared(job, flags.precision, table)
-    summary = summarize(job, table, compiled, why)
+        if flags.auto_mixed:
+            mix(job, table)
+        selection = select_engine(config.engine, config.quantization, run.folder)
+        logger.info("engine %s: %s", selection.engine.name, selection.reason)
+        by_tensorrt = calibrated_by_tensorrt(job, selection.engine, table, flags.recalibrate) if table else None
+        compiled = prepared(job, selection.engine, flags.precision, table)
+        files = exported(job, table) if flags.export else []
+    summary = summarize(job, table, by_tensorrt, compiled, selection.reason, files)
     if flags.json:
         print(json.dumps(summary, indent=2))
     else:
-        show(job, table, summary)
+        show(table, summary)
     return ExitCode.PASSED
 
 
@@ -126,6 +172,7 @@ def calibrated(job: Job, cache: Path | None, recalibrate: bool) -> Table:
 def wanted_provenance(job: Job) -> Provenance:
     """What a calibration now would record."""
     from calib.cache import Provenance, SubsetRecord
+    from calib.calibrator import algorithm_options
     from calib.table import TESTED_TENSORRT, CalibrationTable
     from models.checkpoint import installed_versions
 
@@ -147,18 +194,9 @@ def wanted_provenance(job: Job) -> Provenance:
     )
 
 
-def algorithm_options(config: CalibrationConfig) -> dict[str, float]:
-    """The parameters that the configured algorithm takes."""
-    if config.algorithm == "percentile":
-        return {"percentile": config.percentile}
-    if config.algorithm == "legacy":
-        return {"quantile": config.quantile, "cutoff": config.cutoff}
-    return {}
-
-
 def calibrate(job: Job, tensorrt_version: str) -> Calibration:
     """Run the reference calibrator over the representative subset, logging as sampleINT8 does."""
-    from calib.calibrator import collect, find_thresholds
+    from calib.calibrator import algorithm_options, collect, find_thresholds
     from calib.subset import draw
     from models.reopen import reopen_data
 
@@ -189,30 +227,191 @@ def calibrate(job: Job, tensorrt_version: str) -> Calibration:
     return calibration
 
 
-def prepared(job: Job, precision: PrecisionName, table: Table | None) -> tuple[Compiled, str]:
+def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: bool) -> ByTensorRT | None:
+    """Have TensorRT calibrate as well, where it is to run INT8 from its own table; None elsewhere.
+
+    Raises:
+        InputError: TensorRT cannot.
+    """
+    from calib import tensorrt
+    from calib.counterparts import compare, made_by
+    from calib.subset import draw
+    from engines import EngineError
+    from engines.tensorrt import TorchTensorRTEngine
+    from models.reopen import reopen_data
+
+    if not isinstance(engine, TorchTensorRTEngine):
+        return None
+    try:
+        mode, why = engine.mode(job.config.calibration.algorithm)
+    except EngineError as error:
+        raise InputError(str(error)) from error
+    logger.info("INT8 through TensorRT is %s: %s", mode, why)
+    if mode == "explicit":
+        return None
+
+    def images() -> tuple[ImageSet, Subset]:
+        data = reopen_data(job.meta, job.config.data)
+        return data.train_file, draw(data, len(data.info.classes), job.config.calibration, job.config.seed)
+
+    path = job.run.tensorrt_table(job.network.name)
+    result = tensorrt.calibrate(job.network, images, path, wanted_provenance(job), job.config.engine, recalibrate)
+    if result.calibrated:
+        logger.info("TensorRT calibrated in %.3f s and wrote %s", result.seconds, path)
+    else:
+        logger.info("using TensorRT's cached table: %s", result.reason)
+    return ByTensorRT(result, compare(table.table, result.table, made_by(job.network)))
+
+
+def prepared(job: Job, engine: Engine, precision: PrecisionName, table: Table | None) -> Compiled:
     """Compile the precision for the engine that runs here, and record the quantization for ``evaluate.py``.
 
     Raises:
         InputError: that engine cannot run this precision.
     """
-    import os
-
     from calib.record import QuantizationRecord, write_record
-    from engines import EngineError, select_engine
+    from engines import EngineError
 
-    selection = select_engine(job.config.engine, job.config.quantization, job.run.folder)
-    logger.info("engine %s: %s", selection.engine.name, selection.reason)
     try:
-        compiled = selection.engine.compile(job.network, precision, table.table if table else None)
+        compiled = engine.compile(job.network, precision, table.table if table else None)
     except EngineError as error:
-        raise InputError(f"{selection.engine.name} cannot prepare {precision}: {error}") from error
+        raise InputError(f"{engine.name} cannot prepare {precision}: {error}") from error
     if table is not None:
         relative = Path(os.path.relpath(table.path, job.run.folder))
         write_record(job.run.folder, QuantizationRecord(relative, job.weights, job.config.quantization))
-    return compiled, selection.reason
+    return compiled
 
 
-def summarize(job: Job, table: Table | None, compiled: Compiled, why: str) -> dict[str, Any]:
+def mix(job: Job, table: Table | None) -> None:
+    """Extend the layers kept in float until INT8 is within the tolerance.
+
+    Raises:
+        InputError: INT8 is not being prepared, or no choice of layers suffices.
+    """
+    from evaluation.studies import mixed_precision
+    from models.reopen import reopen_data
+
+    if table is None:
+        raise InputError("--auto-mixed goes with --precision int8")
+    quantization, tolerance = job.config.quantization, job.config.evaluation.tolerance
+    found = mixed_precision(job.network, reopen_data(job.meta, job.config.data), table.table, quantization, tolerance)
+    if found is None:
+        raise InputError(
+            f"no choice of layers kept in float brings INT8 within {tolerance:g} points of FP32: "
+            "calibrate with more images or another algorithm"
+        )
+    layers, points = found
+    quantization.keep_fp = [*quantization.keep_fp, *layers]
+    logger.info(
+        "mixed precision: %s stay in float; INT8 is then %+.2f points from FP32 on the validation images",
+        ", ".join(quantization.keep_fp) or "no layers",
+        points,
+    )
+
+
+def exported(job: Job, table: Table | None) -> list[str]:
+    """Write the ONNX files; returns their paths."""
+    from calib.graph import plan_int8
+    from engines.onnx_export import export
+
+    quantization = job.config.quantization
+    plan = None
+    if table is not None:
+        plan = plan_int8(job.network, table.table, quantization.keep_fp, quantization.quantize_output)
+    provenance = {
+        "network": job.network.name,
+        "dataset": job.meta.dataset.name,
+        "weights": job.weights,
+        "seed": str(job.config.seed),
+    }
+    if table is not None:
+        provenance |= {"calibration": table.table.header, "algorithm": table.table.algorithm}
+    written = export(job.network, plan, table.table if table else None, job.run, provenance)
+    return [str(path) for path in (written.fp32, written.int8, written.table) if path is not None]
+
+
+def studied(job: Job, algorithms: str | None, counts: str | None, seeds: int) -> dict[str, Any]:
+    """Run the studies that were asked for; nothing of the run changes.
+
+    Raises:
+        InputError: an unknown algorithm, or a number of images that is not one.
+    """
+    from evaluation.studies import compare_algorithms, sweep_images
+    from models.reopen import reopen_data
+
+    data = reopen_data(job.meta, job.config.data)
+    config, quantization, seed = job.config.calibration, job.config.quantization, job.config.seed
+    summary: dict[str, Any] = {"run": job.run.name, "network": job.network.name, "seed": seed, "split": "validation"}
+    if algorithms:
+        names = [name.strip() for name in algorithms.split(",")]
+        for name in names:
+            if name not in get_args(AlgorithmName):
+                raise InputError(f"unknown algorithm {name!r}: take some of {', '.join(get_args(AlgorithmName))}")
+        found = compare_algorithms(job.network, data, config, quantization, seed, names)  # type: ignore[arg-type]
+        summary["algorithms"] = {name: dataclasses.asdict(outcome) for name, outcome in found.items()}
+    if counts:
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in counts.split(",")) or seeds < 1:
+            raise InputError(f"--sweep-images takes numbers of images such as 50,100,500, not {counts!r}")
+        numbers = [int(part) for part in counts.split(",")]
+        points = sweep_images(job.network, data, config, quantization, numbers, range(seed, seed + seeds))
+        summary["sweep"] = [
+            {
+                "images": point.images,
+                "spread": point.spread,
+                "outcomes": [dataclasses.asdict(outcome) for outcome in point.outcomes],
+            }
+            for point in points
+        ]
+    return summary
+
+
+def show_studies(summary: dict[str, Any]) -> None:
+    """Print the studies; differences are to FP32, on the validation images."""
+    if "algorithms" in summary:
+        rows = [
+            (
+                name,
+                f"{one['top1']:.2f} %",
+                f"{one['points']:+.2f}",
+                f"{one['changed']:.2f} %",
+                _decibels(one["sqnr_db"]),
+            )
+            for name, one in summary["algorithms"].items()
+        ]
+        print_table(
+            "algorithms, INT8 on the validation images", ("algorithm", "top-1", "points", "changed", "SQNR"), rows
+        )
+        first = next(iter(summary["algorithms"].values()))
+        rows = [
+            (tensor, *(f"{one['scales'][tensor]:.6g}" for one in summary["algorithms"].values()))
+            for tensor in first["scales"]
+        ]
+        print_table("scales", ("tensor", *summary["algorithms"]), rows)
+    if "sweep" in summary:
+        rows = []
+        for point in summary["sweep"]:
+            top1 = [one["top1"] for one in point["outcomes"]]
+            worst = max(point["spread"], key=point["spread"].__getitem__)
+            rows.append(
+                (
+                    f"{point['images']}",
+                    f"{sum(top1) / len(top1):.2f} %",
+                    f"{min(top1):.2f} to {max(top1):.2f} %",
+                    f"{max(one['changed'] for one in point['outcomes']):.2f} %",
+                    f"{100 * point['spread'][worst]:.2f} % ({worst})",
+                )
+            )
+        columns = ("images", "top-1, mean", "over the seeds", "changed, most", "largest spread of a scale")
+        print_table("numbers of calibration images, INT8 on the validation images", columns, rows)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} dB"
+
+
+def summarize(
+    job: Job, table: Table | None, by_tensorrt: ByTensorRT | None, compiled: Compiled, why: str, files: list[str]
+) -> dict[str, Any]:
     """The result, for ``--json`` and for the terminal."""
     summary: dict[str, Any] = {
         "run": job.run.name,
@@ -222,6 +421,8 @@ def summarize(job: Job, table: Table | None, compiled: Compiled, why: str) -> di
         "notes": list(job.meta.dataset.notes),
         "precision": compiled.precision,
         "engine": {"name": compiled.engine, "device": compiled.device, "reason": why, **compiled.details},
+        "keep_fp": list(job.config.quantization.keep_fp),
+        "files": files,
     }
     if compiled.latency_note:
         summary["engine"]["note"] = compiled.latency_note
@@ -235,6 +436,14 @@ def summarize(job: Job, table: Table | None, compiled: Compiled, why: str) -> di
         "reason": table.reason,
         "scales": dict(table.table.scales),
     }
+    if by_tensorrt is not None:
+        summary["tensorrt"] = {
+            "path": str(by_tensorrt.calibration.path),
+            "header": by_tensorrt.calibration.table.header,
+            "calibrated": by_tensorrt.calibration.calibrated,
+            "reason": by_tensorrt.calibration.reason,
+            "tensors": [{**dataclasses.asdict(pair), "ratio": pair.ratio} for pair in by_tensorrt.pairs],
+        }
     if table.calibration is not None:
         histograms = table.calibration.histograms
         summary["calibration"] = {
@@ -253,7 +462,7 @@ def summarize(job: Job, table: Table | None, compiled: Compiled, why: str) -> di
     return summary
 
 
-def show(job: Job, table: Table | None, summary: dict[str, Any]) -> None:
+def show(table: Table | None, summary: dict[str, Any]) -> None:
     """Print the result."""
     engine = summary["engine"]
     if table is not None:
@@ -271,9 +480,28 @@ def show(job: Job, table: Table | None, summary: dict[str, Any]) -> None:
                 )
             )
         print_table(f"{table.table.header}: {table.path}", ("tensor", "range R", "threshold", "scale", "clipped"), rows)
-    print(f"{job.network.name} is ready in {summary['precision']} on {engine['name']}, {engine['device']}")
+    if "tensorrt" in summary:
+        show_side_by_side(summary["tensorrt"])
+    print(f"{summary['network']} is ready in {summary['precision']} on {engine['name']}, {engine['device']}")
+    if summary["keep_fp"]:
+        print(f"kept in float: {', '.join(summary['keep_fp'])}")
+    for file in summary["files"]:
+        print(f"wrote {file}")
     if "note" in engine:
         print(f"note: {engine['note']}")
+
+
+def show_side_by_side(tensorrt: dict[str, Any]) -> None:
+    """Print TensorRT's own table beside ours."""
+    rows = [
+        tuple(
+            "-" if pair[key] is None else f"{pair[key]:.8g}" if isinstance(pair[key], float) else pair[key]
+            for key in pair
+        )
+        for pair in tensorrt["tensors"]
+    ]
+    columns = ("ours", "TensorRT's", "our scale", "TensorRT's scale", "ratio")
+    print_table(f"{tensorrt['header']}: {tensorrt['path']}, by position in the graph", columns, rows)
 
 
 if __name__ == "__main__":

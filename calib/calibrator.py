@@ -18,7 +18,7 @@ from calib.graph import INPUT, Network, trace
 from calib.histogram import AbsHistogram
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable
 from calib.threshold import Threshold, threshold
-from common.config import AlgorithmName
+from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -177,3 +177,12 @@ def find_thresholds(
         raise InputError("all calibration images are zero: there is nothing to calibrate")
     table = CalibrationTable(scales, algorithm, tensorrt_version)
     return Calibration(table, thresholds, histograms, time.perf_counter() - start)
+
+
+def algorithm_options(config: CalibrationConfig) -> dict[str, float]:
+    """The parameters that the configured algorithm takes."""
+    if config.algorithm == "percentile":
+        return {"percentile": config.percentile}
+    if config.algorithm == "legacy":
+        return {"quantile": config.quantile, "cutoff": config.cutoff}
+    return {}

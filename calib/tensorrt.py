@@ -13,7 +13,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -187,8 +187,7 @@ def own_provenance(provenance: cache.Provenance, network: Network, installed: In
 
 def calibrate(
     network: Network,
-    source: Images,
-    subset: Subset,
+    images: Callable[[], tuple[Images, Subset]],
     path: Path,
     provenance: cache.Provenance,
     config: EngineConfig,
@@ -201,8 +200,8 @@ def calibrate(
 
     Args:
         network: The float network.
-        source: The images that ``subset`` has positions in.
-        subset: The batches, as the reference calibrator takes them.
+        images: Opens the images, and the batches of them as the reference calibrator takes them; called only if
+            TensorRT has to calibrate.
         path: ``<run>/tensorrt/CalibrationTable<Network>``: never the file of our own table, whose names differ.
         provenance: What the reference's table records; TensorRT's is :func:`own_provenance`.
         config: Options of the build.
@@ -224,6 +223,7 @@ def calibrate(
     if decision.table is not None:
         return TensorRTCalibration(decision.table, path, calibrated=False, reason=decision.reason)
     logger.info("TensorRT %s calibrates %s: %s", installed.tensorrt, network.name, decision.reason)
+    source, subset = images()
     start = time.perf_counter()
     content = run_calibration(
         torch_tensorrt,

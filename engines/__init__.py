@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,13 @@ class Selection:
     reason: str
 
 
-def make_engine(name: EngineName, config: EngineConfig, quantization: QuantizationConfig, folder: Path) -> Engine:
+def make_engine(
+    name: EngineName,
+    config: EngineConfig,
+    quantization: QuantizationConfig,
+    folder: Path,
+    batch_sizes: Sequence[int] = (1,),
+) -> Engine:
     """Make an engine by name, whether or not it can be used here (``Engine.unavailable`` tells).
 
     Args:
@@ -34,6 +40,7 @@ def make_engine(name: EngineName, config: EngineConfig, quantization: Quantizati
         config: Its options.
         quantization: Which layers an INT8 network keeps in float, and how it is quantized.
         folder: The run's folder, for built engines.
+        batch_sizes: That will be run; TensorRT builds an engine for each.
     """
     if name == "torch":
         from engines.eager import TorchEngine
@@ -45,23 +52,26 @@ def make_engine(name: EngineName, config: EngineConfig, quantization: Quantizati
         return OnnxRuntimeEngine(config, quantization)
     from engines.tensorrt import TorchTensorRTEngine
 
-    return TorchTensorRTEngine(config, quantization, folder)
+    return TorchTensorRTEngine(config, quantization, folder, batch_sizes)
 
 
-def select_engine(config: EngineConfig, quantization: QuantizationConfig, folder: Path) -> Selection:
+def select_engine(
+    config: EngineConfig, quantization: QuantizationConfig, folder: Path, batch_sizes: Sequence[int] = (1,)
+) -> Selection:
     """Choose the engine: the one named, else the first of Torch-TensorRT, ONNX Runtime and PyTorch that can run here.
 
     Args:
         config: Its ``name`` is the choice.
         quantization: As :func:`make_engine` takes it.
         folder: The run's folder.
+        batch_sizes: As :func:`make_engine` takes them.
 
     Raises:
         InputError: an engine was named that cannot be used on this machine.
     """
 
     def make(name: EngineName) -> Engine:
-        return make_engine(name, config, quantization, folder)
+        return make_engine(name, config, quantization, folder, batch_sizes)
 
     if config.name != "auto":
         engine = make(config.name)
@@ -74,8 +84,9 @@ def select_engine(config: EngineConfig, quantization: QuantizationConfig, folder
 
 def _first_available(make: Callable[[EngineName], Engine]) -> Selection:
     passed: list[str] = []
-    for name in ("torch-tensorrt", "onnxruntime"):
-        engine = make(name)  # type: ignore[arg-type]
+    preferred: tuple[EngineName, ...] = ("torch-tensorrt", "onnxruntime")
+    for name in preferred:
+        engine = make(name)
         reason = engine.unavailable()
         if reason is None:
             return Selection(engine, "; ".join(["the first that can run here", *passed]))

@@ -392,7 +392,7 @@ def calibrate() -> dict[str, Any]:
     path = Path(sys.argv[1]) / "CalibrationTableLeNet"
     path.write_text("the old table\n")
     config = EngineConfig()
-    calibration.calibrate(network(), Images(), SUBSET, path, provenance(), config, recalibrate=True)
+    calibration.calibrate(network(), lambda: (Images(), SUBSET), path, provenance(), config, recalibrate=True)
     return {"returned": True}
 
 
@@ -407,7 +407,7 @@ def reuses() -> dict[str, Any]:
         ours = calibration.own_provenance(provenance(), net, installed)
         config = EngineConfig()
         calibration.store(path, table().dumps().encode(), ours)
-        again = calibration.calibrate(net, source, SUBSET, path, provenance(), config)
+        again = calibration.calibrate(net, lambda: (source, SUBSET), path, provenance(), config)
         result["reused"] = [again.calibrated, again.reason, again.table.dumps() == table().dumps(), source.asked]
         for name, header in (
             ("version", "TRT-100300-EntropyCalibration2"),
