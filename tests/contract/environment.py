@@ -6,6 +6,10 @@ installs the wheels without their dependencies into ``<folder>/site``, writes a 
 the bindings, and compiles ``tensorrt_stand_in.c`` into ``<folder>/lib``. A complete folder is left as it is.
 Nothing is installed into the running Python: only the subprocesses of the tests see the folder.
 
+    python tests/contract/environment.py --latest .contract-latest
+
+makes the same with the current Torch-TensorRT and the torch that it needs, in an environment of its own (several GB).
+
 Where the wheels or a C compiler cannot be had, the reason goes to ``<folder>/unavailable.txt``, the contract tests
 skip with it, and the exit code is 0; with ``--strict`` it is 1.
 """
@@ -16,6 +20,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -48,49 +53,79 @@ TESTED = Stack(
 )
 
 
+PYTHON = Path("venv") / "bin" / "python"
+"""Of an environment with a torch of its own, in its folder."""
+
+
 class Unavailable(Exception):
     """Why the environment cannot be made here."""
 
 
-def stamp(stack: Stack) -> str:
-    """What a complete folder was made of."""
-    return json.dumps(
-        {
-            "wheels": stack.wheels,
-            "tensorrt": stack.tensorrt,
-            "python": sys.version.split()[0],
-            "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
-        }
-    )
+def stamp(stack: Stack | None) -> dict[str, str]:
+    """What a folder is made of; ``stack`` is None for whatever is current."""
+    return {
+        "wheels": " ".join(stack.wheels) if stack else "latest",
+        "python": sys.version.split()[0],
+        "source": hashlib.sha256(SOURCE.read_bytes()).hexdigest(),
+    }
 
 
-def make(folder: Path, stack: Stack = TESTED) -> bool:
+def make(folder: Path, stack: Stack | None = TESTED) -> bool:
     """Make the environment in ``folder``; return False if it was complete already.
+
+    Args:
+        folder: Is emptied first.
+        stack: What to install; the current Torch-TensorRT, with the torch that it needs, if None.
 
     Raises:
         Unavailable: the wheels or a C compiler cannot be had.
     """
     marker = folder / "complete.json"
-    if marker.is_file() and marker.read_text() == stamp(stack):
+    wanted = stamp(stack)
+    if marker.is_file() and wanted.items() <= json.loads(marker.read_text()).items():
         return False
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    install(folder / "site", stack)
+    stack = stack or install_latest(folder)
+    install(folder / "site", stack.wheels)
+    shim = folder / "site" / "tensorrt"
+    shim.mkdir()
+    (shim / "__init__.py").write_text(SHIM)
     compile_stand_ins(folder / "lib", stack)
-    marker.write_text(stamp(stack))
+    marker.write_text(json.dumps({**wanted, "installed": stack.wheels, "tensorrt": stack.tensorrt}))
     return True
 
 
-def install(site: Path, stack: Stack) -> None:
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--target", str(site), *stack.wheels]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def install_latest(folder: Path) -> Stack:
+    """Find the current Torch-TensorRT and install the torch that it needs into a virtual environment."""
+    probe = folder / "probe"
+    install(probe, ("torch_tensorrt",))
+    text = (probe / "torch_tensorrt" / "_version.py").read_text()
+    version, cuda, tensorrt = (
+        re.search(rf'^__{name}__ = "([^"]+)"', text, re.MULTILINE)[1]  # type: ignore[index]
+        for name in ("version", "cuda_version", "tensorrt_version")
+    )
+    shutil.rmtree(probe)
+    major, minor = version.split(".")[:2]
+    subprocess.run([sys.executable, "-m", "venv", str(folder / "venv")], check=True)
+    packages = (f"torch=={major}.{minor}.*", "numpy", "packaging", "typing_extensions", "psutil", "filelock")
+    pip(str(folder / PYTHON), packages)
+    bindings = f"tensorrt_cu{cuda.split('.')[0]}_bindings=={tensorrt}.*"
+    return Stack(wheels=(f"torch_tensorrt=={version}", bindings, "dllist"), tensorrt=tensorrt)
+
+
+def install(site: Path, wheels: tuple[str, ...]) -> None:
+    """Install wheels without their dependencies into a folder."""
+    pip(sys.executable, ("--no-deps", "--target", str(site), *wheels))
+
+
+def pip(python: str, arguments: tuple[str, ...]) -> None:
+    command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary=:all:"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     if result.returncode:
         errors = [line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["pip failed"]
-        raise Unavailable(f"the wheels {', '.join(stack.wheels)} cannot be installed: {errors[-1]}")
-    shim = site / "tensorrt"
-    shim.mkdir()
-    (shim / "__init__.py").write_text(SHIM)
+        wanted = [item for item in arguments if not item.startswith(("-", os.sep))]
+        raise Unavailable(f"{', '.join(wanted)} cannot be installed: {errors[-1]}")
 
 
 def compile_stand_ins(lib: Path, stack: Stack) -> None:
@@ -111,12 +146,13 @@ def compile_stand_ins(lib: Path, stack: Stack) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="make the environment of the contract tests")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--latest", action="store_true", help="the current Torch-TensorRT, not the tested one")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where it cannot be made")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder.resolve()
     reason = folder / "unavailable.txt"
     try:
-        made = make(folder)
+        made = make(folder, None if arguments.latest else TESTED)
     except Unavailable as error:
         folder.mkdir(parents=True, exist_ok=True)
         reason.write_text(f"{error}\n")
