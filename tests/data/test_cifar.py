@@ -51,7 +51,7 @@ def test_opens_in_memory_normalised(published):
 
 def test_places(published, isolated, monkeypatch):
     assert cifar.find_or_download(published / "cifar-10-batches-py", download=False) == published
-    with pytest.raises(NotAvailableError, match=r"CIFAR-10 was not found .*CIFAR10_DIR"):
+    with pytest.raises(NotAvailableError, match=r"CIFAR-10 was not found, .*CIFAR10_DIR"):
         cifar.find_or_download(None, download=False)
     monkeypatch.setenv("CIFAR10_DIR", str(published))
     assert cifar.find_or_download(None, download=False) == published

@@ -56,7 +56,7 @@ def test_folder_of_nvidias_samples(tmp_path, isolated, write_set, monkeypatch):
 
 
 def test_variable_and_default_folder(tmp_path, isolated, write_set, monkeypatch):
-    with pytest.raises(NotAvailableError, match=r"MNIST was not found .*data\.dir or MNIST_DIR"):
+    with pytest.raises(NotAvailableError, match=r"MNIST was not found, .*data\.dir or MNIST_DIR"):
         find_or_download(MNIST, None, download=False)
     default = write_set(isolated / "int8-workflow" / "mnist")
     assert find_or_download(MNIST, None, download=False) == default
