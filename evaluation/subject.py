@@ -94,7 +94,8 @@ def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject
     int8 = _named_table(cache, weights, config) if cache else _recorded_table(run, weights, config)
     data = reopen_data(meta, config.data)
     images = {"test": data.test, "train": data.train_file, "validation": data.validation}[config.evaluation.split]
-    return Subject(trace(checkpoint.network, meta.network), meta, data.info, images, int8)
+    network = trace(checkpoint.network, meta.network, data.info.preprocessing.shape)
+    return Subject(network, meta, data.info, images, int8)
 
 
 def _recorded_table(run: Run, weights: str, config: Config) -> OpenTable:
