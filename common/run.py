@@ -46,6 +46,10 @@ class Run:
         """The table that TensorRT itself writes, by its own tensor names."""
         return self.folder / "tensorrt" / f"CalibrationTable{network}"
 
+    def onnx_table(self, network: str) -> Path:
+        """Our table with an entry for every value of the float ONNX file, for tools that match them by name."""
+        return self.folder / f"CalibrationTable{network}_onnx"
+
     def onnx(self, network: str, precision: str) -> Path:
         return self.folder / f"{network}_{precision}.onnx"
 
