@@ -20,7 +20,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -426,9 +426,9 @@ def reuses() -> dict[str, Any]:
     return result
 
 
-def engine() -> dict[str, Any]:
-    """The engine behind the interface, from configuration to the builder, for implicit INT8 from TensorRT's table."""
-    import engines.tensorrt as subject
+def engine(mode: Literal["implicit", "explicit"] = "implicit") -> dict[str, Any]:
+    """The engine behind the interface, from configuration to the builder; implicit INT8 is from TensorRT's table."""
+    from engines.tensorrt import TorchTensorRTEngine
 
     _pretend_gpu()
     _, installed = calibration.load()
@@ -437,15 +437,29 @@ def engine() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt" / "CalibrationTableLeNet"
         calibration.store(path, table().dumps().encode(), calibration.own_provenance(provenance(), net, installed))
-        engine = subject.TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), Path(folder), SHAPE[:1])
+        engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode=mode), Path(folder), SHAPE[:1])
         assert engine.unavailable() is None
         print(json.dumps(engine.mode("entropy2")), flush=True)
         engine.compile(net, "int8", table())
     return {"returned": True}
 
 
+def engine_explicit() -> dict[str, Any]:
+    return engine("explicit")
+
+
 FACTS = (versions, delivers, algorithms, reads_table, keeps_exceptions, parses, supports, reuses)
-ENDINGS = (build_fp32, build_fp16, build_half, build_explicit, lowered, calibrate, engine, upstream_aborts)
+ENDINGS = (
+    build_fp32,
+    build_fp16,
+    build_half,
+    build_explicit,
+    lowered,
+    calibrate,
+    engine,
+    engine_explicit,
+    upstream_aborts,
+)
 NEED_CALIBRATOR = (delivers, algorithms, reads_table, keeps_exceptions, reuses, calibrate, engine, upstream_aborts)
 
 

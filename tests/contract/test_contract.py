@@ -254,3 +254,8 @@ class TestFrontEnd:
     @pytest.mark.parametrize("scenario", ["build_fp32", "build_fp16", "build_half", "build_explicit"])
     def test_compiling_gets_as_far_as_tensorrt(self, found, scenario):
         assert asks_for_a_builder(found["endings"][scenario])
+
+    def test_the_engine_builds_explicit_int8(self, found):
+        ending = found["endings"]["engine_explicit"]
+        assert asks_for_a_builder(ending)
+        assert json.loads(ending["stdout"].splitlines()[0])[0] == "explicit"
