@@ -270,3 +270,6 @@ class Config:
     engine: EngineConfig
     evaluation: EvaluationConfig
     trainer: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.seed < 2**32, f"seed must be between 0 and {2**32 - 1}, not {self.seed}")
