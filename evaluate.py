@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from engines import select_engine
     from evaluation.pipeline import evaluate, explain
+    from evaluation.report import write_report
     from evaluation.subject import open_subject
     from evaluation.terminal import print_report
 
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if flags.report is not None:
         config.evaluation.analysis &= not flags.no_analysis
         report = explain(report, measured, config, subject)
+        with run.locked():
+            for path in write_report(report, run.folder if flags.report == IN_RUN else flags.report):
+                logger.info("wrote %s", path)
     if flags.json:
         print(json.dumps(asdict(report), indent=2, allow_nan=False))
     else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from evaluation.results import TITLES, Report, Row
+
 NOTHING = "-"
 """Where a figure does not apply."""
 
@@ -17,6 +19,11 @@ def percent(value: float | None, digits: int = 2) -> str:
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 
+def short(value: float | None) -> str:
+    """Five significant digits."""
+    return NOTHING if value is None else f"{value:.5g}"
+
+
 def decibel(value: float | None) -> str:
     """``∞`` where nothing differs."""
     return "∞" if value is None else f"{value:.1f}"
@@ -24,7 +31,8 @@ def decibel(value: float | None) -> str:
 
 def milliseconds(value: float) -> str:
     """Three significant digits."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.3f}"
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
+    return f"{value:.{digits}f}"
 
 
 def rate(value: float) -> str:
@@ -45,3 +53,44 @@ def size(value: int | None) -> str:
 def p_value(value: float) -> str:
     """Two or three digits."""
     return "<0.001" if value < 0.001 else f"{value:.3f}" if value < 0.1 else f"{value:.2f}"
+
+
+def findings(report: Report) -> list[str]:
+    """What a reader should take away, a sentence each."""
+    sentences = []
+    reference = report.row("fp32")
+    for precision in ("int8", "fp16"):
+        row = report.row(precision)
+        if row is None or reference is None:
+            continue
+        if row.accuracy is None or row.paired is None:
+            sentences.append(f"{TITLES[precision]} was skipped: {row.skipped}.")
+            continue
+        sentences.append(_loss(row, report.verdict.tolerance))
+        if row.size and reference.size:
+            sentences[-1] += f" It takes {size(row.size)} instead of {size(reference.size)}."
+        if row.latency_note is None and row.latency:
+            fastest = max(row.latency, key=lambda entry: entry.batch_size)
+            if fastest.speedup is not None:
+                sentences[-1] += f" At batch {fastest.batch_size} it is {fastest.speedup:.2f} times as fast as FP32."
+    if report.analysis is not None:
+        sentences.append(report.analysis.advice)
+    return sentences
+
+
+def _loss(row: Row, tolerance: float) -> str:
+    """How much top-1 changed, and what that means."""
+    assert row.paired is not None  # it ran, and is not FP32
+    paired, title = row.paired, TITLES[row.precision]
+    if paired.lost == paired.gained == 0:
+        return f"{title} gets exactly the same images right as FP32."
+    interval = f"95 % interval {points(paired.top1_interval.low)} to {points(paired.top1_interval.high)}"
+    change = f"{title} is {points(paired.top1_points)} points from FP32 in top-1 ({interval})"
+    images = f"{paired.lost:,} images lost, {paired.gained:,} gained"
+    chance = "no more than chance would do" if paired.mcnemar_mid >= 0.05 else "more than chance"
+    bound = (
+        "the whole interval is within the tolerance"
+        if paired.top1_interval.low >= -tolerance
+        else "the interval reaches beyond the tolerance, so that more images are needed to be sure"
+    )
+    return f"{change}: {images}, {chance} (McNemar p = {p_value(paired.mcnemar_mid)}); {bound}."
