@@ -1,0 +1,50 @@
+"""PyTorch's own baselines, on a machine without a GPU; with one: tests/gpu."""
+
+import pytest
+import torch
+
+from calib.graph import trace
+from calib.tensorrt_rules import Gpu, TensorRTError
+from common.config import EngineConfig
+from engines import cuda
+from engines.base import EngineError
+from models import LeNet
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    def missing(index):
+        raise TensorRTError("no NVIDIA GPU can be used: no driver")
+
+    monkeypatch.setattr(cuda, "find_gpu", missing)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_without_a_gpu_there_are_no_baselines():
+    network = trace(LeNet())
+    assert cuda.baselines(network, EngineConfig(), ("fp32", "fp16")) == []
+    assert cuda.CudaEngine(EngineConfig()).unavailable() == "no NVIDIA GPU can be used: no driver"
+    with pytest.raises(EngineError, match="no driver"):
+        cuda.CudaEngine(EngineConfig()).compile(network, "fp32")
+
+
+def test_there_is_no_int8(monkeypatch):
+    monkeypatch.setattr(cuda, "find_gpu", lambda index: Gpu(index, "NVIDIA Test", (9, 0)))
+    with pytest.raises(EngineError, match="no INT8 kernels"):
+        cuda.CudaEngine(EngineConfig()).compile(trace(LeNet()), "int8")
+
+
+def test_no_fp16_where_it_is_slow(monkeypatch):
+    monkeypatch.setattr(cuda, "find_gpu", lambda index: Gpu(index, "NVIDIA Test", (6, 1)))
+    with pytest.raises(EngineError, match="no fast FP16"):
+        cuda.CudaEngine(EngineConfig()).compile(trace(LeNet()), "fp16")
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_is_what_was_asked_for(allowed):
+    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    try:
+        cuda.allow_tf32(allowed)
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == (allowed, allowed)
+    finally:
+        torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before

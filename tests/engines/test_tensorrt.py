@@ -1,0 +1,360 @@
+"""The Torch-TensorRT engine over a stand-in, on the CPU: what is built, reused, padded and refused."""
+
+import json
+
+import pytest
+import torch
+
+from calib import tensorrt as calibration
+from calib import tensorrt_build
+from calib.cache import Provenance, SubsetRecord
+from calib.graph import trace
+from calib.table import CalibrationTable
+from calib.tensorrt import own_provenance, store
+from calib.tensorrt_rules import Gpu, Installed, TensorRTError
+from common.config import EngineConfig, QuantizationConfig
+from engines import tensorrt as subject
+from engines import tensorrt_files
+from engines.base import EngineError
+from engines.tensorrt import TorchTensorRTEngine
+from models import LeNet
+from tests.upstream import INSTALLED, TABLE, Upstream
+
+OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(1)
+    return trace(LeNet(), "LeNet", (1, 28, 28))
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """A machine with a GPU and an upstream that the test gives; what runs on the GPU runs on the CPU."""
+    monkeypatch.setattr(tensorrt_build, "gpu_device", lambda index: torch.device("cpu"))
+
+    def use(upstream=None, installed=INSTALLED, capability=(9, 0), name="NVIDIA H200"):
+        upstream = upstream or Upstream()
+        gpu = Gpu(0, name, capability)
+        monkeypatch.setattr(subject, "usable", lambda index: (upstream, installed, gpu))
+        return upstream
+
+    return use
+
+
+def engine(folder, batch_sizes=(1,), quantization=None, **config):
+    return TorchTensorRTEngine(EngineConfig(**config), quantization or QuantizationConfig(), folder, batch_sizes)
+
+
+def calibrated(folder, network, installed=INSTALLED, algorithm="entropy2"):
+    """Leave TensorRT's own table of ``network`` in the run's folder."""
+    record = Provenance(
+        maker="reference",
+        network="LeNet",
+        algorithm=algorithm,
+        options={},
+        tensorrt_version="10.12.0",
+        subset=SubsetRecord("first", 2, 2, 0, 1),
+        dataset="made",
+        data="d",
+        preprocessing={},
+        weights="w",
+    )
+    path = folder / "tensorrt" / "CalibrationTableLeNet"
+    store(path, TABLE.dumps().encode(), own_provenance(record, network, installed))
+    return path
+
+
+def images(count):
+    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(count))
+
+
+def built_sizes(upstream):
+    return [arguments["inputs"][0][0][0] for _, arguments in upstream.calls]
+
+
+class TestCompiling:
+    def test_computes_what_the_network_does(self, machine, network, tmp_path):
+        machine()
+        compiled = engine(tmp_path, (4,)).compile(network, "fp32", None)
+        torch.testing.assert_close(compiled.run(images(4)), network.module(images(4)))
+        assert compiled.device == "NVIDIA H200"
+        assert compiled.engine == "torch-tensorrt"
+        assert compiled.details["TensorRT"] == "10.12.0.36"
+        assert compiled.details["TF32"] == "off"
+
+    def test_the_first_engine_is_built_at_once_the_others_when_needed(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (4, 1)).compile(network, "fp32", None)
+        assert built_sizes(upstream) == [4]
+        compiled.run(images(4))
+        assert built_sizes(upstream) == [4]
+        compiled.run(images(1))
+        assert built_sizes(upstream) == [4, 1]
+
+    def test_an_odd_batch_is_padded_not_built_for(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (8, 1)).compile(network, "fp32", None)
+        torch.testing.assert_close(compiled.run(images(3)), network.module(images(3)))
+        assert built_sizes(upstream) == [8]
+
+    def test_a_batch_larger_than_expected_is_built_for(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (2,)).compile(network, "fp32", None)
+        assert compiled.run(images(5)).shape == (5, 10)
+        assert built_sizes(upstream) == [2, 5]
+
+    def test_on_the_device_the_batch_size_is_exact(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (8,)).compile(network, "fp32", None)
+        assert compiled.run_on_device is not None
+        assert compiled.run_on_device(images(2)).shape == (2, 10)
+        assert built_sizes(upstream) == [8, 2]
+
+    def test_without_a_shape_the_first_batch_builds(self, machine, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path).compile(trace(LeNet(), "LeNet"), "fp32", None)
+        assert upstream.calls == []
+        assert compiled.run(images(2)).shape == (2, 10)
+
+    def test_fp16_where_types_decide_goes_in_and_out_as_float32(self, machine, network, tmp_path):
+        machine(installed=Installed("2.13.0", "2.13.0", "11.0.0"))
+        compiled = engine(tmp_path, (2,)).compile(network, "fp16", None)
+        probabilities = compiled.run(images(2))
+        assert probabilities.dtype is torch.float
+        torch.testing.assert_close(probabilities, network.module(images(2)), atol=2e-3, rtol=0)
+
+    def test_cuda_graphs_are_on_for_the_call_alone(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (2,), cuda_graphs=True).compile(network, "fp32", None)
+        assert upstream.cuda_graphs == []
+        assert compiled.run_on_device is not None
+        compiled.run_on_device(images(2))
+        assert upstream.cuda_graphs == [True, False]
+
+
+class TestFiles:
+    NAME = "LeNet_fp32_b2_NVIDIA-H200_trt10.12.0.36.ts"
+
+    def compile(self, machine, network, folder, precision="fp32", table=None, installed=INSTALLED, **config):
+        """Compile with a new engine; the sizes that were built."""
+        upstream = machine(installed=installed)
+        engine(folder, (2,), **config).compile(network, precision, table)
+        return built_sizes(upstream)
+
+    def test_an_engine_is_saved_under_its_name(self, machine, network, tmp_path):
+        assert self.compile(machine, network, tmp_path) == [2]
+        assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == [self.NAME, f"{self.NAME}.json"]
+
+    def test_and_used_again(self, machine, network, tmp_path):
+        self.compile(machine, network, tmp_path)
+        assert self.compile(machine, network, tmp_path) == []
+
+    def test_its_size_is_that_of_the_file(self, machine, network, tmp_path):
+        machine()
+        compiled = engine(tmp_path, (2,)).compile(network, "fp32", None)
+        assert compiled.size_bytes == (tmp_path / "engines" / self.NAME).stat().st_size
+
+    @pytest.mark.parametrize("config", [{"tf32": True}, {"timing_iterations": 2}, {"workspace": 1}])
+    def test_other_options_build_again(self, machine, network, tmp_path, config):
+        self.compile(machine, network, tmp_path)
+        assert self.compile(machine, network, tmp_path, **config) == [2]
+
+    def test_other_weights_build_again(self, machine, network, tmp_path):
+        self.compile(machine, network, tmp_path)
+        torch.nn.init.ones_(network.module.get_parameter("ip2.bias"))
+        assert self.compile(machine, network, tmp_path) == [2]
+
+    def test_another_torch_builds_again(self, machine, network, tmp_path):
+        self.compile(machine, network, tmp_path)
+        other = Installed("2.8.1", "2.8.0", "10.12.0.36")
+        assert self.compile(machine, network, tmp_path, installed=other) == [2]
+
+    def test_another_table_builds_again(self, machine, network, tmp_path):
+        explicit = QuantizationConfig(mode="explicit")
+        arguments = {"precision": "int8", "quantization": explicit}
+        assert self.compile(machine, network, tmp_path, table=OURS, **arguments) == [2]
+        assert self.compile(machine, network, tmp_path, table=OURS, **arguments) == []
+        other = CalibrationTable({**OURS.scales, "prob": 0.02})
+        assert self.compile(machine, network, tmp_path, table=other, **arguments) == [2]
+
+    @pytest.mark.parametrize("damage", [b"", b"PK not an archive"])
+    def test_a_damaged_engine_is_built_again(self, machine, network, tmp_path, damage):
+        self.compile(machine, network, tmp_path)
+        (tmp_path / "engines" / self.NAME).write_bytes(damage)
+        assert self.compile(machine, network, tmp_path) == [2]
+
+    def test_an_engine_that_does_not_load_is_built_again(self, machine, network, tmp_path):
+        self.compile(machine, network, tmp_path)
+        path = tmp_path / "engines" / self.NAME
+        path.write_bytes(b"not an archive")
+        side = path.with_name(f"{path.name}.json")
+        record = json.loads(side.read_text())
+        record["engine"] = tensorrt_files.digest(path)
+        side.write_text(json.dumps(record))
+        assert self.compile(machine, network, tmp_path) == [2]
+
+    @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 99}'])
+    def test_a_side_file_that_says_nothing_builds_again(self, machine, network, tmp_path, content):
+        self.compile(machine, network, tmp_path)
+        (tmp_path / "engines" / f"{self.NAME}.json").write_text(content)
+        assert self.compile(machine, network, tmp_path) == [2]
+
+
+class TestInt8:
+    def test_implicit_is_built_from_tensorrts_own_table(self, machine, network, tmp_path):
+        upstream = machine()
+        path = calibrated(tmp_path, network)
+        before = path.read_bytes()
+        compiled = engine(tmp_path, (2,)).compile(network, "int8", OURS)
+        calibrator = upstream.calls[0][1]["calibrator"]
+        assert calibrator.use_cache
+        assert calibrator.read_calibration_cache() == before
+        assert path.read_bytes() == before
+        assert compiled.details["quantization"] == "implicit (Torch-TensorRT 2.8.0 has DataLoaderCalibrator)"
+        assert (tmp_path / "engines" / "LeNet_int8-implicit_b2_NVIDIA-H200_trt10.12.0.36.ts").exists()
+
+    def test_explicit_has_no_calibrator(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path, (2,), QuantizationConfig(mode="explicit")).compile(network, "int8", OURS)
+        module, arguments = upstream.calls[0]
+        assert "calibrator" not in arguments
+        assert "aten::fake_quantize_per_channel_affine" in str(module.inlined_graph)
+        assert compiled.details["int8 layers"] == "conv1, conv2, ip1, ip2"
+
+    def test_a_layer_kept_in_float_goes_explicit(self, machine, network, tmp_path):
+        machine()
+        quantization = QuantizationConfig(keep_fp=["conv1"])
+        compiled = engine(tmp_path, (2,), quantization).compile(network, "int8", OURS)
+        assert "explicit" in compiled.details["quantization"]
+        assert "conv1 kept in float" in compiled.details["quantization"]
+        assert compiled.details["int8 layers"] == "conv2, ip1, ip2"
+
+    def test_percentile_goes_explicit(self, machine, network, tmp_path):
+        machine()
+        table = CalibrationTable(OURS.scales, "percentile")
+        compiled = engine(tmp_path, (2,)).compile(network, "int8", table)
+        assert "no percentile calibration" in compiled.details["quantization"]
+
+    def test_without_a_table(self, machine, network, tmp_path):
+        machine()
+        with pytest.raises(EngineError, match=r"run quantize\.py"):
+            engine(tmp_path).compile(network, "int8", None)
+
+    def test_not_calibrated_by_tensorrt(self, machine, network, tmp_path):
+        machine()
+        with pytest.raises(EngineError, match=r"has not calibrated LeNet yet: run quantize\.py"):
+            engine(tmp_path).compile(network, "int8", OURS)
+
+    def test_calibrated_with_other_weights(self, machine, network, tmp_path):
+        machine()
+        calibrated(tmp_path, network)
+        torch.nn.init.ones_(network.module.get_parameter("ip2.bias"))
+        with pytest.raises(EngineError, match="of other weights"):
+            engine(tmp_path).compile(network, "int8", OURS)
+
+    def test_calibrated_by_another_tensorrt(self, machine, network, tmp_path):
+        machine(installed=Installed("2.8.0", "2.8.0", "10.13.0.1"))
+        calibrated(tmp_path, network)
+        with pytest.raises(EngineError, match=r"of TensorRT 10\.12\.0, and 10\.13\.0 is installed"):
+            engine(tmp_path).compile(network, "int8", OURS)
+
+    def test_a_table_that_is_none(self, machine, network, tmp_path):
+        machine()
+        calibrated(tmp_path, network).write_text("no table")
+        with pytest.raises(EngineError, match="line 1"):
+            engine(tmp_path).compile(network, "int8", OURS)
+
+    def test_a_table_that_tensorrt_does_not_accept(self, machine, network, tmp_path):
+        upstream = machine()
+        calibrated(tmp_path, network)
+
+        def reject(module, **arguments):
+            arguments["calibrator"].get_batch(["input_0"])
+            return module
+
+        upstream.compile = reject
+        with pytest.raises(EngineError, match="did not accept the calibration table"):
+            engine(tmp_path).compile(network, "int8", OURS)
+        assert not (tmp_path / "engines").exists()
+
+    def test_fp16_layers_need_the_flag(self, machine, network, tmp_path):
+        machine(installed=Installed("2.13.0", "2.13.0", "11.0.0"))
+        with pytest.raises(EngineError, match="no flag for FP16 layers"):
+            engine(tmp_path, int8_fp16=True).compile(network, "int8", OURS)
+
+
+class TestRefusing:
+    def test_a_build_error_is_one_line(self, machine, network, tmp_path):
+        machine(Upstream(error=RuntimeError("[Error thrown at a.cpp:1] no kernel image\nmore")))
+        with pytest.raises(EngineError) as caught:
+            engine(tmp_path).compile(network, "fp32", None)
+        assert str(caught.value) == "TensorRT could not build the engine: no kernel image"
+        assert not (tmp_path / "engines").exists()
+
+    def test_a_later_build_error_is_one_too(self, machine, network, tmp_path):
+        upstream = machine()
+        compiled = engine(tmp_path).compile(network, "fp32", None)
+        upstream.error = RuntimeError("no kernel image")
+        with pytest.raises(EngineError, match="no kernel image"):
+            compiled.run(images(7))
+
+    def test_out_of_memory(self, machine, network, tmp_path, monkeypatch):
+        machine()
+        compiled = engine(tmp_path, (2,)).compile(network, "fp32", None)
+
+        def full(*arguments):
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+        monkeypatch.setattr(subject.Engines, "on_device", full)
+        with pytest.raises(EngineError, match="too little free memory for a batch of 2"):
+            compiled.run(images(2))
+
+    @pytest.mark.parametrize(
+        ("precision", "capability", "config", "message"),
+        [
+            ("int8", (6, 0), {}, "no INT8"),
+            ("fp16", (6, 1), {}, "no fast FP16"),
+            ("fp32", (8, 7), {"dla_core": 0}, "DLA core"),
+        ],
+    )
+    def test_a_precision_that_the_gpu_lacks(self, machine, network, tmp_path, precision, capability, config, message):
+        upstream = machine(capability=capability)
+        with pytest.raises(EngineError, match=message):
+            engine(tmp_path, **config).compile(network, precision, OURS)
+        assert upstream.calls == []
+
+    def test_unavailable_says_why(self, tmp_path, monkeypatch):
+        def missing(index):
+            raise TensorRTError("there is no GPU 3")
+
+        monkeypatch.setattr(subject, "usable", missing)
+        assert engine(tmp_path).unavailable() == "there is no GPU 3"
+        with pytest.raises(EngineError, match="there is no GPU 3"):
+            engine(tmp_path).compile(trace(LeNet()), "fp32", None)
+        with pytest.raises(EngineError, match="there is no GPU 3"):
+            engine(tmp_path).mode("entropy2")
+
+    def test_available(self, machine, tmp_path):
+        machine()
+        assert engine(tmp_path).unavailable() is None
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+    def test_this_machine_has_no_gpu(self, tmp_path):
+        reason = str(engine(tmp_path).unavailable())
+        assert "\n" not in reason
+        assert "GPU" in reason
+
+
+def test_a_dla_core_is_named(machine, network, tmp_path):
+    upstream = machine(capability=(8, 7), name="Orin")
+    calibrated(tmp_path, network)
+    compiled = engine(tmp_path, dla_core=1).compile(network, "int8", OURS)
+    assert compiled.device == "Orin, DLA core 1"
+    assert upstream.calls[0][1]["device"]["device_type"] == "dla"
+
+
+def test_the_modules_import_without_torch_tensorrt(monkeypatch):
+    assert not hasattr(calibration, "torch_tensorrt")
+    assert not hasattr(subject, "torch_tensorrt")
