@@ -9,6 +9,8 @@ SHELL := bash
 PYTHON ?= python3
 JOBS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
+SOAK ?= 20
 VENV := .venv
 BIN := $(VENV)/bin
 INPUTS := pyproject.toml constraints.txt
@@ -49,6 +51,16 @@ coverage: $(VENV)/.installed-dev contract-env ## Run the test suite and measure 
 
 contract-env: $(VENV)/.installed-dev
 	@$(BIN)/python tests/contract/environment.py .contract
+
+contract-latest: $(VENV)/.installed-dev ## Run the contract tests against the current Torch-TensorRT (its own torch: several GB)
+	@$(BIN)/python tests/contract/environment.py --latest --strict .contract-latest
+	@CONTRACT_DIR=.contract-latest $(BIN)/python -m pytest tests/contract $(PYTEST_ARGS)
+
+soak: $(VENV)/.installed-dev ## Run the fault suite with SOAK times as many tries
+	@SOAK=$(SOAK) $(BIN)/python -m pytest tests/faults -n $(JOBS) --durations 5 $(PYTEST_ARGS)
+
+bench: $(VENV)/.installed-dev ## Measure speed against other tools (nothing else should run meanwhile)
+	@$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 lint: $(VENV)/.installed-dev ## Check style and formatting (ruff)
 	$(BIN)/ruff check .
