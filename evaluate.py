@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from common.cli import config_parser, parse, run_command
+from common.cli import Parser, config_parser, parse, run_command
+from common.config import Config
 from common.console import start_logging
-from common.errors import ExitCode
+from common.errors import ExitCode, InputError
 from common.run import Run
+
+if TYPE_CHECKING:
+    from evaluation.results import Report
+
+logger = logging.getLogger("evaluate")
 
 ALIASES = {
     "--data-dir": "data.dir",
@@ -23,47 +32,71 @@ ALIASES = {
     "--latency-batch-sizes": "evaluation.latency_batch_sizes",
     "--engine": "engine.name",
     "--threads": "engine.threads",
+    "--use-dla-core": "engine.dla_core",
 }
-logger = logging.getLogger("evaluate")
-IN_RUN = Path("<artifacts>/<run>")
+RUN_FOLDER = Path("<artifacts>/<run>")
+
+
+def parser() -> Parser:
+    """The command's options."""
+    result = config_parser("evaluate.py", "Compare FP32, FP16 and INT8 on the same images.", ALIASES)
+    result.add_argument(
+        "--report",
+        nargs="?",
+        type=Path,
+        const=RUN_FOLDER,
+        metavar="PATH",
+        help="write report.json, report.md and report.html into the run's folder, or into PATH",
+    )
+    result.add_argument("--json", action="store_true", help="print the report as JSON alone on stdout")
+    result.add_argument("--no-analysis", action="store_true", help="leave the per-layer analysis out of the report")
+    result.add_argument("--cache", type=Path | None, help="calibration table to use instead of the run's own")
+    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate; 0 if the verdict is PASSED, 1 if it is FAILED."""
-    parser = config_parser("evaluate.py", str(__doc__), ALIASES)
-    parser.add_argument(
-        "--report", nargs="?", type=Path, const=IN_RUN, help="write report.json, .md and .html; into PATH if given"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON, and nothing else, on stdout")
-    parser.add_argument("--no-analysis", action="store_true", help="leave the per-layer analysis out of the report")
-    parser.add_argument("--cache", type=Path, help="another calibration table than the run's")
-    config, flags = parse(parser, argv)
-    run = Run(config.run, config.artifacts)
+    """Run the command and return its exit code: 0 if the verdict is PASSED, 1 if it is FAILED."""
+    config, flags = parse(parser(), argv)
     start_logging()
-
-    from dataclasses import asdict
-
-    from engines import select_engine
-    from evaluation.pipeline import evaluate, explain
-    from evaluation.report import write_report
-    from evaluation.subject import open_subject
-    from evaluation.terminal import print_report
-
-    subject = open_subject(config, run, flags.cache)
-    selection = select_engine(config.engine, subject.int8.quantization, run.folder)
-    logger.info("engine %s: %s", selection.engine.name, selection.reason)
-    report, measured = evaluate(config, subject, selection)
-    if flags.report is not None:
-        config.evaluation.analysis &= not flags.no_analysis
-        report = explain(report, measured, config, subject)
-        with run.locked():
-            for path in write_report(report, run.folder if flags.report == IN_RUN else flags.report):
-                logger.info("wrote %s", path)
+    config.evaluation.analysis = config.evaluation.analysis and not flags.no_analysis
+    run = Run(config.run, config.artifacts)
+    if not run.checkpoint.exists():
+        raise InputError(f"there is no checkpoint {run.checkpoint}: run train.py first")
+    target = run.folder if flags.report == RUN_FOLDER else flags.report
+    # Who only reads needs no lock: every file of the run is either old or new, never torn.
+    with run.locked() if target == run.folder else nullcontext():
+        report = evaluated(config, run, flags.cache, target)
     if flags.json:
         print(json.dumps(asdict(report), indent=2, allow_nan=False))
     else:
+        from evaluation.terminal import print_report
+
         print_report(report)
-    return int(ExitCode.PASSED if report.verdict.passed else ExitCode.FAILED)
+    return ExitCode.PASSED if report.verdict.passed else ExitCode.FAILED
+
+
+def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report:
+    """Evaluate, and write the report into ``target`` if there is one."""
+    from engines import select_engine
+    from engines.cuda import baselines
+    from evaluation.pipeline import evaluate, explain
+    from evaluation.report import write_report
+    from evaluation.subject import open_subject
+    from evaluation.tensorboard import log_report
+
+    options = config.evaluation
+    subject = open_subject(config, run, cache)
+    sizes = (options.batch_size, *options.latency_batch_sizes)
+    selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
+    logger.info("engine %s: %s", selection.engine.name, selection.reason)
+    others = baselines(subject.network, config.engine, tuple(options.precisions))
+    report, measured = evaluate(config, subject, selection, others)
+    if target is not None:
+        report = explain(report, measured, config, subject)
+        for path in write_report(report, target):
+            logger.info("wrote %s", path)
+        log_report(report, target / "logs" / "evaluation")
+    return report
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def gpu_state(device: int = 0) -> dict[str, str]:
 
 def _processor() -> tuple[str, set[str]]:
     """The CPU's model and its flags."""
-    name, flags = platform.processor() or platform.machine(), set()
+    name, flags = platform.processor() or platform.machine(), set[str]()
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from common.files import write_json, write_text
 from evaluation import charts, text
+from evaluation.findings import findings
 from evaluation.results import TITLES, Latency, Report, Row
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,7 +28,7 @@ MATRIX_CLASSES = 20
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:
-    """Write ``report.json``, ``report.md``, ``report.html`` and ``figures/*.svg`` into ``folder``, each atomically.
+    """Write ``report.html``, ``report.md``, ``figures/*.svg`` and ``report.json`` into ``folder``, each atomically.
 
     Returns:
         The three report files.
@@ -35,15 +36,27 @@ def write_report(report: Report, folder: Path) -> list[Path]:
     Raises:
         InputError: the folder cannot be written.
     """
-    found = charts.all_charts(report)
-    for chart in found:
-        write_text(folder / "figures" / f"{chart.name}.svg", chart.document)
-    paths = [folder / name for name in ("report.html", "report.md", "report.json")]
-    write_text(paths[0], render_html(report))
-    write_text(paths[1], render_markdown(report))
+    pages = write_pages(report, folder)
     # Last, so that whoever finds new figures in the JSON finds them in the other files too.
-    write_json(paths[2], asdict(report))
-    return paths
+    write_json(folder / "report.json", asdict(report))
+    return [*pages, folder / "report.json"]
+
+
+def write_pages(report: Report, folder: Path) -> list[Path]:
+    """What is made of ``report.json``: write ``report.html``, ``report.md`` and ``figures/*.svg``.
+
+    Returns:
+        The two pages.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    for chart in charts.all_charts(report):
+        write_text(folder / "figures" / f"{chart.name}.svg", chart.document)
+    pages = [folder / "report.html", folder / "report.md"]
+    write_text(pages[0], render_html(report))
+    write_text(pages[1], render_markdown(report))
+    return pages
 
 
 def render_html(report: Report) -> str:
@@ -121,7 +134,7 @@ def _context(report: Report) -> dict[str, Any]:
         "report": report,
         "titles": TITLES,
         "charts": named,
-        "findings": text.findings(report),
+        "findings": findings(report),
         "batches": sizes if len(sizes) <= 2 else [sizes[0], sizes[-1]],
         "faster": any(entry.speedup is not None for row in report.rows for entry in row.latency),
         "copies": any(entry.end_to_end is not None for row in report.rows for entry in row.latency),
@@ -133,7 +146,7 @@ def _context(report: Report) -> dict[str, Any]:
     }
 
 
-def _flat(value: object, path: str = "") -> list[str]:
+def _flat(value: Any, path: str = "") -> list[str]:
     """A configuration as lines, ``section.option: value``."""
     if isinstance(value, dict) and value:
         return [line for key, item in value.items() for line in _flat(item, f"{path}.{key}" if path else str(key))]

@@ -6,7 +6,7 @@ stands for "does not apply", never for zero. Imports no torch: reading and compa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from common.config import PrecisionName
 from common.decode import decode
 from common.errors import InputError
 from common.files import read_json
+from evaluation.text import points as signed
 
 VERSION = 1
 """Of the format of ``report.json``; raised when a member is added, removed or changes its meaning."""
@@ -191,7 +192,7 @@ class Verdict:
         return "PASSED" if self.passed else "FAILED"
 
 
-TITLES = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
+TITLES: Mapping[PrecisionName, str] = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
 
 def within(row: Row, tolerance: float) -> bool:
@@ -223,7 +224,7 @@ def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
             continue
         for name, points in (("top-1", row.paired.top1_points), ("top-5", row.paired.top5_points)):
             side = "within" if _within(points, tolerance) else "outside"
-            reasons.append(f"{title} {name} is {points:+.2f} points from FP32: {side} {tolerance:g}")
+            reasons.append(f"{title} {name} is {signed(points)} points from FP32: {side} {tolerance:g}")
             if side == "outside":
                 failed.append(reasons[-1])
         if row.accuracy.non_finite:
@@ -500,18 +501,17 @@ class Report:
     config: dict[str, Any]
     notes: list[str] = field(default_factory=list)
 
-    def row(self, precision: str) -> Row | None:
+    def row(self, precision: PrecisionName) -> Row | None:
         """The judged row of a precision."""
         return next((row for row in self.rows if row.precision == precision and row.role != "baseline"), None)
 
 
 def read_report(path: Path) -> Report:
-    """Read ``report.json``, given itself or its folder.
+    """Read ``report.json``.
 
     Raises:
         InputError: missing, too large, not JSON, of another version, or of another form.
     """
-    path = path / "report.json" if path.is_dir() else path
     value = read_json(path)
     version = value.get("version") if isinstance(value, dict) else None
     if version != VERSION:

@@ -127,18 +127,18 @@ def _read_table(path: Path, quantization: QuantizationConfig) -> OpenTable:
     if provenance is None:
         note = f"the calibration table {path.name} has no side file: what it was made from is not known"
         logger.warning("%s", note)
-        source, notes = {"maker": "unknown"}, (note,)
+        source, notes = {"maker": "unknown"}, [note]
     else:
         table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
         record: dict[str, Any] = json.loads(encode(provenance))
-        source, notes = {key: _text(value) for key, value in record.items() if key != "format"}, ()
+        source, notes = {key: _text(value) for key, value in record.items() if key != "format"}, []
     description = Calibration(table.algorithm, table.tensorrt_version, source, dict(table.scales))
-    return OpenTable(table, quantization, "", description, notes)
+    return OpenTable(table, quantization, "", description, tuple(notes))
 
 
 def _text(value: object) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items() if item not in (None, [], ""))
     if isinstance(value, list):
         return " ".join(map(_text, value))
     return str(value)
