@@ -46,14 +46,15 @@ class Build:
 
     @classmethod
     def of(cls, config: EngineConfig, precision: PrecisionName) -> Build:
-        """The options of ``config`` for one precision: FP32 beside it, which a DLA core does not have."""
-        precisions: set[PrecisionName] = {precision}
-        if config.dla_core is None:
-            precisions.add("fp32")
-        elif precision == "int8":
-            precisions.add("fp16")  # what of the network a DLA core cannot do in INT8
-        if precision == "int8" and config.int8_fp16:
-            precisions.add("fp16")
+        """The options of ``config`` for one precision.
+
+        FP32 is allowed beside each precision, but not on a DLA core, which does not compute in it; FP32 itself
+        therefore always goes to the GPU.
+        """
+        dla_core = config.dla_core if precision != "fp32" else None
+        precisions: set[PrecisionName] = {precision, "fp32"} if dla_core is None else {precision}
+        if precision == "int8" and (config.int8_fp16 or dla_core is not None):
+            precisions.add("fp16")  # on a DLA core, for what it cannot do in INT8
         return cls(
             frozenset(precisions),
             config.device,
@@ -61,7 +62,7 @@ class Build:
             config.timing_iterations,
             config.workspace,
             config.full_compilation,
-            config.dla_core,
+            dla_core,
         )
 
 

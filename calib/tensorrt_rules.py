@@ -112,15 +112,13 @@ def has_fast_fp16(capability: Capability) -> bool:
     return capability in {(5, 3), (6, 0), (6, 2)} or capability >= (7, 0)
 
 
-def precision_problem(precision: PrecisionName, gpu: Gpu, dla: bool = False) -> str | None:
-    """Why ``precision`` cannot run on ``gpu`` (or on its DLA core), or None."""
+def precision_problem(precision: PrecisionName, gpu: Gpu) -> str | None:
+    """Why ``precision`` cannot run on ``gpu``, or None."""
     capability = _dotted(gpu.capability)
     if precision == "int8" and not has_int8(gpu.capability):
         return f"{gpu.name} (compute capability {capability}) has no INT8 arithmetic: INT8 needs 6.1 or later"
     if precision == "fp16" and not has_fast_fp16(gpu.capability):
         return f"{gpu.name} (compute capability {capability}) has no fast FP16"
-    if precision == "fp32" and dla:
-        return "a DLA core does not compute in FP32: leave --use-dla-core out for this precision"
     return None
 
 

@@ -111,7 +111,7 @@ class TorchTensorRTEngine:
         """See :meth:`engines.base.Engine.compile`."""
         try:
             torch_tensorrt, installed, gpu = usable(self._config.device)
-            problem = precision_problem(precision, gpu, self._config.dla_core is not None)
+            problem = precision_problem(precision, gpu)
             if problem:
                 raise TensorRTError(problem)
             job = self._job(torch_tensorrt, installed, network, precision, table)
@@ -120,20 +120,22 @@ class TorchTensorRTEngine:
                 engines.module((self._batch_sizes[0], *network.input_shape))
         except TensorRTError as error:
             raise EngineError(str(error)) from error
+        details = {**job.details, "TF32": "allowed" if self._config.tf32 else "off"}
+        if self._config.dla_core is not None and job.build.dla_core is None:
+            details["DLA"] = "none: a DLA core does not compute in FP32, this runs on the GPU"
         graphs = self._config.cuda_graphs
         device_run = with_cuda_graphs(torch_tensorrt, engines.on_device) if graphs else engines.on_device
         return Compiled(
             engine=self.name,
             precision=precision,
-            device=gpu.name if self._config.dla_core is None else f"{gpu.name}, DLA core {self._config.dla_core}",
+            device=gpu.name if job.build.dla_core is None else f"{gpu.name}, DLA core {job.build.dla_core}",
             run=engines.on_cpu,
             run_on_device=device_run,
             size_bytes=engines.size_bytes,
             details={
                 "TensorRT": installed.tensorrt,
                 "Torch-TensorRT": installed.torch_tensorrt,
-                **job.details,
-                "TF32": "allowed" if self._config.tf32 else "off",
+                **details,
                 "CUDA graphs": "each engine" if graphs else "none",
             },
         )

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from calib import cache, tensorrt, tensorrt_build
-from calib.cache import Provenance, SubsetRecord
 from calib.graph import trace
 from calib.subset import Subset
 from calib.table import CalibrationTable
@@ -15,7 +14,7 @@ from calib.tensorrt_build import Build, build_engine, build_error, compile_argum
 from calib.tensorrt_rules import Gpu, Installed, TensorRTError
 from common.config import EngineConfig
 from models import LeNet
-from tests.upstream import INSTALLED, TABLE, Upstream
+from tests.upstream import INSTALLED, TABLE, Upstream, provenance
 
 CPU = torch.device("cpu")
 SHAPE = (2, 1, 28, 28)
@@ -37,22 +36,6 @@ class Images:
 
 
 SUBSET = Subset(torch.tensor([7, 3, 11, 0]), 2)
-
-
-def provenance(**changes):
-    values = {
-        "maker": "reference",
-        "network": "LeNet",
-        "algorithm": "entropy2",
-        "options": {},
-        "tensorrt_version": "10.9.9",
-        "subset": SubsetRecord("first", 2, 2, 0, 1),
-        "dataset": "made",
-        "data": "d",
-        "preprocessing": {},
-        "weights": "w",
-    }
-    return Provenance(**{**values, **changes})
 
 
 @pytest.fixture
@@ -138,6 +121,11 @@ class TestBuilding:
     def test_a_dla_core_has_none(self):
         assert Build.of(EngineConfig(dla_core=0), "fp16").precisions == {"fp16"}
         assert Build.of(EngineConfig(dla_core=0), "int8").precisions == {"int8", "fp16"}
+
+    def test_fp32_stays_off_the_dla_core(self):
+        build = Build.of(EngineConfig(dla_core=0), "fp32")
+        assert build.precisions == {"fp32"}
+        assert build.dla_core is None
 
     def test_arguments(self):
         config = EngineConfig(device=1, tf32=True, timing_iterations=3, workspace=2, full_compilation=True)

@@ -90,12 +90,6 @@ def test_a_gpu_that_tensorrt_no_longer_supports():
     assert "compute capability 7.0" in str(gpu_problem(gpu(7, 0)))
 
 
-def test_a_dla_core_has_no_fp32():
-    assert "DLA core" in str(precision_problem("fp32", gpu(8, 7), dla=True))
-    assert precision_problem("fp16", gpu(8, 7), dla=True) is None
-    assert precision_problem("int8", gpu(8, 7), dla=True) is None
-
-
 class TestMode:
     def test_auto_takes_the_calibrator_where_there_is_one(self):
         mode, reason = quantization_mode("auto", installed())

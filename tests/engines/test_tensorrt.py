@@ -7,7 +7,6 @@ import torch
 
 from calib import tensorrt as calibration
 from calib import tensorrt_build
-from calib.cache import Provenance, SubsetRecord
 from calib.graph import trace
 from calib.table import CalibrationTable
 from calib.tensorrt import own_provenance, store
@@ -18,7 +17,7 @@ from engines import tensorrt_files
 from engines.base import EngineError
 from engines.tensorrt import TorchTensorRTEngine
 from models import LeNet
-from tests.upstream import INSTALLED, TABLE, Upstream
+from tests.upstream import INSTALLED, TABLE, Upstream, provenance
 
 OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
 
@@ -49,20 +48,8 @@ def engine(folder, batch_sizes=(1,), quantization=None, **config):
 
 def calibrated(folder, network, installed=INSTALLED, algorithm="entropy2"):
     """Leave TensorRT's own table of ``network`` in the run's folder."""
-    record = Provenance(
-        maker="reference",
-        network="LeNet",
-        algorithm=algorithm,
-        options={},
-        tensorrt_version="10.12.0",
-        subset=SubsetRecord("first", 2, 2, 0, 1),
-        dataset="made",
-        data="d",
-        preprocessing={},
-        weights="w",
-    )
     path = folder / "tensorrt" / "CalibrationTableLeNet"
-    store(path, TABLE.dumps().encode(), own_provenance(record, network, installed))
+    store(path, TABLE.dumps().encode(), own_provenance(provenance(algorithm=algorithm), network, installed))
     return path
 
 
@@ -312,17 +299,12 @@ class TestRefusing:
             compiled.run(images(2))
 
     @pytest.mark.parametrize(
-        ("precision", "capability", "config", "message"),
-        [
-            ("int8", (6, 0), {}, "no INT8"),
-            ("fp16", (6, 1), {}, "no fast FP16"),
-            ("fp32", (8, 7), {"dla_core": 0}, "DLA core"),
-        ],
+        ("precision", "capability", "message"), [("int8", (6, 0), "no INT8"), ("fp16", (6, 1), "no fast FP16")]
     )
-    def test_a_precision_that_the_gpu_lacks(self, machine, network, tmp_path, precision, capability, config, message):
+    def test_a_precision_that_the_gpu_lacks(self, machine, network, tmp_path, precision, capability, message):
         upstream = machine(capability=capability)
         with pytest.raises(EngineError, match=message):
-            engine(tmp_path, **config).compile(network, precision, OURS)
+            engine(tmp_path).compile(network, precision, OURS)
         assert upstream.calls == []
 
     def test_unavailable_says_why(self, tmp_path, monkeypatch):
@@ -353,6 +335,14 @@ def test_a_dla_core_is_named(machine, network, tmp_path):
     compiled = engine(tmp_path, dla_core=1).compile(network, "int8", OURS)
     assert compiled.device == "Orin, DLA core 1"
     assert upstream.calls[0][1]["device"]["device_type"] == "dla"
+
+
+def test_fp32_beside_a_dla_core_runs_on_the_gpu(machine, network, tmp_path):
+    upstream = machine(capability=(8, 7), name="Orin")
+    compiled = engine(tmp_path, dla_core=1).compile(network, "fp32", None)
+    assert compiled.device == "Orin"
+    assert "does not compute in FP32" in compiled.details["DLA"]
+    assert upstream.calls[0][1]["device"]["device_type"] == "gpu"
 
 
 def test_the_modules_import_without_torch_tensorrt(monkeypatch):

@@ -1,0 +1,145 @@
+"""PyTorch's own baselines and the latency harness on a real GPU; no TensorRT needed."""
+
+import pytest
+import torch
+
+from calib.graph import trace
+from calib.tensorrt import find_gpu
+from calib.tensorrt_rules import TensorRTError
+from common.config import EngineConfig
+from data.base import Preprocessing
+from data.tensor import TensorImages
+from engines.base import EngineError
+from engines.cuda import CudaEngine, CudaGraphs, baselines
+from models import LeNet
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(1)
+    return trace(LeNet(), "LeNet", (1, 28, 28))
+
+
+def images(count):
+    return torch.rand(count, 1, 28, 28, generator=torch.Generator().manual_seed(count))
+
+
+def test_the_gpu_is_found():
+    gpu = find_gpu(0)
+    assert gpu.name == torch.cuda.get_device_name(0)
+    assert gpu.capability == torch.cuda.get_device_capability(0)
+
+
+def test_a_gpu_that_is_not_there():
+    count = torch.cuda.device_count()
+    with pytest.raises(TensorRTError, match=f"there is no GPU {count}: this machine has {count}"):
+        find_gpu(count)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+class TestBaselines:
+    def test_fp32_is_what_the_cpu_computes(self, network, graphs):
+        compiled = CudaEngine(EngineConfig(), graphs).compile(network, "fp32")
+        for count in (1, 7, 256):
+            torch.testing.assert_close(compiled.run(images(count)), network.module(images(count)), atol=1e-5, rtol=1e-4)
+        assert compiled.device == torch.cuda.get_device_name(0)
+        assert compiled.details["TF32"] == "off"
+
+    def test_fp16_is_close_and_half_the_size(self, network, graphs):
+        half = CudaEngine(EngineConfig(), graphs).compile(network, "fp16")
+        full = CudaEngine(EngineConfig(), graphs).compile(network, "fp32")
+        probabilities = half.run(images(64))
+        assert probabilities.dtype is torch.float
+        torch.testing.assert_close(probabilities, network.module(images(64)), atol=5e-3, rtol=0)
+        assert half.size_bytes * 2 == full.size_bytes
+
+    def test_on_the_device(self, network, graphs):
+        compiled = CudaEngine(EngineConfig(), graphs).compile(network, "fp32")
+        assert compiled.run_on_device is not None
+        result = compiled.run_on_device(images(8).cuda())
+        assert result.is_cuda
+        torch.testing.assert_close(result.cpu(), network.module(images(8)), atol=1e-5, rtol=1e-4)
+
+    def test_there_is_no_int8(self, network, graphs):
+        with pytest.raises(EngineError, match="no INT8 kernels"):
+            CudaEngine(EngineConfig(), graphs).compile(network, "int8")
+
+    def test_a_gpu_that_is_not_there(self, network, graphs):
+        engine = CudaEngine(EngineConfig(device=torch.cuda.device_count()), graphs)
+        assert "there is no GPU" in str(engine.unavailable())
+        with pytest.raises(EngineError, match="there is no GPU"):
+            engine.compile(network, "fp32")
+
+
+class TestCudaGraphs:
+    def test_are_captured_once_for_each_shape_and_follow_their_input(self):
+        calls = []
+
+        def double(values):
+            calls.append(values.shape)
+            return values * 2
+
+        graphs = CudaGraphs(double)
+        for _ in range(3):
+            for shape in ((2, 3), (4, 3)):
+                values = torch.rand(shape, device="cuda")
+                assert torch.equal(graphs(values), values * 2)
+        assert len(calls) == 2 * 4  # three runs to warm up and the capture, for each shape
+
+    def test_replay_on_another_stream(self):
+        graphs = CudaGraphs(torch.sin)
+        values = torch.rand(1000, device="cuda")
+        graphs(values)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = graphs(values + 1).clone()
+        stream.synchronize()
+        assert torch.equal(result, torch.sin(values + 1))
+
+
+def test_baselines_are_eager_and_graphs_in_both_precisions(network):
+    found = baselines(network, EngineConfig(), ("fp32", "fp16", "int8"))
+    assert [(item.engine, item.precision) for item in found] == [
+        ("torch-cuda", "fp32"),
+        ("torch-cuda", "fp16"),
+        ("torch-cuda-graphs", "fp32"),
+        ("torch-cuda-graphs", "fp16"),
+    ]
+
+
+def test_latency_harness(network):
+    from evaluation.latency import GPU_RUNS, measure_latency
+
+    pixels = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
+    source = TensorImages(pixels, torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28))
+    compiled = baselines(network, EngineConfig(), ("fp32", "fp16"))
+    results = measure_latency(compiled, source, [1, 32], seconds=0.1, runs=10)
+    assert len(results) == len(compiled)
+    for entries in results:
+        assert [entry.batch_size for entry in entries] == [1, 32]
+        for entry in entries:
+            assert entry.compute.runs >= GPU_RUNS
+            assert 0 < entry.compute.median <= entry.compute.p90 <= entry.compute.p99
+            assert entry.end_to_end is not None
+            assert entry.end_to_end.median > 0
+
+
+def test_auto_falls_back_with_a_notice(tmp_path):
+    pytest.importorskip("onnx")
+    from common.config import QuantizationConfig
+    from common.errors import InputError
+    from engines import select_engine
+    from engines.tensorrt import TorchTensorRTEngine
+
+    reason = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path).unavailable()
+    if reason is None:
+        pytest.skip("this machine has Torch-TensorRT: nothing to fall back from")
+    assert "\n" not in reason
+    selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
+    assert selection.engine.name != "torch-tensorrt"
+    assert f"not torch-tensorrt: {reason}" in selection.reason
+    with pytest.raises(InputError, match="torch-tensorrt cannot be used here"):
+        select_engine(EngineConfig(name="torch-tensorrt"), QuantizationConfig(), tmp_path)

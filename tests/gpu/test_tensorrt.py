@@ -1,0 +1,101 @@
+"""The whole TensorRT path on a real GPU with TensorRT: what no other machine can test."""
+
+import pytest
+import torch
+
+from calib.calibrator import calibrate as reference
+from calib.counterparts import compare, made_by
+from calib.graph import trace
+from calib.subset import Subset
+from calib.tensorrt import calibrate, usable
+from calib.tensorrt_rules import TensorRTError, has_calibrator
+from common.config import EngineConfig, QuantizationConfig
+from engines.tensorrt import TorchTensorRTEngine
+from models import LeNet
+from tests.upstream import provenance
+
+pytestmark = pytest.mark.gpu
+
+SUBSET = Subset(torch.randperm(200, generator=torch.Generator().manual_seed(1))[:100], 10)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    try:
+        return usable(0)[1]
+    except TensorRTError as error:
+        pytest.skip(f"needs TensorRT: {error}")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(1)
+    return trace(LeNet(), "LeNet", (1, 28, 28))
+
+
+class Source:
+    _images = torch.rand(200, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return len(self._images)
+
+    def images(self, index):
+        return self._images[index]
+
+
+@pytest.fixture(scope="module")
+def ours(network):
+    return reference(network, [Source().images(batch) for batch in SUBSET.batches])
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
+@pytest.mark.parametrize("graphs", [False, True])
+def test_float_engines(network, tmp_path, precision, tolerance, graphs):
+    engine = TorchTensorRTEngine(EngineConfig(cuda_graphs=graphs), QuantizationConfig(), tmp_path, (8, 1))
+    compiled = engine.compile(network, precision, None)
+    for count in (8, 1, 5):
+        batch = Source().images(torch.arange(count))
+        torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=tolerance, rtol=0)
+    assert compiled.run_on_device is not None
+    batch = Source().images(torch.arange(8))
+    result = compiled.run_on_device(batch.cuda()).cpu()
+    torch.testing.assert_close(result, network.module(batch), atol=tolerance, rtol=0)
+
+
+def test_explicit_int8(network, ours, tmp_path):
+    engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode="explicit"), tmp_path, (8,))
+    compiled = engine.compile(network, "int8", ours)
+    batch = Source().images(torch.arange(8))
+    torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
+
+
+def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
+    if not has_calibrator(installed.torch_tensorrt):
+        pytest.skip(f"torch_tensorrt {installed.torch_tensorrt} has no DataLoaderCalibrator")
+    path = tmp_path / "tensorrt" / "CalibrationTableLeNet"
+    theirs = calibrate(network, lambda: (Source(), SUBSET), path, provenance(), EngineConfig())
+    assert theirs.calibrated
+    pairs = [pair for pair in compare(ours, theirs.table, made_by(network)) if pair.ratio is not None]
+    assert ("data", "input_0") in [(pair.reference, pair.tensorrt) for pair in pairs]
+    for pair in pairs:
+        assert pair.ratio == pytest.approx(1, rel=0.02), pair
+
+    engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode="implicit"), tmp_path, (8,))
+    compiled = engine.compile(network, "int8", ours)
+    batch = Source().images(torch.arange(8))
+    torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
+
+    again = calibrate(network, lambda: pytest.fail("touched the data"), path, provenance(), EngineConfig())
+    assert not again.calibrated
+
+
+def test_an_engine_is_loaded_from_its_file(network, tmp_path):
+    def compiled():
+        return TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (2,)).compile(network, "fp32", None)
+
+    batch = Source().images(torch.arange(2))
+    first = compiled().run(batch)
+    (engine,) = (tmp_path / "engines").glob("*.ts")
+    written = engine.stat().st_mtime_ns
+    assert torch.equal(compiled().run(batch), first)
+    assert engine.stat().st_mtime_ns == written
