@@ -1,0 +1,195 @@
+"""Explicit quantization: the float network with quantize/dequantize at the places where INT8 layers read.
+
+The plan says which values INT8 layers read, and with which scale. Here it becomes positions in the network: where all
+readers of a value take it in INT8 with one scale, the value itself is quantized, right after the layer that produces
+it; max pooling, reshapes and concatenation let quantization through, because they only move or choose values and the
+scale is positive. Where some reader needs the float value, only the others get the quantized one.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from calib.graph import SHARES_SCALE, Int8Plan
+from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize_weight
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the values of a network are quantized.
+
+    Attributes:
+        scales: fx node -> scale, for every value whose readers all take it in INT8 with this scale.
+        points: Those of ``scales`` that are not multiples of their scale already, because they were chosen from
+            quantized values: quantizing at the points is enough.
+        partial: fx node -> (scale, names of the reading fx nodes), for values that others read in float.
+    """
+
+    scales: Mapping[str, float]
+    points: Mapping[str, float]
+    partial: Mapping[str, tuple[float, frozenset[str]]]
+
+
+def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
+    """Find where a plan's values are quantized.
+
+    Args:
+        plan: Which layers run in INT8.
+        before_relu: Whether quantization passes through ReLU, too, as far as the layer before it. The numbers are
+            the same: with zero point 0, clamping at 0 and rounding commute.
+    """
+    network = plan.network
+    nodes = [node for node in network.module.graph.nodes if network.kinds.get(node.name, "shape") != "shape"]
+    layers = {layer.node for layer in network.layers if layer.name in plan.layers}
+    scales: dict[str, float] = {}
+    partial: dict[str, tuple[float, frozenset[str]]] = {}
+    for node in reversed(nodes):
+        wanted: dict[str, float | None] = {}
+        for reader in node.users:
+            if reader.op == "output":
+                wanted[reader.name] = plan.output_scale
+            elif reader.name in layers:
+                wanted[reader.name] = plan.scales[node.name]
+            elif _commutes(reader, plan, before_relu):
+                wanted[reader.name] = scales.get(reader.name)
+            elif network.kinds[reader.name] != "shape":
+                wanted[reader.name] = None
+        different = set(wanted.values())
+        if len(different) == 1 and None not in different:
+            scales[node.name] = next(scale for scale in different if scale is not None)
+        elif layers & wanted.keys():
+            partial[node.name] = plan.scales[node.name], frozenset(layers & wanted.keys())
+
+    points: dict[str, float] = {}
+    quantized: set[str] = set()
+    for node in nodes:
+        if node.name not in scales:
+            continue
+        sources = [item.name for item in node.all_input_nodes if network.kinds.get(item.name, "shape") != "shape"]
+        if _commutes(node, plan, before_relu) and quantized.issuperset(sources):
+            quantized.add(node.name)
+        elif not _is_tuple(node):
+            quantized.add(node.name)
+            points[node.name] = scales[node.name]
+    return Placement(scales, points, partial)
+
+
+def _commutes(node: fx.Node, plan: Int8Plan, before_relu: bool) -> bool:
+    """Whether quantizing an operation's inputs is the same as quantizing its output."""
+    kind = plan.network.kinds[node.name]
+    return kind in SHARES_SCALE or (before_relu and kind == "relu" and is_plain_relu(node, plan.network.module))
+
+
+def is_plain_relu(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node of kind ``relu`` clamps at 0 alone (ReLU6 also clamps at 6, which need not be a code's value)."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    return node.target is not F.relu6
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    """Whether a node gives several tensors (``chunk``, ``split``), of which others take single ones."""
+    return any(reader.target is operator.getitem for reader in node.users)
+
+
+def fake_quantize(plan: Int8Plan) -> fx.GraphModule:
+    """The network with explicit quantization: float arithmetic on values that INT8 represents.
+
+    Activations go through ``torch.fake_quantize_per_tensor_affine`` (zero point 0, codes -128 to 127) with the table's
+    scales. Weights of convolution and linear layers in INT8 go through ``torch.fake_quantize_per_channel_affine``
+    (axis 0, codes -127 to 127, scale absmax / 127); they are stored as multiples of their scale already, so that they
+    get the same codes whether an implementation divides by the scale or multiplies by its inverse. All scales are
+    constants. The module scripts and traces.
+
+    Args:
+        plan: Which layers run in INT8, and the scales.
+
+    Returns:
+        A module from ``data`` float32 [B, C, H, W] to ``prob`` float32 [B, classes], in eval mode.
+    """
+    placement = place(plan)
+    module = copy.deepcopy(plan.network.module)
+    own_weights(module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for layer in plan.weighted:
+        nodes[layer.node] = _quantize_weight(module, nodes[layer.node])
+    for name, scale in placement.points.items():
+        quantized = _insert(module, nodes[name], scale)
+        nodes[name].replace_all_uses_with(quantized, delete_user_cb=lambda user, new=quantized: user is not new)
+    for name, (scale, readers) in placement.partial.items():
+        quantized = _insert(module, nodes[name], scale)
+        for reader in readers:
+            nodes[reader].replace_input_with(nodes[name], quantized)
+    for node in module.graph.nodes:
+        # Annotations of the user's forward, as text where its module postpones them, which does not script.
+        node.type = None
+    module.graph.eliminate_dead_code()
+    module.graph.lint()
+    module.recompile()
+    return module.eval()
+
+
+def own_weights(module: fx.GraphModule) -> None:
+    """Give every call of a submodule that is called more than once a submodule of its own."""
+    seen: set[str] = set()
+    for node in module.graph.nodes:
+        if node.op != "call_module":
+            continue
+        target = str(node.target)
+        if target in seen:
+            number = 1
+            while f"{target}_{number}" in seen:
+                number += 1
+            module.add_submodule(f"{target}_{number}", copy.deepcopy(module.get_submodule(target)))
+            node.target = f"{target}_{number}"
+        seen.add(str(node.target))
+
+
+def _insert(module: fx.GraphModule, node: fx.Node, scale: float) -> fx.Node:
+    """Fake-quantize a value, right after it is made."""
+    with module.graph.inserting_after(node):
+        return module.graph.call_function(
+            torch.fake_quantize_per_tensor_affine, (node, scale, 0, ACTIVATION_MIN, ACTIVATION_MAX)
+        )
+
+
+def _quantize_weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
+    """Replace a layer by its function on the fake-quantized weight, and return what replaces it."""
+    target = str(node.target)
+    layer = module.get_submodule(target)
+    assert isinstance(layer, nn.Conv2d | nn.Linear)  # Int8Plan.weighted holds nothing else
+    codes, scales = quantize_weight(layer.weight)
+    layer.weight.data = codes * scales.reshape(-1, *([1] * (codes.dim() - 1)))
+    layer.register_buffer("weight_scale", scales)
+    layer.register_buffer("weight_zero_point", torch.zeros_like(scales, dtype=torch.int32))
+    graph = module.graph
+    with graph.inserting_before(node):
+        weight = graph.call_function(
+            torch.fake_quantize_per_channel_affine,
+            (
+                graph.get_attr(f"{target}.weight"),
+                graph.get_attr(f"{target}.weight_scale"),
+                graph.get_attr(f"{target}.weight_zero_point"),
+                0,
+                -WEIGHT_MAX,
+                WEIGHT_MAX,
+            ),
+        )
+        bias = None if layer.bias is None else graph.get_attr(f"{target}.bias")
+        arguments = (node.all_input_nodes[0], weight, bias)
+        if isinstance(layer, nn.Conv2d):
+            result = graph.call_function(
+                F.conv2d, (*arguments, layer.stride, layer.padding, layer.dilation, layer.groups)
+            )
+        else:
+            result = graph.call_function(F.linear, arguments)
+    node.replace_all_uses_with(result)
+    graph.erase_node(node)
+    return result

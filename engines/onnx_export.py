@@ -1,0 +1,517 @@
+"""ONNX files: the float network, and the network with explicit quantization (Q/DQ) and int8 weights.
+
+The values in both carry the names of the calibration table. PyTorch's exporter lets its caller name a graph's outputs
+and nothing else; so the network is exported with every named value as an output, and all outputs but ``prob`` are
+taken away again. The Q/DQ pairs are put in by ONNX Runtime's quantizer, with the scales of the plan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import tempfile
+import warnings
+from collections.abc import Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from calib.explicit import Placement, is_plain_relu, place
+from calib.graph import INPUT, OUTPUT, Int8Plan, Network
+from calib.int8 import weight_scales
+from calib.table import CalibrationTable
+from common.errors import InputError
+from common.files import write_bytes
+from common.run import Run
+
+OPSET: Final = 17
+"""Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
+
+_DYNAMO_OPSET: Final = 18
+_LARGEST_BIAS: Final = 2**30
+_WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What :func:`export` wrote.
+
+    Attributes:
+        fp32: The float network.
+        int8: The network with explicit quantization, or None.
+        int8_cpu: The same for ONNX Runtime on a CPU, or None.
+        table: The table for tools that match it to ``fp32`` by name, or None.
+    """
+
+    fp32: Path
+    int8: Path | None = None
+    int8_cpu: Path | None = None
+    table: Path | None = None
+
+    @property
+    def files(self) -> list[Path]:
+        """All that were written."""
+        return [path for path in (self.fp32, self.int8, self.int8_cpu, self.table) if path is not None]
+
+
+def export(
+    network: Network,
+    plan: Int8Plan | None,
+    table: CalibrationTable | None,
+    run: Run,
+    provenance: Mapping[str, str],
+) -> Exported:
+    """Write everything that ``--export onnx`` writes, each file atomically.
+
+    Args:
+        network: Traced with an ``input_shape``.
+        plan: Which layers run in INT8; None for the float file alone.
+        table: The table that ``plan`` was made from; None for the float file alone.
+        run: Whose folder gets the files.
+        provenance: Stored as the files' metadata.
+
+    Raises:
+        InputError: the network cannot be exported, or a file cannot be written.
+    """
+    fp32 = run.onnx(network.name, "fp32")
+    export_fp32(network, fp32, provenance)
+    if plan is None or table is None:
+        return Exported(fp32)
+    int8, int8_cpu = run.onnx(network.name, "int8"), run.onnx(network.name, "int8_cpu")
+    export_int8(plan, int8, provenance)
+    export_int8(plan, int8_cpu, provenance, for_cpu=True)
+    beside = run.onnx_table(network.name)
+    onnx_table(network, table).write(beside)
+    return Exported(fp32, int8, int8_cpu, beside)
+
+
+def export_fp32(network: Network, path: Path, provenance: Mapping[str, str]) -> None:
+    """Write the float network to ``path`` as ONNX, atomically.
+
+    Args:
+        network: Traced with an ``input_shape``.
+        path: The file.
+        provenance: Stored as the model's metadata.
+
+    Raises:
+        InputError: the network cannot be exported, or the file cannot be written.
+    """
+    _write(float_model(network), path, provenance)
+
+
+def export_int8(plan: Int8Plan, path: Path, provenance: Mapping[str, str], for_cpu: bool = False) -> None:
+    """Write the network with explicit quantization to ``path`` as ONNX, atomically.
+
+    Args:
+        plan: Which layers run in INT8; of a network traced with an ``input_shape``.
+        path: The file.
+        provenance: Stored as the model's metadata.
+        for_cpu: See :func:`int8_model`.
+
+    Raises:
+        InputError: the network cannot be exported, or the file cannot be written.
+    """
+    _write(int8_model(plan, for_cpu), path, provenance)
+
+
+def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) -> None:
+    onnx.helper.set_model_props(model, dict(provenance))
+    onnx.checker.check_model(model, full_check=True)
+    write_bytes(path, model.SerializeToString())
+
+
+def onnx_table(network: Network, table: CalibrationTable) -> CalibrationTable:
+    """The calibration table, with an entry for those values of the ONNX file that have none of their own.
+
+    TensorRT runs a layer in INT8 from a table only if every tensor that it reads and writes has an entry. A reshaped
+    value takes its tensor's scale. A value that an in-place ReLU overwrites takes the scale of what overwrites it:
+    TensorRT merges the ReLU into the layer before it.
+    """
+    scales = {}
+    for node, name in value_names(network).items():
+        tensor = network.tensor_of.get(node) or _overwritten_as(network, node)
+        if tensor in table.scales:
+            scales[name] = table.scales[tensor]
+    return CalibrationTable(scales, table.algorithm, table.tensorrt_version)
+
+
+def value_names(network: Network) -> dict[str, str]:
+    """Name of each fx node's value in the ONNX files.
+
+    What the calibration table names has that name. A reshaped value is ``<tensor>/<fx node>``, a value that an
+    in-place ReLU overwrites ``<tensor>/before_relu``.
+    """
+    names: dict[str, str] = {}
+    used = set(network.observed.values())
+    for node in network.module.graph.nodes:
+        if network.kinds.get(node.name, "shape") == "shape":
+            continue
+        name = network.observed.get(node.name)
+        if name is None:
+            tensor = network.tensor_of.get(node.name)
+            name = f"{tensor}/{node.name}" if tensor else f"{_overwritten_as(network, node.name)}/before_relu"
+            while name in used:
+                name += "_"
+            used.add(name)
+        names[node.name] = name
+    return names
+
+
+def _overwritten_as(network: Network, name: str) -> str:
+    """The tensor as which an in-place ReLU overwrites the value of an fx node that has no tensor of its own."""
+    nodes = {node.name: node for node in network.module.graph.nodes}
+    while name not in network.observed:
+        name = next(reader.name for reader in nodes[name].users if network.kinds.get(reader.name) == "relu")
+    return network.observed[name]
+
+
+def float_model(network: Network) -> onnx.ModelProto:
+    """The float network in ONNX: input ``data``, output ``prob``, dynamic batch, values named by the table.
+
+    Args:
+        network: Traced with an ``input_shape``.
+
+    Raises:
+        InputError: the network was traced without an ``input_shape``, or cannot be exported.
+    """
+    return _float_graph(network)[0]
+
+
+def _float_graph(network: Network, leaky: Container[str] = ()) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The float network in ONNX, and fx node -> name of its value there (a tuple of tensors has none).
+
+    A ReLU between two fx nodes of ``leaky`` is exported as a leaky ReLU of slope 0.
+    """
+    if network.input_shape is None:
+        raise InputError(f"exporting {network.name} needs the shape of its input: trace(model, input_shape=(C, H, W))")
+    example = torch.zeros(2, *network.input_shape)
+    recorder = _Recorder(network.module)
+    with torch.inference_mode():
+        recorder.run(example)
+    names = value_names(network)
+    values = {node: names[source] for node, source in recorder.same_as.items() if source in names}
+    module = copy.deepcopy(network.module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    for name, node in nodes.items():
+        if network.kinds.get(name) == "relu" and is_plain_relu(node, module):
+            (source,) = node.all_input_nodes
+            if name in leaky and source.name in leaky:
+                node.op, node.target, node.args, node.kwargs = "call_function", F.leaky_relu, (source, 0.0), {}
+    asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
+    asked.sort(key=lambda node: values[node] != OUTPUT)
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.args = (tuple(nodes[node] for node in asked),)
+    module.recompile()
+    model = _exported(module, example, [values[node] for node in asked], network.name)
+    aliases = keep_output(model, OUTPUT)
+    values = {node: aliases.get(value, value) for node, value in values.items()}
+    model = onnx.shape_inference.infer_shapes(model)
+    onnx.checker.check_model(model)
+    return model, values
+
+
+class _Recorder(fx.Interpreter):
+    """Finds the fx nodes that have a tensor as their value.
+
+    Attributes:
+        same_as: Such a node -> itself, or the earlier one whose value it merely passes on (``contiguous``).
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.same_as: dict[str, str] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            sources = [item for item in n.all_input_nodes if self.env[item] is value or n.target == "contiguous"]
+            self.same_as[n.name] = self.same_as.get(sources[0].name, n.name) if sources else n.name
+        return value
+
+
+def _exported(module: fx.GraphModule, example: Tensor, outputs: list[str], name: str) -> onnx.ModelProto:
+    """Export with PyTorch's TorchScript exporter or, where that is gone or fails, its ``torch.export`` one.
+
+    Both name the outputs as asked. The first needs no further package and gives the older operator set.
+    """
+    try:
+        return _torchscript_export(module, example, outputs)
+    except Exception as first:  # noqa: BLE001 - the exporters raise a dozen unrelated types
+        try:
+            return _dynamo_export(module, example, outputs)
+        except Exception:  # noqa: BLE001
+            reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
+            raise InputError(f"network {name} cannot be exported to ONNX: {reason}") from first
+
+
+def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        torch.onnx.export(
+            module,
+            (example,),
+            path,
+            input_names=[INPUT],
+            output_names=outputs,
+            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        return onnx.load(path)
+
+
+def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
+    argument = next(node.name for node in module.graph.nodes if node.op == "placeholder")
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=[INPUT],
+            output_names=outputs,
+            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            opset_version=_DYNAMO_OPSET,
+            dynamo=True,
+        )
+    assert program is not None  # as documented for dynamo=True
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress and deprecation notices off the terminal."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def keep_output(model: onnx.ModelProto, output: str) -> dict[str, str]:
+    """Reduce the graph's outputs to one; what the others delivered stays in the graph, under its name.
+
+    The shapes of inner values go, because the exporter fixed their batch. ``Identity`` operators, which exporters make
+    of weights that equal others and of values that are delivered twice, go as well.
+
+    Returns:
+        Name that is gone with its ``Identity`` -> name of the same value.
+    """
+    graph = model.graph
+    kept = [value for value in graph.output if value.name == output]
+    del graph.output[:]
+    graph.output.extend(kept)
+    del graph.value_info[:]
+    aliases: dict[str, str] = {}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.output[0] != output]:
+        aliases[node.output[0]] = node.input[0]
+        _read_instead(graph.node, node.output[0], node.input[0])
+        graph.node.remove(node)
+    for index, node in enumerate(graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return aliases
+
+
+def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Make ``nodes`` read the value ``new`` where they read ``old``."""
+    for node in nodes:
+        for index, value in enumerate(node.input):
+            if value == old:
+                node.input[index] = new
+
+
+def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
+    """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
+
+    Every value that is read in INT8 alone has a Q/DQ pair with the plan's scale: the output of a layer, then that of
+    the ReLU and of the pooling after it, although one pair would do. ONNX Runtime makes an integer operator of an
+    operation between two pairs; the repeated ones change no number.
+
+    As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others). For
+    ONNX Runtime's CPU kernels, the same numbers can be written in another way: uint8 with zero point 128 (on x86 it
+    has no fast convolution on int8 values, and converts them only where each has a single reader), int32 biases, and
+    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator.
+
+    Args:
+        plan: Which layers run in INT8; of a network traced with an ``input_shape``.
+        for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
+
+    Raises:
+        InputError: the network cannot be exported.
+    """
+    from onnxruntime.quantization import QuantType
+    from onnxruntime.quantization.calibrate import TensorData
+    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+
+    placement = place(plan, before_relu=True)
+    model, values = _float_graph(plan.network, leaky=placement.scales if for_cpu else ())
+    computing = _Computing(plan.network, model.graph, values)
+    activations = _activations(plan.network, placement, values, computing)
+    weights = _weights(plan, model.graph, computing)
+    overrides: dict[str, list[dict[str, Any]]] = {}
+    for value, activation in activations.items():
+        zero_point = np.array(128, dtype=np.uint8) if for_cpu else np.array(0, dtype=np.int8)
+        scale = np.array(activation.scale, dtype=np.float32)
+        overrides[value] = [{"scale": scale, "zero_point": zero_point}]
+    for weight in weights:
+        overrides[weight.name] = [
+            {"scale": scale, "zero_point": 0, "axis": weight.axis, "quant_type": QuantType.QInt8}
+            for scale in weight.scales
+        ]
+    # The ranges are asked for, but the overrides come first.
+    ranges = {
+        value: TensorData(lowest=np.float32(-activation.scale), highest=np.float32(activation.scale))
+        for value, activation in activations.items()
+    }
+    quantizer = QDQQuantizer(
+        model,
+        per_channel=True,
+        reduce_range=False,
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8 if for_cpu else QuantType.QInt8,
+        tensors_range=ranges,
+        nodes_to_quantize=[],
+        nodes_to_exclude=[],
+        op_types_to_quantize=[],  # none by its kind: the plan says which
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "TensorQuantOverrides": overrides},
+    )
+    for value in activations:
+        quantizer.quantize_activation_tensor(value)
+    for weight in weights:
+        quantizer.quantize_weight_tensor_per_channel(weight.name, weight.axis)
+        if for_cpu and weight.bias is not None:
+            quantizer.quantize_bias_tensor(weight.layer, weight.bias, weight.input, weight.name)
+    quantizer.quantize_model()
+    for value, activation in activations.items():
+        others = [node for node in quantizer.model.nodes() if node.name not in activation.readers]
+        _read_instead(others, quantizer.quantized_value_map[value].original.q_name, value)
+    quantizer.model.topological_sort()
+    result: onnx.ModelProto = quantizer.model.model
+    onnx.checker.check_model(result)
+    return result
+
+
+class _Computing:
+    """Which ONNX nodes compute the value of which fx node."""
+
+    def __init__(self, network: Network, graph: onnx.GraphProto, values: Mapping[str, str]) -> None:
+        self._fx = {node.name: node for node in network.module.graph.nodes}
+        self._values = values
+        self._producers = {output: node for node in graph.node for output in node.output}
+
+    def __call__(self, name: str) -> list[onnx.NodeProto]:
+        """The ONNX nodes that make an fx node's value from those of other fx nodes."""
+        if name not in self._values:
+            parts = self._fx[name].users if self._fx[name].op != "output" else ()
+            return [node for part in parts for node in self(part.name)]
+        found: dict[str, onnx.NodeProto] = {}
+        borders = set(self._values.values()) - {self._values[name]}
+        pending = [self._values[name]]
+        while pending:
+            value = pending.pop()
+            if value in borders or value not in self._producers:
+                continue
+            node = self._producers[value]
+            if node.name not in found:
+                found[node.name] = node
+                pending.extend(node.input)
+        return list(found.values())
+
+
+@dataclass
+class _Activation:
+    """A value that INT8 layers read: its scale, and the names of the ONNX nodes that read it quantized."""
+
+    scale: float
+    readers: set[str]
+
+
+def _activations(
+    network: Network, placement: Placement, values: Mapping[str, str], computing: _Computing
+) -> dict[str, _Activation]:
+    """ONNX value -> how it is quantized."""
+    nodes = {node.name: node for node in network.module.graph.nodes}
+    wanted = {
+        name: (scale, frozenset(reader.name for reader in nodes[name].users))
+        for name, scale in placement.scales.items()
+    }
+    wanted.update(placement.partial)
+    found: dict[str, _Activation] = {}
+    for name, (scale, readers) in wanted.items():
+        if name not in values:
+            continue
+        activation = found.setdefault(values[name], _Activation(scale, set()))
+        for reader in readers:
+            activation.readers.update(node.name for node in computing(reader))
+    return found
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """The weight of a layer in INT8: an initializer, its channel axis and scales, and the layer's ONNX node."""
+
+    name: str
+    axis: int
+    scales: list[float]
+    bias: str | None
+    input: str
+    layer: str
+
+
+def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> list[_Weight]:
+    """The weights of the plan's layers; each gets initializers of its own.
+
+    Raises:
+        InputError: a layer was exported to something else than one convolution or matrix product.
+    """
+    weights = []
+    for layer in plan.weighted:
+        initializers = {value.name: value for value in graph.initializer}
+        nodes = [node for node in computing(layer.node) if node.op_type in _WEIGHTED and node.input[1] in initializers]
+        if len(nodes) != 1:
+            raise InputError(
+                f"the ONNX exporter made no single operator of layer {layer.name}: keep it in float "
+                f"(--quantization.keep_fp '[{layer.name}]')"
+            )
+        (node,) = nodes
+        for index in range(1, len(node.input)):
+            _own_initializer(graph, node, index)
+        values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+        axis = _channel_axis(node)
+        weight = torch.from_numpy(np.moveaxis(values[node.input[1]], axis, 0).copy())
+        scales = weight_scales(weight).numpy()
+        bias = node.input[2] if len(node.input) > 2 else None
+        if bias is not None:
+            # Weights next to nothing, such as those of a dead channel behind folded batch normalisation, must not
+            # make a scale in which the bias exceeds int32; what the coarser scale loses is below float32's precision.
+            scales = np.maximum(scales, np.abs(values[bias]) / (plan.scales[layer.inputs[0]] * _LARGEST_BIAS))
+        weights.append(_Weight(node.input[1], axis, scales.tolist(), bias, node.input[0], node.name))
+    return weights
+
+
+def _channel_axis(node: onnx.NodeProto) -> int:
+    """The output channel's axis in the weight of a Conv, Gemm or MatMul."""
+    if node.op_type == "Conv":
+        return 0
+    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    return 0 if transposed else 1
+
+
+def _own_initializer(graph: onnx.GraphProto, node: onnx.NodeProto, index: int) -> None:
+    """Copy an initializer that other nodes read, too."""
+    name = node.input[index]
+    readers = sum(value == name for other in graph.node for value in other.input)
+    source = next((value for value in graph.initializer if value.name == name), None)
+    if readers < 2 or source is None:
+        return
+    taken = {value.name for value in graph.initializer}
+    number = 1
+    while f"{name}_{number}" in taken:
+        number += 1
+    own = graph.initializer.add()
+    own.CopyFrom(source)
+    own.name = node.input[index] = f"{name}_{number}"

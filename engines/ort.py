@@ -1,0 +1,196 @@
+"""ONNX Runtime on the CPU: FP32, INT8 with its integer kernels, and FP16 where it has kernels for it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from calib.graph import INPUT, Network, plan_int8
+from calib.table import CalibrationTable
+from common.config import EngineConfig, PrecisionName, QuantizationConfig
+from common.errors import InputError
+from engines.base import Compiled, EngineError
+
+if TYPE_CHECKING:
+    import onnx
+
+_INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
+_WEIGHTED: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+_DOT_PRODUCTS: Final = {
+    "avx512_vnni": "AVX-512 VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "avx_vnni_int8": "AVX-VNNI-INT8",
+    "amx_int8": "AMX",
+    "asimddp": "Arm dot product",
+    "i8mm": "Arm int8 matrix product",
+}
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime's CPU provider.
+
+    Args:
+        config: ``threads`` sets the threads of one inference.
+        quantization: Which layers an INT8 network keeps in float.
+    """
+
+    name = "onnxruntime"
+
+    def __init__(self, config: EngineConfig, quantization: QuantizationConfig) -> None:
+        self._threads = config.threads or available_cores()
+        self._quantization = quantization
+
+    def unavailable(self) -> str | None:
+        """See :meth:`engines.base.Engine.unavailable`."""
+        for package in ("onnx", "onnxruntime"):
+            try:
+                __import__(package)
+            except ImportError as error:
+                return f"{package} cannot be imported ({error}): pip install {package}"
+        return None
+
+    def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
+        """See :meth:`engines.base.Engine.compile`; ``network`` must have been traced with an ``input_shape``."""
+        model = self._model(network, precision, table)
+        session, optimized = open_session(model, self._threads)
+        if precision == "fp16":
+            _require_half(optimized)
+        return Compiled(
+            self.name,
+            precision,
+            f"CPU ({self._threads} thread{'s' if self._threads > 1 else ''})",
+            _runner(session),
+            model.ByteSize(),
+            details=_details(optimized, precision),
+        )
+
+    def _model(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> onnx.ModelProto:
+        from engines.onnx_export import float_model, int8_model
+
+        plan = None
+        if precision == "int8":
+            if table is None:
+                raise EngineError("INT8 needs a calibration table: run quantize.py --precision int8")
+            plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
+        try:
+            model = int8_model(plan, for_cpu=True) if plan else float_model(network)
+        except InputError as error:
+            raise EngineError(str(error)) from error
+        if precision == "fp16":
+            from onnxruntime.transformers.float16 import convert_float_to_float16
+
+            model = convert_float_to_float16(model, keep_io_types=True)
+        return model
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelProto]:
+    """A CPU session for ``model``, and the graph that it runs after ONNX Runtime's optimisation.
+
+    Args:
+        model: The network.
+        threads: Threads of one inference.
+
+    Raises:
+        EngineError: ONNX Runtime does not take the model.
+    """
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # it warns that the optimised graph, which is only looked at, fits this CPU alone
+    # Idle threads of one session must not slow another one that is timed beside it.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    # Without VNNI, products of uint8 and int8 are summed in pairs that saturate at 16 bits; this takes a way around.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "optimized.onnx")
+        options.optimized_model_filepath = str(path)
+        try:
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # its exceptions share no base class of their own
+            raise EngineError(f"ONNX Runtime does not take the network: {_first_line(error)}") from error
+        return session, onnx.load(path)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _runner(session: Any) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        (result,) = session.run(None, {INPUT: images.numpy()})
+        return torch.from_numpy(result)
+
+    return run
+
+
+def integer_operators(optimized: onnx.ModelProto) -> dict[str, int]:
+    """Operator -> number, of those in a graph that compute on integers."""
+    counts = Counter(node.op_type for node in optimized.graph.node)
+    return {name: count for name, count in counts.items() if name in _INTEGER or name.startswith("QLinear")}
+
+
+def _details(optimized: onnx.ModelProto, precision: PrecisionName) -> dict[str, str]:
+    import onnxruntime
+
+    details = {"version": onnxruntime.__version__}
+    if precision == "int8":
+        in_float = Counter(node.op_type for node in optimized.graph.node if node.op_type in _WEIGHTED)
+        details["integer operators"] = _counted(integer_operators(optimized)) or "none"
+        details["convolutions and matrix products in float"] = _counted(in_float) or "none"
+        details["integer dot products of the CPU"] = integer_dot_products()
+    return details
+
+
+def _counted(operators: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))
+
+
+def integer_dot_products() -> str:
+    """The instructions for int8 dot products that this CPU has, in words."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return "Arm dot product" if platform.machine() == "arm64" else "not known on this system"
+    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
+    found = [title for flag, title in _DOT_PRODUCTS.items() if flag in flags]
+    return ", ".join(found) or "none (no VNNI): INT8 gains little or nothing in speed here"
+
+
+def _require_half(optimized: onnx.ModelProto) -> None:
+    """Check that the convolutions and matrix products of an FP16 network were left in FP16.
+
+    Raises:
+        EngineError: ONNX Runtime has no FP16 kernel for one here, and computes it in float32.
+    """
+    import onnx
+
+    types = {value.name: value.data_type for value in optimized.graph.initializer}
+    in_float = {
+        node.op_type
+        for node in optimized.graph.node
+        if node.op_type in _WEIGHTED and types.get(node.input[1]) != onnx.TensorProto.FLOAT16
+    }
+    if in_float:
+        raise EngineError(
+            f"ONNX Runtime has no FP16 kernel for {', '.join(sorted(in_float))} on this CPU and would compute in FP32"
+        )

@@ -1,0 +1,146 @@
+"""Small networks that exercise what the product accepts, with weights that make their values lively."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib.calibrator import calibrate
+from calib.graph import Int8Plan, Network, plan_int8, trace
+from models import LeNet
+
+SHAPE = (3, 12, 12)
+
+
+class Residual(nn.Module):
+    """Batch normalisation, in-place ReLU, an addition with a projected skip, average pooling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(8, 8, 3, stride=2, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(8)
+        self.down = nn.Sequential(nn.Conv2d(8, 8, 1, stride=2, bias=False), nn.BatchNorm2d(8))
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(x))
+        y += self.down(x)
+        return self.fc(torch.flatten(self.pool(self.relu(y)), 1))
+
+
+class Mobile(nn.Module):
+    """Depthwise convolution, Hardswish, SiLU, ReLU6, a squeeze-and-excitation whose product stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Hardswish(inplace=True))
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(inplace=True))
+        self.squeeze = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(8, 4, 1), nn.ReLU(), nn.Conv2d(4, 8, 1))
+        self.project = nn.Conv2d(8, 6, 1)
+        self.act = nn.SiLU()
+        self.fc = nn.Linear(6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.stem(x))
+        x = x * torch.sigmoid(self.squeeze(x))
+        x = self.act(self.project(x))
+        return self.fc(x.mean((2, 3))).softmax(1)
+
+
+class Branches(nn.Module):
+    """Concatenation of pooled and convolved branches, a channel shuffle by reshape, chunk, size arithmetic."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = nn.Conv2d(3, 6, 3, padding=1)
+        self.right = nn.Conv2d(3, 6, 1)
+        self.mix = nn.Conv2d(12, 8, 1, groups=2)
+        self.pool = nn.MaxPool2d(2)
+        self.last = nn.Conv2d(4, 8, 3)
+        self.fc = nn.Linear(8 * 4 * 4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joined = torch.cat([self.left(x), self.right(x)], 1)
+        size = joined.size(0)
+        joined = joined.view(size, 2, 6, 12, 12).transpose(1, 2).contiguous().view(size, 12, 12, 12)
+        first, second = torch.chunk(self.pool(self.mix(F.relu(joined))), 2, 1)
+        y = self.last(first + second)
+        return self.fc(y.reshape(y.shape[0], -1)).softmax(dim=1)
+
+
+class MixedReaders(nn.Module):
+    """A value that a convolution and an operation in float read, and one submodule that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.twice(F.max_pool2d(x, 3, 1, 1)) - torch.tanh(x)
+        y = self.twice(y) * 0.5
+        return self.fc(y.amax((2, 3)))
+
+
+class Tokens(nn.Module):
+    """A linear layer on [B, positions, channels]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(3, 8, 4, stride=4)
+        self.mlp = nn.Linear(8, 8)
+        self.fc = nn.Linear(8 * 9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patch(x).flatten(2).transpose(1, 2)
+        return self.fc(F.relu(self.mlp(x)).flatten(1))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "lenet": LeNet,
+    "residual": Residual,
+    "mobile": Mobile,
+    "branches": Branches,
+    "mixed": MixedReaders,
+    "tokens": Tokens,
+}
+
+
+def images(name: str, count: int, seed: int = 0) -> Tensor:
+    """Random images for a network of ``NETWORKS``: float32 [count, C, H, W]."""
+    shape = (1, 28, 28) if name == "lenet" else SHAPE
+    return torch.rand(count, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_network(name: str, seed: int = 0) -> Network:
+    """A network of ``NETWORKS``, its batch normalisation and biases away from the trivial, traced."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = NETWORKS[name]()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.normal_(module.running_mean, std=0.3)
+                nn.init.uniform_(module.running_var, 0.5, 2.0)
+                nn.init.uniform_(module.weight, 0.5, 2.0)
+            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and module.bias is not None:
+                nn.init.normal_(module.bias, std=0.3)
+    shape = images(name, 1).shape
+    return trace(model, name, (shape[1], shape[2], shape[3]))
+
+
+def make_plan(
+    network: Network, keep_fp: tuple[str, ...] = (), quantize_output: bool = False, count: int = 64
+) -> Int8Plan:
+    """Everything in INT8 that can be, with scales from random images."""
+    table = calibrate(network, [images(network.name, count, seed=1)])
+    return plan_int8(network, table, keep_fp, quantize_output)
