@@ -327,7 +327,7 @@ def exported(job: Job, table: Table | None) -> list[str]:
     if table is not None:
         provenance |= {"calibration": table.table.header, "algorithm": table.table.algorithm}
     written = export(job.network, plan, table.table if table else None, job.run, provenance)
-    return [str(path) for path in (written.fp32, written.int8, written.table) if path is not None]
+    return [str(path) for path in written.files]
 
 
 def studied(job: Job, algorithms: str | None, counts: str | None, seeds: int) -> dict[str, Any]:
