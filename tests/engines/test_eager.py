@@ -1,0 +1,114 @@
+"""Eager PyTorch, and the choice of an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import engines
+from calib.calibrator import calibrate
+from calib.graph import Network, trace
+from calib.table import CalibrationTable
+from common.config import EngineConfig, PrecisionName, QuantizationConfig
+from common.errors import InputError
+from engines import EngineError, make_engine, select_engine
+from engines.eager import TorchEngine
+from models import LeNet
+
+
+@pytest.fixture(scope="module")
+def network() -> Network:
+    torch.manual_seed(0)
+    return trace(LeNet(), input_shape=(1, 28, 28))
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def table(network: Network, images: torch.Tensor) -> CalibrationTable:
+    return calibrate(network, [images])
+
+
+@pytest.mark.parametrize(
+    ("precision", "size", "note"),
+    [
+        ("fp32", 4 * 431080, None),
+        ("fp16", 2 * 431080, "not representative"),
+        # int8 weights, float32 biases, one float32 scale per output channel
+        ("int8", 430500 + 4 * 580 + 4 * 580, "simulated"),
+    ],
+)
+def test_every_precision_gives_probabilities_and_says_what_it_is(
+    network: Network,
+    table: CalibrationTable,
+    images: torch.Tensor,
+    precision: PrecisionName,
+    size: int,
+    note: str | None,
+) -> None:
+    compiled = TorchEngine(EngineConfig(), QuantizationConfig()).compile(network, precision, table)
+    result = compiled(images)
+    assert result.dtype == torch.float32
+    assert result.shape == (6, 10)
+    torch.testing.assert_close(result.sum(1), torch.ones(6), atol=2e-3, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(result, network.module(images), atol=0.02, rtol=0)
+    assert (compiled.engine, compiled.precision) == ("torch", precision)
+    assert compiled.size_bytes == size
+    assert compiled.latency_note is None if note is None else note in str(compiled.latency_note)
+
+
+def test_int8_needs_a_table(network: Network) -> None:
+    with pytest.raises(EngineError, match=r"run quantize\.py"):
+        TorchEngine(EngineConfig(), QuantizationConfig()).compile(network, "int8", None)
+
+
+def test_the_float_network_is_not_touched_by_half_precision(network: Network, table: CalibrationTable) -> None:
+    TorchEngine(EngineConfig(), QuantizationConfig()).compile(network, "fp16", table)
+    assert all(parameter.dtype == torch.float32 for parameter in network.module.parameters())
+
+
+def test_an_engine_is_made_by_name(tmp_path: Path) -> None:
+    for name in ("torch", "onnxruntime", "torch-tensorrt"):
+        assert make_engine(name, EngineConfig(), QuantizationConfig(), tmp_path).name == name  # type: ignore[arg-type]
+
+
+class _Fake:
+    def __init__(self, name: str, reason: str | None) -> None:
+        self.name = name
+        self._reason = reason
+
+    def unavailable(self) -> str | None:
+        return self._reason
+
+
+@pytest.mark.parametrize(
+    ("missing", "chosen", "why"),
+    [
+        ({}, "torch-tensorrt", "the first that can run here"),
+        ({"torch-tensorrt": "no GPU"}, "onnxruntime", "not torch-tensorrt: no GPU"),
+        ({"torch-tensorrt": "no GPU", "onnxruntime": "not installed"}, "torch", "not onnxruntime: not installed"),
+    ],
+)
+def test_auto_takes_the_first_that_can_run_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: dict[str, str], chosen: str, why: str
+) -> None:
+    def make(name: str, *_: Any) -> _Fake:
+        return _Fake(name, missing.get(name))
+
+    monkeypatch.setattr(engines, "make_engine", make)
+    selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
+    assert selection.engine.name == chosen
+    assert why in selection.reason
+
+
+def test_an_engine_asked_for_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(engines, "make_engine", lambda name, *_: _Fake(name, "there is no NVIDIA GPU"))
+    with pytest.raises(InputError, match="engine torch-tensorrt cannot be used here: there is no NVIDIA GPU"):
+        select_engine(EngineConfig(name="torch-tensorrt"), QuantizationConfig(), tmp_path)

@@ -1,0 +1,183 @@
+"""quantize.py as a user runs it, on the bundled digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.cli import run_command
+from common.config import DataConfig
+from data import open_data
+from models import CheckpointMeta, LeNet, save_checkpoint
+from quantize import main
+
+pytestmark = pytest.mark.e2e
+Run = Callable[..., subprocess.CompletedProcess[str]]
+TABLE = "CalibrationTableLeNet"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of artifacts with a checkpoint of LeNet, briefly trained on the digits."""
+    config = DataConfig(dataset="digits", augment=False)
+    data = open_data(config, seed=1)
+    torch.manual_seed(1)
+    model = LeNet()
+    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    for step in range(40):
+        index = torch.arange(step * 50, step * 50 + 50) % len(data.train)
+        loss = torch.nn.functional.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    folder = tmp_path_factory.mktemp("trained")
+    meta = CheckpointMeta("LeNet", "models.LeNet", {}, data.info, config, seed=1, epochs=1)
+    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", model, meta)
+    return folder
+
+
+@pytest.fixture
+def artifacts(trained: Path, tmp_path: Path) -> Path:
+    shutil.copytree(trained, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture
+def quantize(command: Run, artifacts: Path) -> Run:
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return command("quantize.py", "--artifacts", artifacts, "--engine", "torch", *arguments)
+
+    return run
+
+
+def summary(result: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    assert result.returncode == 0, result.stderr
+    value: dict[str, Any] = json.loads(result.stdout)
+    return value
+
+
+def test_it_calibrates_writes_the_table_and_reuses_it(quantize: Run, artifacts: Path) -> None:
+    first = quantize()
+    assert first.returncode == 0, first.stderr
+    assert "calibrated batch 10 of 10" in first.stderr
+    assert "post-processing took" in first.stderr
+    assert "wrote the calibration table to" in first.stderr
+    assert "LeNet is ready in int8 on torch" in first.stdout
+    assert "simulated" in first.stdout
+    text = (artifacts / "lenet_mnist" / TABLE).read_text()
+    assert text.startswith("TRT-101200-EntropyCalibration2\ndata: 3")
+    assert [line.partition(":")[0] for line in text.splitlines()[1:]] == [
+        "data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob",
+    ]  # fmt: skip
+
+    again = summary(quantize("--json"))
+    assert not again["table"]["calibrated"]
+    assert (artifacts / "lenet_mnist" / TABLE).read_text() == text
+    forced = summary(quantize("--json", "--recalibrate"))
+    assert forced["table"]["calibrated"]
+    assert forced["table"]["scales"] == again["table"]["scales"]
+
+
+def test_what_changed_is_named_and_calibrated_again(in_process: Run) -> None:
+    in_process()
+    result = in_process("--json", "--algorithm", "minmax", "--batches", "8")
+    assert summary(result)["table"]["algorithm"] == "minmax"
+    assert "algorithm changed from entropy2 to minmax" in result.stderr
+    assert "subset batches changed from 10 to 8" in result.stderr
+
+
+def test_a_foreign_table_is_taken_when_named_with_a_warning(in_process: Run, artifacts: Path, tmp_path: Path) -> None:
+    in_process()
+    foreign = tmp_path / "elsewhere"
+    shutil.copy(artifacts / "lenet_mnist" / TABLE, foreign)
+    result = in_process("--json", "--cache", str(foreign))
+    assert summary(result)["table"]["path"] == str(foreign)
+    assert "warning: using the cached table:" in result.stderr
+    assert "no side file" in result.stderr
+
+
+@pytest.fixture
+def in_process(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The same without the start of a process: for the many ways to go wrong."""
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        argv = ["--artifacts", str(artifacts), "--engine", "torch", *arguments]
+        with pytest.raises(SystemExit) as exit_info:
+            run_command(main, argv)
+        captured = capsys.readouterr()
+        return subprocess.CompletedProcess(argv, int(str(exit_info.value.code)), captured.out, captured.err)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batches", "1", "--batch-size", "5"], "error: the calibration subset has no image of class"),
+        (["--batches", "1000"], "error: calibration needs 50000 images"),
+        (["--keep-fp", "conv7"], "error: no layer 'conv7' in LeNet: choose from conv1"),
+        (["--batches", "0"], "calibration.batches must be at least 1"),
+        (["--algorithm", "entropy3"], "calibration.algorithm"),
+        (["--precision", "int4"], "precision"),
+        (["--run", "never_trained"], "run train.py first"),
+        (["--run", "../elsewhere"], "run name '../elsewhere' is not usable"),
+        (["--auto-mixed", "--precision", "fp32"], "--auto-mixed goes with --precision int8"),
+        (["--compare-algorithms", "magic"], "unknown algorithm 'magic'"),
+        (["--sweep-images", "many"], "--sweep-images takes numbers of images"),
+        (["--skip", "1"], "goes with the subset 'first'"),
+        (["--no-such-option"], "no-such-option"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_lost(
+    in_process: Run, artifacts: Path, arguments: list[str], message: str
+) -> None:
+    table = artifacts / "lenet_mnist" / TABLE
+    table.write_text("what was here before\n")
+    result = in_process(*arguments, "--recalibrate")
+    assert result.returncode == 2, result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    if "--keep-fp" not in arguments:  # the table does not depend on what is kept: it was made before the error
+        assert table.read_text() == "what was here before\n"
+
+
+def test_layers_kept_in_float_are_recorded_for_the_evaluation(in_process: Run, artifacts: Path) -> None:
+    assert summary(in_process("--json", "--keep-fp", "ip2,conv1"))["keep_fp"] == ["ip2", "conv1"]
+    record = json.loads((artifacts / "lenet_mnist" / "quantization.json").read_text())
+    assert record["quantization"]["keep_fp"] == ["ip2", "conv1"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_other_precisions_need_no_calibration(in_process: Run, artifacts: Path, precision: str) -> None:
+    assert summary(in_process("--json", "--precision", precision))["precision"] == precision
+    assert not (artifacts / "lenet_mnist" / TABLE).exists()
+
+
+def test_studies_leave_the_run_as_it_was(quantize: Run, artifacts: Path) -> None:
+    before = sorted((artifacts / "lenet_mnist").iterdir())
+    found = summary(quantize("--json", "--compare-algorithms", "entropy2,minmax", "--sweep-images", "50,100"))
+    assert list(found["algorithms"]) == ["entropy2", "minmax"]
+    assert [point["images"] for point in found["sweep"]] == [50, 100]
+    assert {path.name for path in (artifacts / "lenet_mnist").iterdir()} == {path.name for path in before} | {".lock"}
+
+
+def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    result = summary(quantize("--json", "--export", "onnx"))
+    assert len(result["files"]) == 3
+    images = torch.rand(3, 1, 28, 28)
+    outputs = []
+    for file in result["files"][:2]:
+        session = onnxruntime.InferenceSession(file)
+        outputs.append(torch.from_numpy(session.run(["prob"], {"data": images.numpy()})[0]))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=0.2, rtol=0)
