@@ -128,11 +128,13 @@ class CudaGraphs:
 
     def __call__(self, images: Tensor) -> Tensor:
         key = (images.shape, images.dtype, images.device)
-        if key not in self._captured:
-            self._captured[key] = self._capture(images)
-        graph, source, result = self._captured[key]
-        source.copy_(images)
-        graph.replay()
+        # Throughout, since the buffers of a capture in inference mode can be written in no other.
+        with torch.inference_mode():
+            if key not in self._captured:
+                self._captured[key] = self._capture(images)
+            graph, source, result = self._captured[key]
+            source.copy_(images)
+            graph.replay()
         return result
 
     def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
