@@ -108,7 +108,7 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace
     if not any(item == "--config" or item.startswith("--config=") for item in arguments):
         arguments = ["--config", str(DEFAULT_CONFIG), *arguments]
     namespace = parser.parse_args(arguments)
-    objects = parser.instantiate_classes(namespace)
+    objects = parser.instantiate(namespace)
     sections = {name: getattr(objects, name) for name in SECTIONS}
     trainer = namespace.trainer
     config = Config(
