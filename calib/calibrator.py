@@ -165,7 +165,8 @@ def find_thresholds(
     network = histograms.network
     found = {name: threshold(histogram, algorithm, **(options or {})) for name, histogram in histograms.of.items()}
     thresholds = {name: found[network.scale_source[name]] for name in network.tensors}
-    dead = [name for name, value in thresholds.items() if value.value == 0]
+    seen = {name for name, source in network.scale_source.items() if histograms.of[source].total}
+    dead = [name for name, value in thresholds.items() if value.value == 0 and name in seen]
     if dead:
         logger.warning(
             "no usable range, all values were zero: %s; what reads %s stays in float",

@@ -7,6 +7,7 @@ so that none of them can disagree about a name or about where a value is quantiz
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import operator
 import traceback
@@ -17,6 +18,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from calib.table import CalibrationTable
@@ -97,6 +99,17 @@ _METHODS: Final[Mapping[str, str]] = {
     "split": "view",
     "size": "shape",
     "dim": "shape",
+}
+
+_IN_PLACE_OPERATORS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ifloordiv: operator.floordiv,
+    operator.imod: operator.mod,
+    operator.ipow: operator.pow,
+    operator.imatmul: operator.matmul,
 }
 
 SHARES_SCALE: Final = frozenset({"maxpool", "view", "concat"})
@@ -186,14 +199,19 @@ class _Observed(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         name = self._names.get(n.name)
-        if name is not None:
+        if name is not None and is_activation(value):
             self._observe(name, value)
         return value
 
 
+def is_activation(value: Any) -> bool:
+    """Whether a value can be calibrated; masks and indices that a network computes with cannot."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A user's subclass of a known layer is still that layer.
+        # What a user derives from a layer is one operation: those layers' own code does not trace.
         return isinstance(m, tuple(_MODULES)) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -203,19 +221,26 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
     Args:
         model: A classifier from float32 [B, C, H, W] to [B, classes]; a softmax is appended if it does not end in one.
         name: Name of the network; the class name if None.
-        input_shape: (C, H, W) of one image; the ONNX export and the ONNX Runtime engine need it.
+        input_shape: (C, H, W) of one image; the ONNX export and the ONNX Runtime engine need it. What was traced is
+            then checked against ``model`` on two random images.
 
     Raises:
-        InputError: ``torch.fx`` cannot trace it, or it has more than one input or output.
+        InputError: ``torch.fx`` cannot trace it, it has more than one input or output, or it computes something else
+            once traced.
     """
     name = name or type(model).__name__
-    root = copy.deepcopy(model).eval().requires_grad_(False)
+    try:
+        root = copy.deepcopy(model).eval().requires_grad_(False)
+        _bake_parametrizations(root)
+    except Exception as error:
+        raise InputError(f"network {name} cannot be copied: {_first_line(error)}") from error
     try:
         graph = _Tracer().trace(root)
     except Exception as error:  # what user code raises under tracing is open-ended
         raise InputError(f"network {name} cannot be traced: {_first_line(error)}{_where(error)}") from error
     module = fx.GraphModule(root, graph, class_name=name)
     _check_ends(module, name)
+    check = _Check(root, name, input_shape) if input_shape is not None else None
     _remove_nothing(module)
     _fold_batchnorm(module)
     in_place = _make_out_of_place(module)
@@ -224,7 +249,54 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
     module.graph.lint()
     module.delete_all_unused_submodules()
     module.recompile()
+    if check is not None:
+        check.compare(module)
     return _describe(name, module, in_place, input_shape)
+
+
+def _bake_parametrizations(root: nn.Module) -> None:
+    """Make plain parameters of those that are computed (weight normalisation, spectral normalisation, ...)."""
+    for module in list(root.modules()):
+        if parametrize.is_parametrized(module):
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            module.requires_grad_(False)
+
+
+class _Check:
+    """What a model says of two images, to compare with what was traced of it."""
+
+    def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+        self._name = name
+        parameter = next(model.parameters(), torch.empty(0))
+        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+        self._images = images.to(parameter.device)
+        self._expected = self._run(model)
+
+    def _run(self, model: nn.Module) -> Any:
+        try:
+            with torch.no_grad():
+                return model(self._images.clone())
+        except Exception as error:  # what user code raises is open-ended
+            shape = tuple(self._images.shape)
+            raise InputError(
+                f"network {self._name} does not take images of shape {shape}: {_first_line(error)}{_where(error)}"
+            ) from error
+
+    def compare(self, module: nn.Module) -> None:
+        """Raise InputError if ``module`` computes other probabilities than the model, or than its scores' softmax."""
+        found, expected = self._run(module), self._expected
+        # Folded batch normalisation rounds otherwise; the softmax passes on at most the scores' own difference.
+        tolerance = 1e-3 * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
+        for reference in (expected, torch.softmax(expected, 1)):
+            if found.shape == reference.shape and torch.allclose(
+                found, reference, rtol=0, atol=tolerance, equal_nan=True
+            ):
+                return
+        raise InputError(
+            f"network {self._name} computes something else once traced: random, or changing a value in place that "
+            "other operations see through a view, or branching on something that tracing fixes"
+        )
 
 
 def _first_line(error: BaseException) -> str:
@@ -246,15 +318,15 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
     if node.op in ("output", "get_attr"):
         return node.op
     if node.op == "call_module":
-        submodule = module.get_submodule(str(node.target))
-        kind = next((_MODULES[base] for base in type(submodule).__mro__ if base in _MODULES), "other")
-        if kind == "conv" and getattr(submodule, "padding_mode", "zeros") != "zeros":
-            return "other"
-        return kind
+        return _kind_of_module(module.get_submodule(str(node.target)))
     if node.op == "call_method":
         kind = _METHODS.get(str(node.target), "other")
     elif node.target is operator.getitem:
-        kind = "shape" if _of_shapes(node, module) else "view"
+        source = node.all_input_nodes[0]
+        part = gives_tuple(source) and kind_of(source, module) == "other"
+        kind = "shape" if _of_shapes(node, module) else "other" if part else "view"
+    elif _is_idle_stochastic_depth(node):
+        kind = "nothing"
     else:
         kind = _FUNCTIONS.get(node.target, "other")  # type: ignore[arg-type]
     if kind in ("add", "other") and _of_shapes(node, module):
@@ -264,6 +336,33 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
     if kind == "shape" and node.target is getattr and node.args[1] not in ("shape", "ndim"):
         return "other"
     return kind
+
+
+def _kind_of_module(module: nn.Module) -> str:
+    base = next((base for base in type(module).__mro__ if base in _MODULES), None)
+    if base is None or module._forward_hooks or module._forward_pre_hooks:
+        return "other"
+    # A subclass is the layer that it derives from only if it computes the same.
+    for method in ("forward", "_conv_forward"):
+        if getattr(type(module), method, None) is not getattr(base, method, None) or method in vars(module):
+            return "other"
+    if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
+        return "other"
+    return _MODULES[base]
+
+
+def gives_tuple(node: fx.Node) -> bool:
+    """Whether an operation gives several values (``chunk``, ``max`` over a dimension), to judge by its readers."""
+    return bool(node.users) and all(
+        reader.target is operator.getitem and isinstance(reader.args[1], int) for reader in node.users
+    )
+
+
+def _is_idle_stochastic_depth(node: fx.Node) -> bool:
+    """Stochastic depth of torchvision, which hides it from tracing, in eval mode."""
+    if getattr(node.target, "__module__", None) != "torchvision.ops.stochastic_depth":
+        return False
+    return node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True) is False
 
 
 def _of_shapes(node: fx.Node, module: fx.GraphModule) -> bool:
@@ -314,7 +413,7 @@ def _fold_batchnorm(module: fx.GraphModule) -> None:
         fused: nn.Module
         if isinstance(layer, nn.Conv2d):
             fused = fuse_conv_bn_eval(layer, norm)
-        elif isinstance(layer, nn.Linear):
+        elif isinstance(layer, nn.Linear) and layer.out_features == norm.num_features:
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
@@ -324,25 +423,14 @@ def _fold_batchnorm(module: fx.GraphModule) -> None:
 
 
 def _make_out_of_place(module: fx.GraphModule) -> set[str]:
-    """Replace in-place operations by pure ones; return the fx names of those that overwrote their input."""
+    """Replace in-place operations by pure ones; return the fx names of those that overwrote their input.
+
+    Raises:
+        InputError: there is no pure one.
+    """
     in_place: set[str] = set()
     for node in list(module.graph.nodes):
-        overwrites = False
-        if node.op == "call_module":
-            submodule = module.get_submodule(str(node.target))
-            overwrites = bool(getattr(submodule, "inplace", False))
-        elif node.op == "call_function":
-            overwrites = bool(node.kwargs.get("inplace", False)) or node.target in (torch.relu_, operator.iadd)
-            if node.target is torch.relu_:
-                node.target = torch.relu
-            elif node.target is operator.iadd:
-                node.target = operator.add
-            if "inplace" in node.kwargs:
-                node.kwargs = {**node.kwargs, "inplace": False}
-        elif node.op == "call_method" and node.target in ("relu_", "add_"):
-            overwrites = True
-            node.target = str(node.target).rstrip("_")
-        if not overwrites:
+        if not _purify(node, module):
             continue
         in_place.add(node.name)
         # Whoever reads the overwritten value later sees the new one.
@@ -358,6 +446,47 @@ def _make_out_of_place(module: fx.GraphModule) -> set[str]:
     return in_place
 
 
+def _purify(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Make an operation pure; whether it overwrote its first argument until now."""
+    if node.op == "call_module":
+        return bool(getattr(module.get_submodule(str(node.target)), "inplace", False))
+    if node.op == "call_method":
+        name = str(node.target)
+        if not name.endswith("_") or name.endswith("__"):
+            return False
+        if not callable(getattr(Tensor, name[:-1], None)):
+            raise InputError(f"the operation {name}, which works in place, is not supported")
+        node.target = name[:-1]
+        return True
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    if node.target in _IN_PLACE_OPERATORS:
+        node.target = _IN_PLACE_OPERATORS[node.target]
+        return True
+    name = getattr(node.target, "__name__", "")
+    pure = getattr(torch, name[:-1], None)
+    if name.endswith("_") and getattr(torch, name, None) is node.target and callable(pure):
+        node.target = pure
+        return True
+    overwrites = _inplace_argument(node)
+    if "inplace" in node.kwargs:
+        node.kwargs = {**node.kwargs, "inplace": False}
+    return overwrites
+
+
+def _inplace_argument(node: fx.Node) -> bool:
+    """The argument ``inplace`` of a function; given by position, it becomes a keyword."""
+    try:
+        parameters = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    if "inplace" in parameters and len(node.args) > parameters.index("inplace"):
+        position = parameters.index("inplace")
+        node.kwargs = {**node.kwargs, **dict(zip(parameters[position:], node.args[position:], strict=False))}
+        node.args = node.args[:position]
+    return bool(node.kwargs.get("inplace", False))
+
+
 def _append_softmax(module: fx.GraphModule) -> None:
     output = next(node for node in module.graph.nodes if node.op == "output")
     last = output.args[0]
@@ -365,7 +494,7 @@ def _append_softmax(module: fx.GraphModule) -> None:
     if kind_of(last, module) == "softmax":
         return
     target = OUTPUT
-    while target in dict(module.named_children()):
+    while hasattr(module, target):
         target += "_"
     module.add_submodule(target, nn.Softmax(dim=1))
     with module.graph.inserting_before(output):
@@ -402,14 +531,18 @@ def _describe(
     holder: dict[str, str] = {}
     for node in nodes:
         tensor = own[node.name]
-        if kinds[node.name] == "view":
+        if kinds[node.name] == "view" or gives_tuple(node):
             continue
         if node.name in takes_name:
             observed.pop(holder[tensor], None)
         holder[tensor] = node.name
         observed[node.name] = tensor
     tensors = tuple(observed.values())
-    tensor_of = {node.name: own[node.name] for node in nodes if kinds[node.name] == "view" or node.name in observed}
+    tensor_of = {
+        node.name: own[node.name]
+        for node in nodes
+        if kinds[node.name] == "view" or gives_tuple(node) or node.name in observed
+    }
     kind_by_tensor = {tensor: node for node, tensor in observed.items()}
     layers = tuple(
         Layer(
@@ -427,7 +560,7 @@ def _describe(
         if node.op == "call_module"
         else getattr(node.target, "__name__", str(node.target))
         for node in nodes
-        if kinds[node.name] in ("other", "batchnorm")
+        if kinds[node.name] in ("other", "batchnorm") and node.target is not operator.getitem
     }
     return Network(
         name=name,
@@ -472,11 +605,13 @@ def _scale_sources(
         if kind not in SHARES_SCALE or kind == "view":
             continue
         inputs = [own[item.name] for item in node.all_input_nodes if item.name in own]
+        if tensors.get(own[node.name]) != node.name:
+            # What an in-place ReLU overwrites is another tensor: it keeps its own scale.
+            continue
         if kind == "concat":
             for tensor in inputs:
                 source[find(tensor)] = own[node.name]
-        elif tensors.get(own[node.name]) == node.name:
-            # (A pooled value that an in-place ReLU overwrites is another tensor: it keeps its own scale.)
+        else:
             source[own[node.name]] = find(inputs[0])
     return {tensor: find(tensor) for tensor in tensors}
 

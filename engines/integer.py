@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from calib.graph import Int8Plan, Layer
+from calib.graph import Int8Plan, Layer, is_activation
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
 
 _EXACT_FLOAT32 = 2**24
@@ -79,7 +79,6 @@ class IntegerNetwork(fx.Interpreter):
         """float32 [B, C, H, W] -> probabilities, float32 [B, classes]."""
         with torch.inference_mode():
             result: Tensor = self.run(images)
-        self._codes.clear()
         if self.plan.output_scale is not None:
             result = quantize(result, self.plan.output_scale) * self.plan.output_scale
         return result
@@ -102,8 +101,10 @@ class IntegerNetwork(fx.Interpreter):
             value = self._dequantized(n)
         if self._observe is not None:
             name = self.plan.network.observed.get(n.name)
-            if name is not None:
+            if name is not None and is_activation(value):
                 self._observe(name, value)
+        for source in self.user_to_last_uses.get(n, ()):
+            self._codes.pop(source.name, None)
         return value
 
     def _input_codes(self, source: fx.Node) -> Tensor:
