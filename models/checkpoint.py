@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from dataclasses import dataclass, field
@@ -76,8 +77,20 @@ def save_checkpoint(path: Path, network: nn.Module, meta: CheckpointMeta) -> Non
         InputError: the file cannot be written; an earlier one stays as it was.
     """
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    write_torch(path, {"format": FORMAT, "meta": encode(meta), "state_dict": state})
+
+
+def write_torch(path: Path, content: Any) -> None:
+    """``torch.save`` to ``path`` atomically; equal contents give equal files.
+
+    Raises:
+        InputError: the file cannot be written; an earlier one stays as it was.
+    """
+    # Through memory: PyTorch's own writer reports a full disk as a failed assertion, and puts the file's name inside.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
     with atomic_path(path) as temporary:
-        torch.save({"format": FORMAT, "meta": encode(meta), "state_dict": state}, temporary)
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path, trusted: str | None = None) -> Checkpoint:

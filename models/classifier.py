@@ -1,0 +1,179 @@
+"""The LightningModule that trains any classifier."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+from common.config import OptimizerConfig
+from common.errors import InputError
+from data.loaders import Batch
+from models.network import logits_of
+from models.schedule import learning_rate_factor
+
+_RECORD = "run"
+
+
+class Classifier(LightningModule):
+    """Trains a network with cross entropy; top-1 and top-5 of training, validation and test.
+
+    The loss of single steps, and with it NaN, is looked at every ``trainer.log_every_n_steps`` steps; training metrics
+    are updated then for all the batches since, so that they cost next to nothing.
+
+    Args:
+        network: Gives scores from its ``logits`` method or, without one, as its output.
+        optimizer: How it is trained.
+        num_classes: Number of classes.
+        record: What determines the training; stored in every checkpoint, and compared when training resumes.
+    """
+
+    def __init__(
+        self, network: nn.Module, optimizer: OptimizerConfig, num_classes: int, record: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__()
+        # The CPU's convolutions and poolings are faster so, also for LeNet; checkpoints are not affected.
+        self.network = network.to(memory_format=torch.channels_last)
+        self.config = optimizer
+        self.record = record or {}
+        metrics = MetricCollection(
+            {
+                f"top{k}": MulticlassAccuracy(
+                    num_classes, top_k=min(k, num_classes), average="micro", validate_args=False
+                )
+                for k in (1, 5)
+            },
+            compute_groups=False,
+        )
+        self.train_metrics = metrics.clone("train_")
+        self.val_metrics = metrics.clone("val_")
+        self.test_metrics = metrics.clone("test_")
+        self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def forward(self, images: Tensor) -> Tensor:
+        """What the network gives for float32 images [B, C, H, W]."""
+        output: Tensor = self.network(images)
+        return output
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        logits = logits_of(self.network)(images)
+        if not isinstance(logits, Tensor):
+            raise InputError(
+                f"{type(self.network).__name__} gives a {type(logits).__name__} while it trains, not one tensor of "
+                "scores: turn its auxiliary outputs off (model.init_args)"
+            )
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
+        self._recent.append((logits.detach(), labels, loss.detach()))
+        if len(self._recent) >= self.trainer.log_every_n_steps:
+            self.log_dict({"loss": self._look_at_recent(), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
+        return loss
+
+    def _look_at_recent(self) -> float:
+        """Update the training metrics with the steps since the last look; returns their mean loss.
+
+        Raises:
+            InputError: it is NaN or infinite.
+        """
+        logits, labels, losses = zip(*self._recent, strict=True)
+        self._recent.clear()
+        loss = float(torch.stack(losses).float().mean())
+        if not math.isfinite(loss):
+            raise InputError(
+                f"the training loss became {loss} by step {self.global_step}: lower --optimizer.lr, or look for "
+                "NaN in the images"
+            )
+        self.train_metrics.update(torch.cat(logits), torch.cat(labels))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        # Before the checkpoints that follow a validation are written.
+        if self._recent:
+            self._look_at_recent()
+
+    def on_train_epoch_end(self) -> None:
+        if self._recent:
+            self._look_at_recent()
+        self.log_dict(self.train_metrics)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate("test", self.test_metrics, batch)
+
+    def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch) -> None:
+        images, labels = batch
+        logits = logits_of(self.network)(images).float()
+        metrics.update(logits, labels)
+        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        self.log_dict(metrics, batch_size=len(labels))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser and its schedule.
+
+        Raises:
+            InputError: the schedule needs an end that the training does not have.
+        """
+        total = self.trainer.estimated_stepping_batches
+        if math.isinf(total) and self.config.schedule in ("onecycle", "cosine"):
+            raise InputError(
+                f"optimizer.schedule {self.config.schedule} needs an end: set trainer.max_epochs or trainer.max_steps"
+            )
+        optimizer = self._optimizer()
+        steps = None if math.isinf(total) else int(total)
+        scheduler = LambdaLR(optimizer, lambda iteration: learning_rate_factor(self.config, iteration, steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _optimizer(self) -> Optimizer:
+        config, parameters = self.config, self.network.parameters()
+        # One kernel for all parameters; where a device lacks it, PyTorch's own choice.
+        fused = self.device.type in ("cpu", "cuda") or None
+        if config.name == "adamw":
+            return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+        return SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.nesterov and config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[_RECORD] = self.record
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another training than the checkpoint's.
+
+        Raises:
+            InputError: model, data, optimiser, seed or length differ; the message names what.
+        """
+        then = checkpoint.get(_RECORD)
+        if then != self.record:
+            raise InputError(
+                f"cannot resume: {_difference(then, self.record)} since the interrupted training; start anew "
+                "without --resume, or go back to its configuration"
+            )
+
+
+def _difference(then: Any, now: dict[str, Any]) -> str:
+    """Which entries differ, for people."""
+    if not isinstance(then, dict):
+        return "the checkpoint is not of this project or everything changed"
+    changed = [
+        f"{section}.{key} was {(then.get(section) or {}).get(key)!r} and is {value!r}"
+        for section, values in now.items()
+        for key, value in values.items()
+        if not isinstance(then.get(section), dict) or then[section].get(key) != value
+    ]
+    return ", ".join(changed[:3]) or "its options changed"

@@ -1,0 +1,258 @@
+"""A Lightning Trainer for a run: its arguments checked, its checkpoints atomic, its logs in the run's folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from common.config import Config
+from common.errors import InputError
+from data.base import DatasetInfo
+from models.checkpoint import write_torch
+from models.progress import EpochProgress
+
+logger = logging.getLogger(__name__)
+
+EPOCHS = 8
+"""Of a configuration that does not say."""
+_DECISIVE = (
+    "max_epochs",
+    "max_steps",
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "overfit_batches",
+)
+"""Arguments of the Trainer that decide the result."""
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Checkpoints that are old or new, never torn, and that run no code when they are read."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        write_torch(Path(path), checkpoint)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        try:
+            content = torch.load(path, map_location=map_location, weights_only=True)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise InputError(f"cannot resume from {path}: {reason:.200}; start anew without --resume") from error
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise InputError(f"{path} is not a training checkpoint: start anew without --resume")
+        return content
+
+
+@dataclass(frozen=True)
+class TrainerOptions:
+    """Arguments of ``lightning.Trainer``, checked against its signature."""
+
+    parser: ArgumentParser
+    values: Namespace
+
+
+def trainer_parser() -> ArgumentParser:
+    """A parser of ``lightning.Trainer``'s arguments, under ``trainer``; its help lists them."""
+    parser = ArgumentParser(prog="train.py", exit_on_error=False, usage="train.py [--trainer.ARGUMENT VALUE] ...")
+    parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    return parser
+
+
+def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
+    """Check ``trainer`` of the configuration by name and type.
+
+    ``precision: auto`` is ``bf16-mixed`` on a CPU that multiplies matrices of bfloat16 in hardware, else ``32-true``.
+
+    Raises:
+        InputError: an argument that ``lightning.Trainer`` does not have, or a wrong type.
+    """
+    values = dict(options)
+    if values.get("precision") == "auto":
+        values["precision"] = "bf16-mixed" if _cpu_training(values) and has_amx() else "32-true"
+    if values.get("max_epochs") is None and not values.keys() & {"max_steps", "max_time"}:
+        values["max_epochs"] = EPOCHS
+    parser = trainer_parser()
+    names = {action.dest.partition(".")[2] for action in parser._actions}
+    for name in values:
+        if name.partition(".")[0] not in names:
+            raise InputError(f"lightning.Trainer has no argument {name!r}: train.py --trainer.help lists them")
+    try:
+        return TrainerOptions(parser, parser.parse_object({"trainer": values}))
+    except Exception as error:
+        raise InputError(f"trainer: {_short(str(error))}") from error
+
+
+def _short(message: str) -> str:
+    """jsonargparse's report on several lines, without the list of every type that was tried."""
+    lines = [line.strip() for line in message.splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("- Expected", "Errors:", "Subtypes:")))
+
+
+def _cpu_training(values: Mapping[str, Any]) -> bool:
+    accelerator = values.get("accelerator", "auto")
+    return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def has_amx() -> bool:
+    """Whether this CPU has matrix instructions for bfloat16 (Intel AMX), as Linux reports it."""
+    try:
+        return "amx_bf16" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        return False
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """A trainer with the checkpoints that it keeps."""
+
+    trainer: Trainer
+    best: ModelCheckpoint
+
+
+def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: bool) -> Fitting:
+    """A Trainer that writes ``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``logs/`` in ``folder``.
+
+    Whatever ``options`` set (loggers, callbacks, plugins) comes on top.
+
+    Args:
+        options: From :func:`check_trainer`.
+        folder: Of the run.
+        average: Decay of the exponential moving average of the weights; 0 for none.
+        resume: Keep the logs so far, and begin another version beside them.
+
+    Raises:
+        InputError: Lightning refuses a value.
+    """
+    checkpoints = folder / "checkpoints"
+    best = ModelCheckpoint(
+        checkpoints,
+        filename="best",
+        monitor="val_top1",
+        mode="max",
+        save_weights_only=True,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    last = ModelCheckpoint(
+        checkpoints, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
+    )
+    callbacks: list[Callback] = [best, last]
+    arguments = vars(options.parser.instantiate_classes(options.values).trainer)
+    if arguments["enable_progress_bar"] is not False:
+        callbacks.append(EpochProgress())
+    if average:
+        callbacks.append(EMAWeightAveraging(decay=average))
+    given = arguments.pop("callbacks") or []
+    plugins = arguments.pop("plugins") or []
+    loggers = arguments.pop("logger")
+    if loggers in (None, True):
+        loggers = run_loggers(folder, resume)
+    if arguments["enable_model_summary"] is None:
+        arguments["enable_model_summary"] = False
+    try:
+        trainer = Trainer(
+            **arguments,
+            callbacks=[*callbacks, *(given if isinstance(given, list) else [given])],
+            plugins=[AtomicCheckpointIO(), *(plugins if isinstance(plugins, list) else [plugins])],
+            logger=loggers,
+        )
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
+        raise InputError(f"trainer: {error}") from error
+    return Fitting(trainer, best)
+
+
+def run_loggers(folder: Path, resume: bool) -> list[Logger]:
+    """CSV and TensorBoard logs in ``folder/logs/version_<n>``; a resumed training begins the next version."""
+    version = sum(1 for _ in (folder / "logs").glob("version_*")) if resume else 0
+    return [CSVLogger(folder, name="logs", version=version), TensorBoardLogger(folder, name="logs", version=version)]
+
+
+def prepare(folder: Path, resume: bool, write: bool) -> Path | None:
+    """The checkpoint to go on from; without ``resume`` none, and the earlier training's checkpoints and logs go.
+
+    The run's ``model.ckpt`` stays until the new one takes its place.
+
+    Raises:
+        InputError: there is nothing to resume, or something cannot be removed.
+    """
+    checkpoints = folder / "checkpoints"
+    if resume:
+        last = checkpoints / "last.ckpt"
+        if not last.is_file():
+            raise InputError(f"there is no checkpoint to resume from in {checkpoints}: train without --resume")
+        return last
+    if write:
+        try:
+            for name in ("checkpoints", "logs"):
+                if (folder / name).exists():
+                    shutil.rmtree(folder / name)
+        except OSError as error:
+            raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
+    return None
+
+
+def load_best(fitting: Fitting, module: LightningModule) -> int:
+    """Put the weights of the best epoch into ``module``; returns how many epochs they have seen.
+
+    Where nothing was validated, as in a training shorter than an epoch, the weights stay as they are.
+    """
+    path = fitting.best.best_model_path
+    if not path:
+        return fitting.trainer.current_epoch
+    content = AtomicCheckpointIO().load_checkpoint(path)
+    module.load_state_dict(content["state_dict"])
+    return int(content["epoch"]) + 1
+
+
+def training_record(config: Config, info: DatasetInfo, options: TrainerOptions) -> dict[str, Any]:
+    """What determines a training's result, as JSON values: two trainings with equal records give equal weights."""
+    trainer = options.values.trainer
+    sections = {
+        "run": {"seed": config.seed},
+        "data": {
+            "fingerprint": info.fingerprint,
+            **{name: getattr(config.data, name) for name in ("batch_size", "validation", "augment", "image_size")},
+        },
+        "model": dataclasses.asdict(config.model),
+        "optimizer": dataclasses.asdict(config.optimizer),
+        "trainer": {name: trainer[name] for name in _DECISIVE},
+    }
+    record: dict[str, Any] = json.loads(json.dumps(sections, default=str))
+    return record
+
+
+def quiet() -> None:
+    """Keep Lightning's advice, which does not apply here, off the terminal."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"lightning\..*")
+    warnings.filterwarnings("ignore", module=r"torch\.utils\.data")
+
+
+def interruptible(step: Callable[[], Any]) -> None:
+    """Run a Trainer's method so that Ctrl-C ends in KeyboardInterrupt, which Lightning turns into exit code 1."""
+    try:
+        step()
+    except SystemExit as stop:
+        if stop.code == 1:
+            raise KeyboardInterrupt from None
+        raise
