@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 import sys
 import traceback
@@ -9,31 +11,85 @@ from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import NoReturn
 
+from common.console import printable
 from common.errors import ExitCode, InputError
+
+_OUTSIDE = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
+)
+"""What the operating system refuses for reasons outside this program: disk full, no permission, a failing disk."""
 
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and exit: user errors are one line and 2, signals 130 and 143, defects 3."""
+    interrupted = False
+
+    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, _terminate)
+    # A shell starts background jobs with SIGINT ignored: it stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
+    # A name from elsewhere may hold what the terminal's encoding lacks.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = main(argv)
+        sys.stdout.flush()
     except InputError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        code = ExitCode.BAD_INPUT
+        code = _fail(str(error))
     except KeyboardInterrupt:
-        print("interrupted; finished files are kept", file=sys.stderr)
-        code = ExitCode.INTERRUPTED
+        code = _interrupted()
     except SystemExit:
-        raise
+        # Lightning turns an interrupt into exit code 1, which here would mean a verdict.
+        if not interrupted:
+            raise
+        code = _interrupted()
     except BrokenPipeError:
         # The reader of stdout has gone (as in `| head`): nobody is left to tell.
-        sys.stderr.close()
-        code = ExitCode.FAILED
-    except Exception:
-        traceback.print_exc()
-        print("internal error: please report the lines above", file=sys.stderr)
-        code = ExitCode.INTERNAL
+        _discard_output()
+        code = ExitCode.NO_READER
+    except OSError as error:
+        if error.errno not in _OUTSIDE:
+            code = _defect()
+        else:
+            code = _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
+            _discard_output()
+    except Exception as error:
+        code = _fail(str(error)) if _out_of_memory(error) else _defect()
     raise SystemExit(int(code))
+
+
+def _fail(message: str) -> ExitCode:
+    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    return ExitCode.BAD_INPUT
+
+
+def _interrupted() -> ExitCode:
+    print("interrupted; finished files are kept", file=sys.stderr)
+    return ExitCode.INTERRUPTED
+
+
+def _defect() -> ExitCode:
+    traceback.print_exc()
+    print("internal error: please report the lines above", file=sys.stderr)
+    return ExitCode.INTERNAL
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in Python or in PyTorch (which is not imported here)."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _discard_output() -> None:
+    """Let what is left in stdout's buffer go nowhere, so that Python does not fail again when it exits."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, sys.stdout.fileno())
+    os.close(null)
 
 
 def _terminate(signum: int, frame: FrameType | None) -> NoReturn:

@@ -18,6 +18,10 @@ PrecisionName = Literal["fp32", "fp16", "int8"]
 EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
 
 
+MAX_THREADS = 1024
+"""Far more make the operating system refuse a thread in the middle of a kernel, which ends the process."""
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
@@ -198,7 +202,10 @@ class EngineConfig:
     cuda_graphs: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.threads is None or self.threads >= 1, f"engine.threads must be at least 1, not {self.threads}")
+        _require(
+            self.threads is None or 1 <= self.threads <= MAX_THREADS,
+            f"engine.threads must be from 1 to {MAX_THREADS}, not {self.threads}",
+        )
         _require(self.device >= 0, f"engine.device must not be negative, not {self.device}")
         _require(self.timing_iterations >= 1, "engine.timing_iterations must be at least 1")
         _require(self.workspace >= 0, "engine.workspace must not be negative")

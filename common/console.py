@@ -9,9 +9,19 @@ from collections.abc import Iterable, Sequence
 PACKAGES = ("train", "quantize", "evaluate", "common", "data", "models", "calib", "engines", "evaluation")
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters as escapes: a name from a file must not move the cursor or rewrite a line."""
+    return "".join(
+        character
+        if character.isprintable() or character in "\n\t"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
 class _Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
 
 
@@ -37,7 +47,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     # Piped output is not wrapped to a terminal that is not there.
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
-    console.print(Text(title, style="bold"), table)
+    console.print(Text(printable(title), style="bold"), table)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import reprlib
 import types
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -45,7 +47,7 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return _decode(kind, value, where)
     if origin is Literal:
         if value not in arguments:
-            raise InputError(f"{where} is {value!r:.60}, not one of {', '.join(map(repr, arguments))}")
+            raise InputError(f"{where} is {_shown(value)}, not one of {', '.join(map(repr, arguments))}")
         return value
     if dataclasses.is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
@@ -60,7 +62,12 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         return Path(value)
     if kind is float:
         _expect(isinstance(value, (int, float)) and not isinstance(value, bool), where, "a number", value)
-        return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            number = math.inf
+        _expect(math.isfinite(number), where, "a finite number", value)
+        return number
     _expect(isinstance(value, kind) and (kind is bool or not isinstance(value, bool)), where, kind.__name__, value)
     return value
 
@@ -70,7 +77,7 @@ def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     hints = get_type_hints(cls)
     if unknown := sorted(value.keys() - fields.keys()):
-        raise InputError(f"{where} has an unknown field {unknown[0]!r:.60}")
+        raise InputError(f"{where} has an unknown field {_shown(unknown[0])}")
     for name, field in fields.items():
         if name not in value and field.default is field.default_factory is dataclasses.MISSING:
             raise InputError(f"{where} lacks the field {name!r}")
@@ -79,4 +86,9 @@ def _decode_dataclass(cls: Any, value: Any, where: str) -> Any:
 
 def _expect(condition: bool, where: str, kind: str, value: Any) -> None:
     if not condition:
-        raise InputError(f"{where} is {value!r:.60}, not {kind}")
+        raise InputError(f"{where} is {_shown(value)}, not {kind}")
+
+
+def _shown(value: Any) -> str:
+    """The start of a value, however large or deep it is."""
+    return reprlib.repr(value)[:60]

@@ -16,7 +16,11 @@ class ExitCode(IntEnum):
     INTERNAL = 3
     """A defect of this program."""
     INTERRUPTED = 130
+    """SIGINT (Ctrl-C): finished files are kept."""
+    NO_READER = 141
+    """Whoever read the output has gone, as in ``| head``."""
     TERMINATED = 143
+    """SIGTERM: finished files are kept."""
 
 
 class InputError(Exception):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,51 +16,100 @@ from common.errors import InputError
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 """Upper bound for text files from elsewhere (tables, side files): far above any real one."""
 
+_SUFFIX = ".tmp"
+
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder; on success flush it to disk and rename it to ``path``.
 
-    On any exception the temporary file is removed and an existing ``path`` stays as it was.
+    On any exception the temporary file is removed and an existing ``path`` stays as it was. A process that is killed
+    leaves its temporary file ``.<name>.<8 characters>.tmp`` behind; whoever writes ``path`` next removes it.
 
     Raises:
         InputError: the folder cannot be created or written, or the disk is full.
     """
     path = Path(path)
-    try:
+    with _reporting(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    temporary = Path(name)
+        _remove_leftovers(path)
+        lock, temporary = _create_temporary(path)
     try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        os.replace(temporary, path)
+        with _reporting(path):
+            yield temporary
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        os.close(lock)
+
+
+@contextmanager
+def _reporting(path: Path) -> Iterator[None]:
+    """Turn what the operating system refuses into one line."""
+    try:
+        yield
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise InputError(f"cannot write {str(path)!r}: a path must not contain NUL") from error
+
+
+def _create_temporary(path: Path) -> tuple[int, Path]:
+    """A new temporary file for ``path``, and the descriptor whose lock says that its writer lives."""
+    while True:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
+        # File systems without locks keep their leftovers.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor, Path(name)
+        # Another process took it for a leftover before it was locked.
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files for ``path`` whose writer was killed: nobody holds their lock any more."""
+    prefix = f".{path.name}."
+    for name in os.listdir(path.parent):
+        if name.startswith(prefix) and name.endswith(_SUFFIX) and len(name) == len(prefix) + 8 + len(_SUFFIX):
+            with suppress(OSError):
+                _remove_if_unlocked(path.parent / name)
+
+
+def _remove_if_unlocked(leftover: Path) -> None:
+    descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        leftover.unlink()
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    # It can only be read by setting it; meanwhile another thread's files are private rather than open to all.
+    mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
-def write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write ``content`` to ``path`` atomically. Raises InputError as :func:`atomic_path` does."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8 to ``path`` atomically. Raises InputError as :func:`atomic_path` does."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write ``text`` as UTF-8 to ``path`` atomically. Raises InputError as :func:`atomic_path` does.
+
+    What UTF-8 cannot hold (a file name that is not text, as Python represents it) is written as an escape.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -78,6 +128,8 @@ def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:
             content = stream.read(limit + 1)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"cannot read {str(path)!r}: a path must not contain NUL") from error
     if len(content) > limit:
         raise InputError(f"{path} is larger than {limit} bytes: this is not the expected file")
     return content
@@ -97,9 +149,25 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
 
 
 def read_json(path: Path, limit: int = MAX_TEXT_BYTES) -> Any:
-    """Read a JSON file of at most ``limit`` bytes. Raises InputError when missing, too large or not JSON."""
-    text = read_text(path, limit)
+    """Read a JSON file of at most ``limit`` bytes.
+
+    Raises:
+        InputError: missing, too large or not JSON, which has neither NaN nor infinity.
+    """
+    return parse_json(read_text(path, limit), str(path))
+
+
+def parse_json(text: str, source: str) -> Any:
+    """``json.loads`` without Python's extensions; ``source`` names the text in errors.
+
+    Raises:
+        InputError: not JSON, which has neither NaN nor infinity.
+    """
     try:
-        return json.loads(text)
+        return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from error
+        raise InputError(f"{source} is not valid JSON: {error}") from error
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number in JSON")
