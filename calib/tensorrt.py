@@ -60,7 +60,8 @@ def find_gpu(index: int) -> Gpu:
         torch.cuda.init()
         count = torch.cuda.device_count()
     except (RuntimeError, AssertionError) as error:
-        raise TensorRTError(f"no NVIDIA GPU can be used: {first_line(error)}") from error
+        # The rest of PyTorch's message is where to download a driver.
+        raise TensorRTError(f"no NVIDIA GPU can be used: {first_line(error).partition('. ')[0]}") from error
     if not index < count:
         raise TensorRTError(f"there is no GPU {index}: this machine has {count} (--engine.device counts from 0)")
     return Gpu(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))

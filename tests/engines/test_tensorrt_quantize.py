@@ -1,0 +1,150 @@
+"""quantize.py with Torch-TensorRT as its engine, over a stand-in, from the command line to the files."""
+
+import json
+
+import pytest
+import torch
+
+from calib import tensorrt, tensorrt_build
+from calib.table import CalibrationTable
+from calib.tensorrt_rules import Gpu, Installed
+from common.config import DataConfig
+from common.errors import InputError
+from data import open_data
+from models import CheckpointMeta, LeNet, save_checkpoint
+from quantize import main
+from tests.upstream import INSTALLED, Upstream
+
+THEIRS = CalibrationTable(
+    {
+        "input_0": 0.0078,
+        "(Unnamed Layer* 0) [Convolution]_output": 0.0105,
+        "(Unnamed Layer* 1) [Pooling]_output": 0.0105,
+        "(Unnamed Layer* 5) [Shuffle]_output": 0.05,
+        "output_0": 0.008,
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    config = DataConfig(dataset="digits", augment=False)
+    data = open_data(config, seed=1)
+    torch.manual_seed(1)
+    folder = tmp_path_factory.mktemp("trained")
+    meta = CheckpointMeta("LeNet", "models.LeNet", {}, data.info, config, seed=1, epochs=1)
+    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", LeNet(), meta)
+    return folder
+
+
+@pytest.fixture
+def artifacts(trained, tmp_path):
+    (tmp_path / "lenet_mnist").mkdir()
+    (tmp_path / "lenet_mnist" / "model.ckpt").write_bytes((trained / "lenet_mnist" / "model.ckpt").read_bytes())
+    return tmp_path
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    monkeypatch.setattr(tensorrt_build, "gpu_device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda index: Gpu(index, "NVIDIA H200", (9, 0)))
+
+    def use(upstream=None, installed=INSTALLED):
+        upstream = upstream or Upstream(table=THEIRS)
+        monkeypatch.setattr(tensorrt, "load", lambda: (upstream, installed))
+        return upstream
+
+    return use
+
+
+@pytest.fixture
+def quantize(artifacts, capsys):
+    """Run the command: its JSON."""
+
+    def run(*arguments):
+        small = ["--batches", "2", "--batch-size", "20"]
+        assert main(["--artifacts", str(artifacts), "--json", *small, *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return run
+
+
+def test_tensorrt_calibrates_and_both_tables_are_shown(machine, quantize, artifacts):
+    upstream = machine()
+    summary = quantize()
+    assert summary["engine"]["name"] == "torch-tensorrt"
+    assert summary["engine"]["device"] == "NVIDIA H200"
+    assert "the first that can run here" in summary["engine"]["reason"]
+    assert summary["tensorrt"]["calibrated"]
+    folder = artifacts / "lenet_mnist"
+    assert (folder / "tensorrt" / "CalibrationTableLeNet").read_text() == THEIRS.dumps()
+    assert (folder / "CalibrationTableLeNet").read_text().splitlines()[1].startswith("data: ")
+    pairs = {pair["reference"]: pair for pair in summary["tensorrt"]["tensors"]}
+    assert pairs["data"]["tensorrt"] == "input_0"
+    assert pairs["prob"]["tensorrt"] == "output_0"
+    assert pairs["ip2"]["tensorrt"] is None
+    assert pairs[None]["tensorrt"] == "(Unnamed Layer* 5) [Shuffle]_output"
+    # Once to calibrate, with data; once to build from the table, without.
+    calibrators = [arguments["calibrator"] for _, arguments in upstream.calls]
+    assert [calibrator.use_cache for calibrator in calibrators] == [False, True]
+    assert upstream.calls[0][1]["inputs"][0][0][0] == 20
+
+
+def test_a_second_run_reuses_both_tables_and_the_engine(machine, quantize):
+    machine()
+    quantize()
+    upstream = machine()
+    summary = quantize()
+    assert not summary["tensorrt"]["calibrated"]
+    assert not summary["table"]["calibrated"]
+    assert upstream.calls == []
+
+
+def test_recalibrate_calibrates_both(machine, quantize):
+    machine()
+    quantize()
+    machine()
+    summary = quantize("--recalibrate")
+    assert summary["tensorrt"]["calibrated"]
+    assert summary["table"]["calibrated"]
+
+
+def test_another_algorithm_calibrates_both(machine, quantize):
+    machine()
+    quantize()
+    machine(Upstream(table=CalibrationTable(THEIRS.scales, "minmax")))
+    summary = quantize("--algorithm", "minmax")
+    assert summary["tensorrt"]["header"] == "TRT-101200-MinMaxCalibration"
+    assert summary["tensorrt"]["calibrated"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--quantization", "explicit"], ["--keep-fp", "conv1"], ["--algorithm", "percentile"]]
+)
+def test_explicit_needs_no_calibration_by_tensorrt(machine, quantize, artifacts, arguments):
+    upstream = machine()
+    summary = quantize(*arguments)
+    assert "tensorrt" not in summary
+    assert summary["engine"]["quantization"].startswith("explicit")
+    assert not (artifacts / "lenet_mnist" / "tensorrt").exists()
+    assert ["calibrator" in arguments for _, arguments in upstream.calls] == [False]
+
+
+def test_a_newer_version_goes_explicit_by_itself(machine, quantize):
+    machine(installed=Installed("2.14.1", "2.14.0", "11.1.0.106"))
+    summary = quantize()
+    assert "2.14.0 has no DataLoaderCalibrator" in summary["engine"]["quantization"]
+
+
+def test_a_build_error_ends_the_command_in_one_line(machine, artifacts):
+    machine(Upstream(error=RuntimeError("[Error thrown at a.cpp:1] no kernel image")))
+    with pytest.raises(InputError, match="TensorRT could not build the engine: no kernel image") as caught:
+        main(["--artifacts", str(artifacts)])
+    assert "\n" not in str(caught.value)
+    assert not (artifacts / "lenet_mnist" / "tensorrt" / "CalibrationTableLeNet").exists()
+
+
+def test_implicit_by_name_on_a_newer_version_is_refused(machine, artifacts):
+    machine(installed=Installed("2.14.1", "2.14.0", "11.1.0.106"))
+    with pytest.raises(InputError, match=r"2\.8\.0 was the last"):
+        main(["--artifacts", str(artifacts), "--quantization", "implicit"])
