@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +18,8 @@ from calib.tensorrt import find_gpu
 from calib.tensorrt_rules import TensorRTError, precision_problem
 from common.config import EngineConfig, PrecisionName
 from engines.base import Compiled, EngineError
+
+logger = logging.getLogger(__name__)
 
 WARM_UP_RUNS = 3
 """Before a capture: cuDNN has then chosen its kernels, and every buffer is allocated."""
@@ -160,11 +164,17 @@ def baselines(network: Network, config: EngineConfig, precisions: tuple[Precisio
         precisions: That are evaluated; INT8 has no baseline.
 
     Returns:
-        Nothing where there is no GPU.
+        Those that can run; nothing where there is no GPU.
     """
     engines = [CudaEngine(config, graphs) for graphs in (False, True)]
     if engines[0].unavailable():
         return []
     gpu = find_gpu(config.device)
     possible = [name for name in precisions if name != "int8" and precision_problem(name, gpu) is None]
-    return [engine.compile(network, precision) for engine in engines for precision in possible]
+    found = []
+    for engine, precision in itertools.product(engines, possible):
+        try:
+            found.append(engine.compile(network, precision))
+        except EngineError as error:
+            logger.warning("no baseline %s in %s: %s", engine.name, precision, error)
+    return found

@@ -28,6 +28,17 @@ def test_without_a_gpu_there_are_no_baselines():
         cuda.CudaEngine(EngineConfig()).compile(network, "fp32")
 
 
+def test_a_baseline_that_does_not_fit_is_left_out(monkeypatch, caplog):
+    monkeypatch.setattr(cuda, "find_gpu", lambda index: Gpu(index, "NVIDIA Test", (9, 0)))
+
+    def full(self, network, precision, table=None):
+        raise EngineError("no memory left")
+
+    monkeypatch.setattr(cuda.CudaEngine, "compile", full)
+    assert cuda.baselines(trace(LeNet()), EngineConfig(), ("fp32",)) == []
+    assert "no memory left" in caplog.text
+
+
 def test_there_is_no_int8(monkeypatch):
     monkeypatch.setattr(cuda, "find_gpu", lambda index: Gpu(index, "NVIDIA Test", (9, 0)))
     with pytest.raises(EngineError, match="no INT8 kernels"):
