@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import io
-import json
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,12 +15,14 @@ from torch import nn
 from common.config import DataConfig
 from common.decode import decode, encode
 from common.errors import InputError
-from common.files import atomic_path
+from common.files import atomic_path, parse_json
 from data.base import DatasetInfo
-from models.network import construct, load_state, resolve
+from models.archive import load_archive
+from models.network import check_state, construct, load_state, resolve
 
 FORMAT = 1
 _META_LIMIT = 16 * 1024 * 1024
+_LONGEST_NAME = 100
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class CheckpointMeta:
     epochs: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Files are named after it.
+        if not self.network.isidentifier() or len(self.network) > _LONGEST_NAME:
+            raise InputError(f"{self.network!r:.60} is not the name of a network")
 
 
 @dataclass(frozen=True)
@@ -113,36 +119,22 @@ def load_checkpoint(path: Path, trusted: str | None = None) -> Checkpoint:
         raise InputError(f"{path} has checkpoint format {content['format']!r:.20}, not {FORMAT}: train again")
     if not isinstance(content["meta"], str) or len(content["meta"]) > _META_LIMIT:
         raise InputError(f"{path} is damaged: its metadata is not text")
-    try:
-        value = json.loads(content["meta"])
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged: its metadata is not JSON") from error
-    meta = decode(CheckpointMeta, value, f"{path}: meta")
-    network = _construct(path, meta, trusted)
-    if not isinstance(content["state_dict"], dict):
+    meta = decode(CheckpointMeta, parse_json(content["meta"], f"{path}: the metadata"), f"{path}: meta")
+    state = content["state_dict"]
+    if not isinstance(state, dict):
         raise InputError(f"{path} is damaged: it holds no state_dict")
-    load_state(network, content["state_dict"], str(path))
+    network = _construct(path, meta, state, trusted)
+    load_state(network, state, str(path))
     return Checkpoint(network.eval(), meta)
 
 
 def _read(path: Path) -> Any:
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}: run train.py first")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise InputError(f"{path} is not a checkpoint: it is compressed, which torch.save never does")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except Exception as error:
-        # torch, zipfile and pickle raise a dozen unrelated types on damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is damaged or not a checkpoint: {reason:.200}") from error
+    return load_archive(path)
 
 
-def _construct(path: Path, meta: CheckpointMeta, trusted: str | None) -> nn.Module:
+def _construct(path: Path, meta: CheckpointMeta, state: Mapping[str, Any], trusted: str | None) -> nn.Module:
     """Build the network that the file names, if that is safe."""
     if meta.class_path == trusted:
         return construct(resolve(meta.class_path), meta.class_path, meta.init_args)
@@ -151,10 +143,12 @@ def _construct(path: Path, meta: CheckpointMeta, trusted: str | None) -> nn.Modu
         factory: Any = resolve(meta.class_path)
         safe = isinstance(factory, type) and issubclass(factory, nn.Module) and factory.__module__.startswith("models.")
     elif module.startswith("torchvision.models"):
+        import torchvision
         from torchvision.models import get_model_builder, list_models
 
+        # Classifiers alone: those that find objects would fetch weights for their inner network.
         name = meta.class_path.rpartition(".")[2]
-        safe = name in list_models()
+        safe = name in list_models(module=torchvision.models)
         factory = get_model_builder(name) if safe else None
     else:
         raise InputError(
@@ -165,4 +159,14 @@ def _construct(path: Path, meta: CheckpointMeta, trusted: str | None) -> nn.Modu
         raise InputError(f"{path} is damaged: {meta.class_path!r:.100} is not a network")
     # Pretrained weights that the network started from (torchvision) are not fetched again: the file has its own.
     arguments = {key: None if key.startswith("weights") else value for key, value in meta.init_args.items()}
+    # First without memory: arguments that ask for more than the file holds do not get it.
+    try:
+        with torch.device("meta"):
+            skeleton = construct(factory, meta.class_path, arguments)
+    except InputError as error:
+        # Some of torchvision's networks compute with values while they are made.
+        if not isinstance(error.__cause__, NotImplementedError):
+            raise
+    else:
+        check_state(skeleton, state, str(path))
     return construct(factory, meta.class_path, arguments)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import pickle
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.errors import InputError
+from models.archive import is_plain, load_archive
 
 
 def build_network(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
@@ -67,7 +67,9 @@ def resolve(class_path: str) -> Callable[..., Any]:
     except AttributeError as error:
         raise InputError(f"model.class_path {class_path!r}: module {module_name!r} has no {name!r}") from error
     except Exception as error:
-        raise InputError(f"importing model.class_path {class_path!r} failed: {type(error).__name__}: {error}") from error
+        raise InputError(
+            f"importing model.class_path {class_path!r} failed: {type(error).__name__}: {error}"
+        ) from error
     if not callable(found):
         raise InputError(f"model.class_path {class_path!r} is neither a class nor a function")
     return found
@@ -113,7 +115,9 @@ def check_network(network: nn.Module, name: str, shape: tuple[int, int, int], nu
         given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise InputError(f"{name} gives {given} for 2 images: expected (2, {num_classes}), one score per class")
     if bool((scores >= 0).all()) and torch.allclose(scores.sum(1), torch.ones(2), atol=1e-4):
-        raise InputError(f"{name} gives probabilities: let it have a method logits(x) that gives the scores before softmax")
+        raise InputError(
+            f"{name} gives probabilities: let it have a method logits(x) that gives the scores before softmax"
+        )
 
 
 def read_weights(path: Path) -> Mapping[str, Any]:
@@ -126,17 +130,16 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """
     if not path.is_file():
         raise InputError(f"model.weights: there is no file {path}")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
 
+        try:
             content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} is damaged, or holds more than tensors and is not loaded for safety") from error
-    except Exception as error:
-        raise InputError(f"cannot read the weights in {path}: {error}") from error
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"cannot read the weights in {path}: {error}") from error
+    else:
+        content = load_archive(path, legacy=True)
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(
@@ -152,18 +155,30 @@ def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> Non
     Raises:
         InputError: ``state`` belongs to another architecture, or holds NaN or infinity.
     """
+    check_state(network, state, source)
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"{source} holds NaN or infinity in {name}: train again")
+    network.load_state_dict(dict(state))
+
+
+def check_state(network: nn.Module, state: Mapping[str, Any], source: str) -> None:
+    """Compare names, shapes and kinds of ``state`` with ``network``, which may be without data (on ``meta``).
+
+    Raises:
+        InputError: they differ, or something in ``state`` is no plain tensor.
+    """
     own = network.state_dict()
     if missing := [name for name in own if name not in state]:
         raise InputError(f"{source} is of another architecture: it lacks {_some(missing)}")
-    if unexpected := [name for name in state if name not in own]:
+    if unexpected := [str(name) for name in state if name not in own]:
         raise InputError(f"{source} is of another architecture: the network has no {_some(unexpected)}")
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.shape != own[name].shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise InputError(f"{source} is of another architecture: {name} is {shape}, not {tuple(own[name].shape)}")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-            raise InputError(f"{source} holds NaN or infinity in {name}: train again")
-    network.load_state_dict(dict(state))
+        if not is_plain(value) or value.is_floating_point() != own[name].is_floating_point():
+            raise InputError(f"{source} is damaged: {name} is no plain tensor of {own[name].dtype}")
 
 
 def _data_arguments(factory: Callable[..., Any], num_classes: int, channels: int) -> dict[str, int]:

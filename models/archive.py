@@ -1,0 +1,59 @@
+"""PyTorch's files from elsewhere: loaded without running code, within the bounds of the file."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+
+
+def load_archive(path: Path, *, legacy: bool = False) -> Any:
+    """``torch.load`` of plain values and tensors, on the CPU.
+
+    The tensors are views of the mapped file, which is what bounds them: ``torch.load`` into memory believes the sizes
+    that a file claims for its tensors, and reads past the end of what is there (2.8).
+
+    Args:
+        path: An existing file.
+        legacy: Whether the format from before PyTorch 1.6 is taken too, in which many published weights are.
+
+    Raises:
+        InputError: damaged, compressed, or holding more than plain values and tensors.
+    """
+    try:
+        archive = zipfile.is_zipfile(path)
+        if archive:
+            with zipfile.ZipFile(path) as content:
+                unpacked = sum(entry.file_size for entry in content.infolist())
+            if unpacked > path.stat().st_size:
+                raise InputError(f"{path} is compressed, which torch.save never does: it is not loaded for safety")
+        elif not legacy:
+            raise InputError(f"{path} is damaged or not a checkpoint: it is no archive of torch.save")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=archive)
+    except InputError:
+        raise
+    except Exception as error:
+        # torch, zipfile and pickle raise a dozen unrelated types on damaged files.
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is damaged, or holds more than tensors and plain values: {reason:.200}") from error
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value is a dense tensor of real numbers in memory of its own, as every weight is.
+
+    A file may also hold sparse, quantized or complex tensors, tensors without data, and tensors whose elements share
+    memory, which are larger than the file.
+    """
+    return (
+        isinstance(value, Tensor)
+        and value.layout is torch.strided
+        and value.device.type == "cpu"
+        and not value.is_quantized
+        and not value.is_complex()
+        and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+    )
