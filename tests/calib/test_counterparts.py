@@ -1,5 +1,6 @@
 """Our table beside TensorRT's own."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,7 +62,7 @@ def test_lenet_through_the_torchscript_front_end():
         unnamed(8, "ElementWise"),
         unnamed(11, "Matrix Multiply"),
     ]
-    assert abs(pairs[0].ratio - 1.1) < 1e-6
+    assert pairs[0].ratio == pytest.approx(1.1)
 
 
 def test_the_numbers_in_the_names_give_the_order_not_the_file():
