@@ -132,6 +132,11 @@ def read_provenance(path: Path) -> Provenance | None:
     return decode(Provenance, content, str(side))
 
 
+def changed_since(path: Path, provenance: Provenance) -> bool:
+    """Whether the table file ``path`` is not the one that its side file describes: edited, or half replaced."""
+    return provenance.table != _digest(read_text(path))
+
+
 def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = False) -> Decision:
     """Decide whether the table in ``path`` serves or calibration has to run.
 
@@ -160,7 +165,7 @@ def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = F
             return Decision(table, f"{path} has no side file: what it was made from is not known", foreign=True)
         return Decision(None, f"{path} has no side file that says what it was made from")
     changes = changed(recorded, wanted)
-    if recorded.table != _digest(read_text(path)):
+    if changed_since(path, recorded):
         changes.append("the table was changed since")
     if changes:
         return Decision(None, "; ".join(changes))

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.cache import read_provenance
+from calib.cache import changed_since, read_provenance
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig
 from common.decode import decode, encode
@@ -65,7 +65,7 @@ def quantized_table(folder: Path, weights: str) -> tuple[CalibrationTable, Quant
         weights: Fingerprint of the checkpoint's weights.
 
     Raises:
-        InputError: there is none, it is of other weights, or the table's file is missing or malformed.
+        InputError: there is none, it is of other weights, or the table's file is missing, malformed or changed.
     """
     record = read_record(folder)
     if record is None:
@@ -76,5 +76,7 @@ def quantized_table(folder: Path, weights: str) -> tuple[CalibrationTable, Quant
     table = CalibrationTable.read(path)
     provenance = read_provenance(path)
     if provenance is not None:
+        if provenance.weights != weights or changed_since(path, provenance):
+            raise InputError(f"{path} was changed since quantize.py used it: run quantize.py --precision int8")
         table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
     return table, record

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.cache import read_provenance, weights_fingerprint
+from calib.cache import changed_since, read_provenance, weights_fingerprint
 from calib.graph import Network, trace
 from calib.record import read_record
 from calib.table import CalibrationTable
@@ -110,7 +110,13 @@ def _recorded_table(run: Run, weights: str, config: Config) -> OpenTable:
         return OpenTable(None, record.quantization, f"the calibration table is of other weights: {QUANTIZE}")
     if not path.exists():
         return OpenTable(None, record.quantization, f"the calibration table {path} is gone: {QUANTIZE}")
-    return _read_table(path, record.quantization)
+    provenance = read_provenance(path)
+    problem = ""
+    if provenance is not None and provenance.weights != weights:
+        problem = f"the calibration table {path} was made for other weights since: {QUANTIZE}"
+    elif provenance is not None and changed_since(path, provenance):
+        problem = f"the calibration table {path} was changed since it was calibrated: {QUANTIZE}, or give --cache"
+    return OpenTable(None, record.quantization, problem) if problem else _read_table(path, record.quantization)
 
 
 def _named_table(path: Path, weights: str, config: Config) -> OpenTable:
@@ -124,8 +130,9 @@ def _named_table(path: Path, weights: str, config: Config) -> OpenTable:
 def _read_table(path: Path, quantization: QuantizationConfig) -> OpenTable:
     table = CalibrationTable.read(path)
     provenance = read_provenance(path)
-    if provenance is None:
-        note = f"the calibration table {path.name} has no side file: what it was made from is not known"
+    if provenance is None or changed_since(path, provenance):
+        why = "has no side file" if provenance is None else "was changed since its side file was written"
+        note = f"the calibration table {path.name} {why}: what it was made from is not known"
         logger.warning("%s", note)
         source, notes = {"maker": "unknown"}, [note]
     else:

@@ -19,15 +19,18 @@ def reopen_data(meta: CheckpointMeta, here: DataConfig) -> ImageData:
             checkpoint's, so that no later command can disagree with training.
 
     Raises:
-        InputError: the data cannot be opened, or it is not the data of the training.
+        InputError: the data cannot be opened, or its images, classes or preprocessing are not those of the training.
     """
-    config = dataclasses.replace(
-        meta.data, dir=here.dir or meta.data.dir, download=here.download, workers=here.workers
-    )
+    config = dataclasses.replace(meta.data, dir=here.dir or meta.data.dir, download=here.download, workers=here.workers)
     data = open_data(config, meta.seed)
     if data.info.fingerprint != meta.dataset.fingerprint:
         raise InputError(
             f"the {data.info.name} data found here is not what the network was trained on: "
             "give its folder with --data-dir, or train again"
+        )
+    if (data.info.preprocessing, data.info.classes) != (meta.dataset.preprocessing, meta.dataset.classes):
+        raise InputError(
+            f"the {data.info.name} images are prepared differently, or have other classes, than when the network was "
+            "trained: train again"
         )
     return data
