@@ -121,10 +121,10 @@ def fake_quantize(plan: Int8Plan) -> fx.GraphModule:
     for layer in plan.weighted:
         nodes[layer.node] = _quantize_weight(module, nodes[layer.node])
     for name, scale in placement.points.items():
-        quantized = _insert(module, nodes[name], scale)
+        quantized = _insert(module, nodes[name], name, scale)
         nodes[name].replace_all_uses_with(quantized, delete_user_cb=lambda user, new=quantized: user is not new)
     for name, (scale, readers) in placement.partial.items():
-        quantized = _insert(module, nodes[name], scale)
+        quantized = _insert(module, nodes[name], name, scale)
         for reader in readers:
             nodes[reader].replace_input_with(nodes[name], quantized)
     for node in module.graph.nodes:
@@ -152,11 +152,12 @@ def own_weights(module: fx.GraphModule) -> None:
         seen.add(str(node.target))
 
 
-def _insert(module: fx.GraphModule, node: fx.Node, scale: float) -> fx.Node:
-    """Fake-quantize a value, right after it is made."""
+def _insert(module: fx.GraphModule, node: fx.Node, name: str, scale: float) -> fx.Node:
+    """Fake-quantize a value, right after it is made, in a node ``<name>_quantized``."""
+    arguments = (node, scale, 0, ACTIVATION_MIN, ACTIVATION_MAX)
     with module.graph.inserting_after(node):
-        return module.graph.call_function(
-            torch.fake_quantize_per_tensor_affine, (node, scale, 0, ACTIVATION_MIN, ACTIVATION_MAX)
+        return module.graph.create_node(
+            "call_function", torch.fake_quantize_per_tensor_affine, arguments, name=f"{name}_quantized"
         )
 
 

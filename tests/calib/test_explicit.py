@@ -1,0 +1,257 @@
+"""Explicit quantization agrees with the integer simulation, code by code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from calib.explicit import fake_quantize, place
+from calib.graph import Int8Plan, trace
+from calib.int8 import quantize, quantize_weight
+from engines.integer import IntegerNetwork
+from models import LeNet
+from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
+
+TIE = 2e-4
+"""How far from a tie, in steps, float32 arithmetic on values of up to 128 steps may still round the other way."""
+
+
+class Simulation(IntegerNetwork):
+    """The integer simulation, which remembers the value of every fx node."""
+
+    def __init__(self, plan: Int8Plan) -> None:
+        super().__init__(plan)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        self.values[n.name] = super().run_node(n)
+        return self.values[n.name]
+
+
+@dataclass
+class Difference:
+    """Codes in which explicit quantization and the simulation differ.
+
+    Attributes:
+        codes: Compared.
+        differ: Of them, different ones.
+        steps: The largest difference.
+        off_tie: Different codes whose exact value is not next to a tie.
+    """
+
+    codes: int = 0
+    differ: int = 0
+    steps: int = 0
+    off_tie: int = 0
+
+
+@dataclass
+class Comparison:
+    """Per value: layer by layer, from equal inputs, and end to end."""
+
+    by_layer: dict[str, Difference] = field(default_factory=dict)
+    end_to_end: dict[str, Difference] = field(default_factory=dict)
+    classes: list[tuple[int, int, int]] = field(default_factory=list)
+
+
+class _Forced(fx.Interpreter):
+    """Runs explicit quantization, but hands on the simulation's codes: each layer works on equal inputs."""
+
+    def __init__(self, module: fx.GraphModule, simulation: Simulation, found: dict[str, Difference], force: bool):
+        super().__init__(module)
+        self._simulation, self._found, self._force = simulation, found, force
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.target is not torch.fake_quantize_per_tensor_affine:
+            return value
+        name, scale = n.name.removesuffix("_quantized"), n.args[1]
+        exact = self._simulation.values[name]
+        expected = quantize(exact, scale)
+        steps = (value / scale).round_().sub_(expected).abs_()
+        different = steps > 0
+        position = exact[different].double() / scale
+        distance = (position - position.floor() - 0.5).abs()
+        found = self._found.setdefault(name, Difference())
+        found.codes += steps.numel()
+        found.differ += int(different.sum())
+        found.steps = max(found.steps, int(steps.max()))
+        found.off_tie += int((distance > TIE).sum())
+        return expected * scale if self._force else value
+
+
+def compare(plan: Int8Plan, batches: list[Tensor]) -> Comparison:
+    module, simulation, result = fake_quantize(plan), Simulation(plan), Comparison()
+    first = 0
+    with torch.inference_mode():
+        for batch in batches:
+            expected = simulation(batch).argmax(1)
+            _Forced(module, simulation, result.by_layer, force=True).run(batch)
+            classes = _Forced(module, simulation, result.end_to_end, force=False).run(batch).argmax(1)
+            for index in (classes != expected).nonzero().flatten().tolist():
+                result.classes.append((first + index, int(expected[index]), int(classes[index])))
+            first += len(batch)
+    return result
+
+
+def test_lenet_is_quantized_after_the_layers_that_feed_int8_layers():
+    plan = make_plan(make_network("lenet"))
+    placement = place(plan)
+    assert set(placement.points) == {"data", "conv1", "conv2", "relu1"}
+    assert set(placement.scales) == {"data", "conv1", "pool1", "conv2", "pool2", "flatten", "relu1"}
+    assert placement.scales["pool1"] == placement.scales["conv1"]
+    assert not placement.partial
+
+
+def test_quantization_passes_through_relu_when_asked():
+    plan = make_plan(make_network("lenet"))
+    placement = place(plan, before_relu=True)
+    assert set(placement.points) == {"data", "conv1", "conv2", "ip1"}
+    assert placement.scales["ip1"] == placement.scales["relu1"]
+
+
+def test_the_output_is_quantized_when_asked():
+    plan = make_plan(make_network("lenet"), quantize_output=True)
+    assert set(place(plan).points) == {"data", "conv1", "conv2", "relu1", "ip2", "prob"}
+
+
+def test_layers_kept_in_float_get_no_quantized_input():
+    plan = make_plan(make_network("lenet"), keep_fp=("conv2", "ip1"))
+    assert set(place(plan).points) == {"data", "relu1"}
+
+
+def test_relu6_lets_no_quantization_through():
+    plan = make_plan(make_network("mobile"), keep_fp=("squeeze.0",))
+    assert "depthwise_0" not in place(plan, before_relu=True).scales
+
+
+def test_only_the_int8_reader_of_a_value_gets_it_quantized():
+    network = make_network("mixed")
+    plan = make_plan(network)
+    assert "stem" not in place(plan).scales  # tanh reads it in float
+    assert "max_pool2d" in place(plan).points
+    mobile = make_plan(make_network("mobile"))
+    (scale, readers) = place(mobile).partial["depthwise_1"]  # the product reads it in float
+    assert readers == {"squeeze_0"}
+    assert scale == mobile.scales["depthwise_1"]
+
+
+def test_concatenation_and_its_branches_share_one_scale():
+    placement = place(make_plan(make_network("branches")), before_relu=True)
+    assert placement.scales["left"] == placement.scales["right"] == placement.scales["cat"]
+    assert {"left", "right"} <= placement.points.keys()
+    assert "cat" not in placement.points
+
+
+values = arrays.arrays("float32", 64, elements=st.floats(-1e4, 1e4, width=32))
+
+
+@given(values, st.floats(2.0**-10, 2.0**10, width=32))
+def test_quantization_commutes_with_relu_and_max_pooling(array, scale):
+    x = torch.from_numpy(array)
+    assert torch.equal(quantize(x.relu(), scale), quantize(x, scale).relu())
+    pooled = F.max_pool1d(x[None], 2)
+    assert torch.equal(quantize(pooled, scale), F.max_pool1d(quantize(x, scale)[None], 2))
+
+
+OPTIONS = {"default": {}, "output": {"quantize_output": True}, "kept": {"keep": 1}}
+
+
+@pytest.fixture(scope="module", params=[(name, option) for name in NETWORKS for option in OPTIONS], ids="-".join)
+def plan(request) -> Int8Plan:
+    name, option = request.param
+    network = make_network(name)
+    arguments = dict(OPTIONS[option])
+    if arguments.pop("keep", None):
+        arguments["keep_fp"] = (network.layers[1].name,)
+    return make_plan(network, **arguments)
+
+
+def test_codes_differ_from_the_simulation_at_ties_alone(plan):
+    comparison = compare(plan, [images(plan.network.name, 16, seed=3)])
+    assert comparison.by_layer.keys() == {*place(plan).points, *place(plan).partial}
+    for name, difference in comparison.by_layer.items():
+        assert difference.steps <= 1, name
+        assert difference.off_tie == 0, name
+        assert difference.differ <= 1 + 1e-4 * difference.codes, name
+
+
+def test_probabilities_agree_with_the_simulation(plan):
+    batch = images(plan.network.name, 16, seed=4)
+    with torch.inference_mode():
+        difference = (fake_quantize(plan)(batch) - IntegerNetwork(plan)(batch)).abs().max()
+    assert difference < 0.02
+
+
+def test_it_scripts_and_traces(plan):
+    module, batch = fake_quantize(plan), images(plan.network.name, 4, seed=5)
+    with torch.inference_mode():
+        expected = module(batch)
+        assert torch.equal(torch.jit.script(module)(batch), expected)
+        assert torch.equal(torch.jit.trace(module, batch[:2])(batch), expected)
+
+
+def test_weights_have_the_codes_of_the_simulation(plan):
+    module = fake_quantize(plan)
+    calls = [node for node in module.graph.nodes if node.target is torch.fake_quantize_per_channel_affine]
+    assert len(calls) == len(plan.weighted)
+    for layer, node in zip(plan.weighted, calls, strict=True):
+        weight, scale, zero_point = (_attribute(module, argument.target) for argument in node.args[:3])
+        assert node.args[3:] == (0, -127, 127)
+        assert not zero_point.any()
+        quantized = torch.fake_quantize_per_channel_affine(weight, scale, zero_point, 0, -127, 127)
+        codes, scales = quantize_weight(plan.network.module.get_submodule(layer.target).weight)
+        assert torch.equal(scale, scales)
+        shaped = scale.reshape(-1, *([1] * (weight.dim() - 1)))
+        assert torch.equal((quantized / shaped).round(), codes)
+        assert torch.equal((weight / shaped).round(), codes)
+
+
+def _attribute(module: nn.Module, target: str) -> Tensor:
+    for name in target.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def test_the_network_itself_is_left_as_it_is():
+    network = make_network("residual")
+    batch = images("residual", 4)
+    before = network.module(batch)
+    fake_quantize(make_plan(network))
+    assert torch.equal(network.module(batch), before)
+
+
+def test_a_channel_of_zeros_stays_zero():
+    model = LeNet().eval()
+    with torch.no_grad():
+        model.conv1.weight[3] = 0
+    network = trace(model, "lenet")
+    module = fake_quantize(make_plan(network))
+    batch = images("lenet", 2)
+    assert module(batch).isfinite().all()
+
+
+@pytest.mark.slow
+def test_whole_mnist_test_set(mnist_dir):
+    """Codes differ by one step and at ties alone; the classes agree on at least 99.99 % of the images."""
+    test = mnist(mnist_dir).test
+    comparison = compare(
+        mnist_plan(mnist_dir), [test.images(slice(first, first + 500)) for first in range(0, len(test), 500)]
+    )
+    for name, difference in comparison.by_layer.items():
+        print(f"{name}: {difference.differ} of {difference.codes} codes differ, by at most {difference.steps} step")
+        assert difference.steps <= 1
+        assert difference.off_tie == 0
+    for name, difference in comparison.end_to_end.items():
+        print(f"{name}, end to end: {difference.differ} codes differ")
+        assert difference.differ <= 1e-4 * difference.codes
+    print("images whose class differs (image, simulation, explicit):", comparison.classes)
+    assert len(comparison.classes) <= 1e-4 * len(test)
