@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from engines import select_engine
     from models.checkpoint import load_checkpoint
 
-    with run.locked():
+    with run.locked(create=False):
         checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
         meta = checkpoint.meta
         network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
