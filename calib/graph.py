@@ -245,6 +245,7 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
     _fold_batchnorm(module)
     in_place = _make_out_of_place(module)
     _append_softmax(module)
+    _work_channels_last(module)
     module.graph.eliminate_dead_code()
     module.graph.lint()
     module.delete_all_unused_submodules()
@@ -500,6 +501,17 @@ def _append_softmax(module: fx.GraphModule) -> None:
     with module.graph.inserting_before(output):
         softmax = module.graph.call_module(target, (last,))
     output.args = (softmax,)
+
+
+def _work_channels_last(module: fx.GraphModule) -> None:
+    """Store convolutions' weights channels last, and so all that follows them: on a CPU, LeNet takes half the time.
+
+    The values are the same but for rounding. ``view`` refuses such memory where ``reshape`` copies.
+    """
+    module.to(memory_format=torch.channels_last)
+    for node in module.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"
 
 
 def _describe(

@@ -14,8 +14,10 @@ from common.errors import InputError
 
 BINS = 2048
 
-# Values are binned in pieces that stay in the CPU's cache.
-_PIECE = 131072
+# Values are binned in pieces that stay in the CPU's cache, and that PyTorch (from 32,768 values on) does not divide
+# among threads: the threads of so short an operation would wait for each other longer than it takes, and far longer
+# where other programs use the cores.
+_PIECE = 32000
 # Equal values in a row (zeros, a constant background) would wait for each other's increment of one counter:
 # neighbours count into different copies of the histogram.
 _LANES = 4

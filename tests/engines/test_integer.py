@@ -93,7 +93,7 @@ def test_layers_kept_in_float_are_untouched() -> None:
     network, table = trace(model), calibrate(model, [images])
     kept = IntegerNetwork(plan_int8(network, table, ["conv1", "conv2", "ip1", "ip2"]))
     with torch.no_grad():
-        assert torch.equal(kept(images), model(images))
+        assert torch.equal(kept(images), network.module(images))
 
 
 def test_the_output_is_quantized_only_when_asked() -> None:
