@@ -63,8 +63,8 @@ def test_ip1_is_the_value_after_the_in_place_relu() -> None:
         pool2 = model.pool2(model.conv2(model.pool1(model.conv1(images))))
         ip1 = torch.relu(model.ip1(pool2.flatten(1)))
         torch.testing.assert_close(seen["ip1"], ip1)
-        assert torch.equal(seen["ip2"], model.ip2(ip1))
-        assert torch.equal(result, model(images))
+        torch.testing.assert_close(seen["ip2"], model.ip2(ip1))
+        torch.testing.assert_close(result, model(images))
     assert tuple(seen) == LENET
 
 
