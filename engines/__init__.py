@@ -20,10 +20,12 @@ class Selection:
     Attributes:
         engine: The engine.
         reason: For the log and the report.
+        fallback: What runs a precision that the engine cannot; None where the engine was asked for by name.
     """
 
     engine: Engine
     reason: str
+    fallback: Engine | None = None
 
 
 def make_engine(
@@ -89,6 +91,6 @@ def _first_available(make: Callable[[EngineName], Engine]) -> Selection:
         engine = make(name)
         reason = engine.unavailable()
         if reason is None:
-            return Selection(engine, "; ".join(["the first that can run here", *passed]))
+            return Selection(engine, "; ".join(["the first that can run here", *passed]), make("torch"))
         passed.append(f"not {name}: {reason}")
     return Selection(make("torch"), "; ".join(["always available", *passed]))

@@ -84,7 +84,7 @@ def evaluate(
     classes = len(subject.info.classes)
     watch = Stopwatch()
     with watch.part("compile"):
-        compiled, skipped = compile_precisions(engine, subject, options.precisions)
+        compiled, skipped = compile_precisions(selection, subject, options.precisions)
     networks = list(compiled.values())
     with watch.part("accuracy"):
         labels, predictions = measure(
@@ -184,7 +184,7 @@ def _usable_scales(table: CalibrationTable) -> dict[str, float]:
 
 
 def compile_precisions(
-    engine: Engine, subject: Subject, precisions: Sequence[PrecisionName]
+    selection: Selection, subject: Subject, precisions: Sequence[PrecisionName]
 ) -> tuple[dict[PrecisionName, Compiled], dict[PrecisionName, str]]:
     """Compile FP32, and of the other precisions those that were asked for: (networks, why the others did not run).
 
@@ -201,14 +201,33 @@ def compile_precisions(
             skipped[precision] = subject.int8.problem
         else:
             try:
-                compiled[precision] = engine.compile(subject.network, precision, subject.int8.table)
+                compiled[precision] = _compile(selection, subject, precision)
                 continue
             except EngineError as error:
                 if precision == "fp32":
-                    raise InputError(f"{engine.name} cannot run {subject.network.name} in FP32: {error}") from error
+                    name = selection.engine.name
+                    raise InputError(f"{name} cannot run {subject.network.name} in FP32: {error}") from error
                 skipped[precision] = str(error)
         logger.warning("%s is skipped: %s", TITLES[precision], skipped[precision])
     return compiled, skipped
+
+
+def _compile(selection: Selection, subject: Subject, precision: PrecisionName) -> Compiled:
+    """Compile by the selected engine, or by the fallback with a notice."""
+    engine, fallback = selection.engine, selection.fallback
+    try:
+        return engine.compile(subject.network, precision, subject.int8.table)
+    except EngineError as error:
+        if fallback is None:
+            raise
+        compiled = fallback.compile(subject.network, precision, subject.int8.table)
+        logger.warning("%s runs on %s: %s", TITLES[precision], fallback.name, error)
+        note = f"run by {fallback.name}, since {error}"
+        return dataclasses.replace(
+            compiled,
+            latency_note=f"{compiled.latency_note}; {note}" if compiled.latency_note else None,
+            details={**compiled.details, f"why not {engine.name}": str(error)},
+        )
 
 
 def _timed(network: Compiled, latency: list[Latency]) -> Row:
