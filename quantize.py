@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from calib.table import CalibrationTable
     from calib.tensorrt import TensorRTCalibration
     from data import ImageSet
+    from engines import Selection
     from engines.base import Compiled, Engine
     from models.checkpoint import CheckpointMeta
 
@@ -142,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         selection = select_engine(config.engine, config.quantization, run.folder)
         logger.info("engine %s: %s", selection.engine.name, selection.reason)
         by_tensorrt = calibrated_by_tensorrt(job, selection.engine, table, flags.recalibrate) if table else None
-        compiled = prepared(job, selection.engine, flags.precision, table)
+        compiled = prepared(job, selection, flags.precision, table)
         files = exported(job, table) if flags.export else []
     summary = summarize(job, table, by_tensorrt, compiled, selection.reason, files)
     if flags.json:
@@ -263,7 +264,7 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
     return ByTensorRT(result, compare(table.table, result.table, made_by(job.network)))
 
 
-def prepared(job: Job, engine: Engine, precision: PrecisionName, table: Table | None) -> Compiled:
+def prepared(job: Job, selection: Selection, precision: PrecisionName, table: Table | None) -> Compiled:
     """Compile the precision for the engine that runs here, and record the quantization for ``evaluate.py``.
 
     Raises:
@@ -273,9 +274,9 @@ def prepared(job: Job, engine: Engine, precision: PrecisionName, table: Table | 
     from engines import EngineError
 
     try:
-        compiled = engine.compile(job.network, precision, table.table if table else None)
+        compiled = selection.compile(job.network, precision, table.table if table else None)
     except EngineError as error:
-        raise InputError(f"{engine.name} cannot prepare {precision}: {error}") from error
+        raise InputError(f"{selection.engine.name} cannot prepare {precision}: {error}") from error
     if table is not None:
         relative = Path(os.path.relpath(table.path, job.run.folder))
         write_record(job.run.folder, QuantizationRecord(relative, job.weights, job.config.quantization))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from common.config import EngineConfig, EngineName, QuantizationConfig
+from calib.graph import Network
+from calib.table import CalibrationTable
+from common.config import EngineConfig, EngineName, PrecisionName, QuantizationConfig
 from common.errors import InputError
 from engines.base import Compiled, Engine, EngineError
 
 __all__ = ["Compiled", "Engine", "EngineError", "Selection", "make_engine", "select_engine"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,22 @@ class Selection:
     engine: Engine
     reason: str
     fallback: Engine | None = None
+
+    def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
+        """Compile by the engine, or by the fallback with a notice; as :meth:`engines.base.Engine.compile`."""
+        try:
+            return self.engine.compile(network, precision, table)
+        except EngineError as error:
+            if self.fallback is None:
+                raise
+            compiled = self.fallback.compile(network, precision, table)
+            logger.warning("%s runs on %s: %s", precision.upper(), self.fallback.name, error)
+            note = f"run by {self.fallback.name}, since {error}"
+            return dataclasses.replace(
+                compiled,
+                latency_note=f"{compiled.latency_note}; {note}" if compiled.latency_note else None,
+                details={**compiled.details, f"why not {self.engine.name}": str(error)},
+            )
 
 
 def make_engine(

@@ -16,7 +16,7 @@ from calib.graph import plan_int8
 from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError
-from engines import Compiled, Engine, EngineError, Selection
+from engines import Compiled, EngineError, Selection
 from evaluation.accuracy import Predictions, accuracy, measure, paired
 from evaluation.analysis import (
     TENSOR_IMAGES,
@@ -201,7 +201,7 @@ def compile_precisions(
             skipped[precision] = subject.int8.problem
         else:
             try:
-                compiled[precision] = _compile(selection, subject, precision)
+                compiled[precision] = selection.compile(subject.network, precision, subject.int8.table)
                 continue
             except EngineError as error:
                 if precision == "fp32":
@@ -210,24 +210,6 @@ def compile_precisions(
                 skipped[precision] = str(error)
         logger.warning("%s is skipped: %s", TITLES[precision], skipped[precision])
     return compiled, skipped
-
-
-def _compile(selection: Selection, subject: Subject, precision: PrecisionName) -> Compiled:
-    """Compile by the selected engine, or by the fallback with a notice."""
-    engine, fallback = selection.engine, selection.fallback
-    try:
-        return engine.compile(subject.network, precision, subject.int8.table)
-    except EngineError as error:
-        if fallback is None:
-            raise
-        compiled = fallback.compile(subject.network, precision, subject.int8.table)
-        logger.warning("%s runs on %s: %s", TITLES[precision], fallback.name, error)
-        note = f"run by {fallback.name}, since {error}"
-        return dataclasses.replace(
-            compiled,
-            latency_note=f"{compiled.latency_note}; {note}" if compiled.latency_note else None,
-            details={**compiled.details, f"why not {engine.name}": str(error)},
-        )
 
 
 def _timed(network: Compiled, latency: list[Latency]) -> Row:
