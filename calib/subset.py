@@ -118,7 +118,7 @@ class Labelled(Protocol):
 
 
 class TrainingData(Protocol):
-    """What a subset is drawn from; ``data.ImageData`` is one.
+    """What a subset is drawn from; ``data.Splits`` is one.
 
     ``train`` is ``train_file`` without the validation images, and ``train_index`` its positions there.
     """

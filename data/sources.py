@@ -6,20 +6,24 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from common.config import DataConfig, DatasetName
 from data import cifar, digits, folder, mnist
 from data.augment import Affine
 from data.base import DatasetInfo, Preprocessing
 from data.locate import NotAvailableError
-from data.module import LARGEST_VALIDATION_SHARE, ImageData
+from data.splits import LARGEST_VALIDATION_SHARE, Splits, divide
 from data.tensor import TensorImages
+
+if TYPE_CHECKING:
+    from data.module import ImageData
 
 logger = logging.getLogger(__name__)
 
 
-def open_data(config: DataConfig, seed: int) -> ImageData:
-    """Open the data set that ``config`` names, downloading it if need be and allowed.
+def open_splits(config: DataConfig, seed: int) -> Splits:
+    """Open the data set that ``config`` names, downloading it if need be and allowed; Lightning is not imported.
 
     ``auto`` is MNIST, or scikit-learn's digits (with notes that say so) where MNIST is nowhere to be had.
 
@@ -29,7 +33,16 @@ def open_data(config: DataConfig, seed: int) -> ImageData:
     return _OPENERS[config.dataset](config, seed)
 
 
-def _open_auto(config: DataConfig, seed: int) -> ImageData:
+def open_data(config: DataConfig, seed: int) -> ImageData:
+    """:func:`open_splits`, with the loaders that training needs."""
+    from data.module import ImageData
+
+    splits = open_splits(config, seed)
+    augment = Affine() if config.augment else None
+    return ImageData(splits, batch_size=config.batch_size, augment=augment, seed=seed)
+
+
+def _open_auto(config: DataConfig, seed: int) -> Splits:
     try:
         return _open_collection(mnist.MNIST, config, seed)
     except NotAvailableError as error:
@@ -38,15 +51,15 @@ def _open_auto(config: DataConfig, seed: int) -> ImageData:
     return _open_digits(config, seed, notes=(f"the digits stand in for MNIST: {reason}",))
 
 
-def _open_mnist(config: DataConfig, seed: int) -> ImageData:
+def _open_mnist(config: DataConfig, seed: int) -> Splits:
     return _open_collection(mnist.MNIST, config, seed)
 
 
-def _open_fashion_mnist(config: DataConfig, seed: int) -> ImageData:
+def _open_fashion_mnist(config: DataConfig, seed: int) -> Splits:
     return _open_collection(mnist.FASHION_MNIST, config, seed)
 
 
-def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int) -> ImageData:
+def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int) -> Splits:
     place = mnist.find_or_download(collection, config.dir, config.download)
     logger.info("reading %s from %s", collection.title, place)
     loaded = mnist.load(collection, place)
@@ -64,7 +77,7 @@ def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int
     )
 
 
-def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> ImageData:
+def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> Splits:
     splits = digits.load()
     # The default is meant for larger sets; that fewer are held out here is documented, and no cause for a warning.
     config = replace(config, validation=min(config.validation, len(splits[0].labels) // LARGEST_VALIDATION_SHARE))
@@ -81,7 +94,7 @@ def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> 
     )
 
 
-def _open_cifar10(config: DataConfig, seed: int) -> ImageData:
+def _open_cifar10(config: DataConfig, seed: int) -> Splits:
     root = cifar.find_or_download(config.dir, config.download)
     logger.info("reading %s from %s", cifar.TITLE, root)
     train, test, fingerprint = cifar.load(root)
@@ -98,7 +111,7 @@ def _open_cifar10(config: DataConfig, seed: int) -> ImageData:
     )
 
 
-def _open_folder(config: DataConfig, seed: int) -> ImageData:
+def _open_folder(config: DataConfig, seed: int) -> Splits:
     folders = folder.open_folders(config)
     counts = f"{len(folders.train):,} + {len(folders.test):,} images, {len(folders.classes):,} classes"
     info = DatasetInfo(
@@ -109,15 +122,8 @@ def _open_folder(config: DataConfig, seed: int) -> ImageData:
         fingerprint=folders.fingerprint,
         notes=folders.notes,
     )
-    return ImageData(
-        info,
-        folders.train,
-        folders.test,
-        batch_size=config.batch_size,
-        validation=config.validation if folders.validation is None else folders.validation,
-        augment=Affine() if config.augment else None,
-        seed=seed,
-    )
+    validation = config.validation if folders.validation is None else folders.validation
+    return divide(info, folders.train, folders.test, validation, seed)
 
 
 def _in_memory(
@@ -131,18 +137,16 @@ def _in_memory(
     *,
     fingerprint: str,
     notes: tuple[str, ...],
-) -> ImageData:
+) -> Splits:
     train, test = splits
     counts = f"{len(train.labels):,} + {len(test.labels):,}"
     info = DatasetInfo(name, f"{title} ({counts})", classes, preprocessing, fingerprint, notes)
-    return ImageData(
+    return divide(
         info,
         TensorImages(train.pixels, train.labels, preprocessing),
         TensorImages(test.pixels, test.labels, preprocessing),
-        batch_size=config.batch_size,
-        validation=config.validation,
-        augment=Affine() if config.augment else None,
-        seed=seed,
+        config.validation,
+        seed,
     )
 
 
@@ -154,7 +158,7 @@ def _fingerprint(splits: tuple[mnist.Split, ...]) -> str:
     return digest.hexdigest()
 
 
-_OPENERS: Mapping[DatasetName, Callable[[DataConfig, int], ImageData]] = {
+_OPENERS: Mapping[DatasetName, Callable[[DataConfig, int], Splits]] = {
     "auto": _open_auto,
     "mnist": _open_mnist,
     "digits": _open_digits,

@@ -17,7 +17,7 @@ from calib.graph import Network, plan_int8
 from calib.subset import draw
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, CalibrationConfig, QuantizationConfig
-from data import ImageData
+from data import Splits
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
 from evaluation.accuracy import measure, paired
@@ -68,7 +68,7 @@ class SweepPoint:
         return result
 
 
-def subset_histograms(network: Network, data: ImageData, config: CalibrationConfig, seed: int) -> Histograms:
+def subset_histograms(network: Network, data: Splits, config: CalibrationConfig, seed: int) -> Histograms:
     """Histograms over the representative subset, as configured.
 
     Raises:
@@ -80,7 +80,7 @@ def subset_histograms(network: Network, data: ImageData, config: CalibrationConf
 
 def compare_algorithms(
     network: Network,
-    data: ImageData,
+    data: Splits,
     config: CalibrationConfig,
     quantization: QuantizationConfig,
     seed: int,
@@ -106,7 +106,7 @@ def compare_algorithms(
 
 def sweep_images(
     network: Network,
-    data: ImageData,
+    data: Splits,
     config: CalibrationConfig,
     quantization: QuantizationConfig,
     counts: Sequence[int],
@@ -141,7 +141,7 @@ def sweep_images(
 
 
 def outcomes(
-    network: Network, data: ImageData, quantization: QuantizationConfig, tables: Iterable[CalibrationTable]
+    network: Network, data: Splits, quantization: QuantizationConfig, tables: Iterable[CalibrationTable]
 ) -> list[Outcome]:
     """Run the integer simulation with each table over the validation images."""
     tables = list(tables)
@@ -166,7 +166,7 @@ def outcomes(
 
 
 def mixed_precision(
-    network: Network, data: ImageData, table: CalibrationTable, quantization: QuantizationConfig, tolerance: float
+    network: Network, data: Splits, table: CalibrationTable, quantization: QuantizationConfig, tolerance: float
 ) -> tuple[list[str], float] | None:
     """The fewest layers to keep in float so that INT8 loses at most ``tolerance`` points of top-1.
 

@@ -6,11 +6,11 @@ import dataclasses
 
 from common.config import DataConfig
 from common.errors import InputError
-from data import ImageData, open_data
+from data import Splits, open_splits
 from models.checkpoint import CheckpointMeta
 
 
-def reopen_data(meta: CheckpointMeta, here: DataConfig) -> ImageData:
+def reopen_data(meta: CheckpointMeta, here: DataConfig) -> Splits:
     """Open the data set of a checkpoint, with its preprocessing and its validation split.
 
     Args:
@@ -22,7 +22,7 @@ def reopen_data(meta: CheckpointMeta, here: DataConfig) -> ImageData:
         InputError: the data cannot be opened, or its images, classes or preprocessing are not those of the training.
     """
     config = dataclasses.replace(meta.data, dir=here.dir or meta.data.dir, download=here.download, workers=here.workers)
-    data = open_data(config, meta.seed)
+    data = open_splits(config, meta.seed)
     if data.info.fingerprint != meta.dataset.fingerprint:
         raise InputError(
             f"the {data.info.name} data found here is not what the network was trained on: "

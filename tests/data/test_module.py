@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from common.config import DataConfig
 from common.errors import InputError
 from data import ImageData, open_data
-from data.module import hold_out
+from data.splits import hold_out
 from data.tensor import Selection
 
 
@@ -116,12 +116,13 @@ def test_digits_by_name_have_one_note():
     assert data.info.fingerprint.startswith("a2e328f44939ce71")
 
 
-def test_heavy_libraries_are_imported_at_first_use(root):
+def test_heavy_libraries_are_imported_at_first_use(root, small):
     code = (
-        "import sys, data; "
+        "import pathlib, sys, data; from common.config import DataConfig; "
+        "data.open_splits(DataConfig(dataset='mnist', dir=pathlib.Path(sys.argv[1]), validation=100), 1); "
         "assert not {'lightning', 'sklearn', 'torchvision', 'PIL'} & set(sys.modules), sorted(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+    subprocess.run([sys.executable, "-c", code, str(small.dir)], check=True, cwd=root)
 
 
 class Recorder(LightningModule):

@@ -8,7 +8,7 @@ import torch
 from calib.calibrator import find_thresholds
 from calib.graph import Network, trace
 from common.config import CalibrationConfig, DataConfig, QuantizationConfig
-from data import ImageData, open_data
+from data import Splits, open_splits
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
 from models import LeNet
 
@@ -16,12 +16,12 @@ CONFIG = CalibrationConfig(batches=4, batch_size=50)
 
 
 @pytest.fixture(scope="module")
-def data() -> ImageData:
-    return open_data(DataConfig(dataset="digits", validation=200, augment=False), seed=1)
+def data() -> Splits:
+    return open_splits(DataConfig(dataset="digits", validation=200, augment=False), seed=1)
 
 
 @pytest.fixture(scope="module")
-def network(data: ImageData) -> Network:
+def network(data: Splits) -> Network:
     """LeNet after a few steps: enough for predictions that quantization could change."""
     torch.manual_seed(1)
     model = LeNet()
@@ -35,7 +35,7 @@ def network(data: ImageData) -> Network:
     return trace(model)
 
 
-def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: ImageData) -> None:
+def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: Splits) -> None:
     found = compare_algorithms(network, data, CONFIG, QuantizationConfig(), 1, ["entropy2", "minmax"])
     assert list(found) == ["entropy2", "minmax"]
     direct = find_thresholds(subset_histograms(network, data, CONFIG, 1), "minmax").table
@@ -46,7 +46,7 @@ def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: 
         assert abs(outcome.points) <= outcome.changed
 
 
-def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: ImageData) -> None:
+def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: Splits) -> None:
     points = sweep_images(network, data, CONFIG, QuantizationConfig(), [50, 130], range(3))
     assert [(point.images, len(point.outcomes)) for point in points] == [(50, 3), (130, 3)]
     first, second = points[0].outcomes[:2]
@@ -57,14 +57,14 @@ def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: Ima
     assert set(alone.spread.values()) == {0.0}
 
 
-def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: ImageData) -> None:
+def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
     found = mixed_precision(network, data, table, QuantizationConfig(), tolerance=100.0)
     assert found is not None
     assert found[0] == []
 
 
-def test_a_ruined_scale_is_found_and_its_layer_kept(network: Network, data: ImageData) -> None:
+def test_a_ruined_scale_is_found_and_its_layer_kept(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
     ruined = type(table)({**table.scales, "ip1": table.scales["ip1"] / 500})
     layers, points = mixed_precision(network, data, ruined, QuantizationConfig(), tolerance=2.0) or ([], -100.0)
