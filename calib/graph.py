@@ -508,7 +508,7 @@ def _work_channels_last(module: fx.GraphModule) -> None:
 
     The values are the same but for rounding. ``view`` refuses such memory where ``reshape`` copies.
     """
-    module.to(memory_format=torch.channels_last)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for node in module.graph.nodes:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"

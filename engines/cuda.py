@@ -59,7 +59,8 @@ class CudaEngine:
         device = torch.device("cuda", gpu.index)
         half = precision == "fp16"
         try:
-            module = copy.deepcopy(network.module).to(device, memory_format=torch.contiguous_format)
+            module = copy.deepcopy(network.module)
+            module.to(device, memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"GPU {gpu.index} has no memory left for {network.name}: end what else uses it"
