@@ -165,10 +165,10 @@ def _counted(operators: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))
 
 
-def integer_dot_products() -> str:
+def integer_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     """The instructions for int8 dot products that this CPU has, in words."""
     try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
+        text = cpuinfo.read_text(encoding="ascii", errors="replace")
     except OSError:
         return "Arm dot product" if platform.machine() == "arm64" else "not known on this system"
     flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}

@@ -1,0 +1,332 @@
+"""The ONNX files: names, quantization, numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from calib.graph import Int8Plan, Network, plan_int8, trace
+from calib.int8 import quantize_weight
+from calib.table import CalibrationTable
+from common.errors import InputError
+from common.run import Run
+from engines import onnx_export
+from engines.integer import IntegerNetwork
+from engines.onnx_export import export, export_fp32, float_model, int8_model, keep_output, onnx_table, value_names
+from models import LeNet
+from tests.networks import NETWORKS, images, make_network, make_plan
+
+EXPORTERS = {
+    "torchscript": "_torchscript_export",
+    "dynamo": "_dynamo_export",
+}
+
+
+@pytest.fixture(params=EXPORTERS)
+def exporter(request, monkeypatch) -> str:
+    """Each of PyTorch's exporters in turn."""
+    if request.param == "dynamo":
+        pytest.importorskip("onnxscript", reason="PyTorch's torch.export-based exporter needs onnxscript")
+    monkeypatch.setattr(onnx_export, "_torchscript_export", getattr(onnx_export, EXPORTERS[request.param]))
+    return request.param
+
+
+def run(model: onnx.ModelProto, batch: Tensor) -> np.ndarray:
+    """The output of a model, computed as it is written, without ONNX Runtime's optimisations."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"data": batch.numpy()})
+    return result
+
+
+def produced(model: onnx.ModelProto) -> set[str]:
+    return {name for node in model.graph.node for name in node.output} | {value.name for value in model.graph.input}
+
+
+def initializers(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    return {value.name: numpy_helper.to_array(value) for value in model.graph.initializer}
+
+
+def pairs(model: onnx.ModelProto) -> dict[str, tuple[float, int, np.dtype]]:
+    """Value -> scale, zero point and its type, for every QuantizeLinear."""
+    values = initializers(model)
+    return {
+        node.input[0]: (float(values[node.input[1]]), int(values[node.input[2]]), values[node.input[2]].dtype)
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear"
+    }
+
+
+def table_of(plan: Int8Plan) -> CalibrationTable:
+    """A table with another scale for every tensor, so that none can be taken for another."""
+    return CalibrationTable({name: 0.01 + 0.001 * number for number, name in enumerate(plan.network.tensors)})
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_float_model_computes_what_the_network_does_for_any_batch(name, exporter):
+    network = make_network(name)
+    model = float_model(network)
+    assert [value.name for value in model.graph.input] == ["data"]
+    assert [value.name for value in model.graph.output] == ["prob"]
+    for batch in (images(name, 1), images(name, 5)):
+        with torch.inference_mode():
+            expected = network.module(batch)
+        np.testing.assert_allclose(run(model, batch), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_values_carry_the_names_of_the_table(name, exporter):
+    """Each tensor of the table, looked up in the file, has the value that calibration observed."""
+    network, batch = make_network(name), images(name, 3)
+    observed: dict[str, Tensor] = {}
+    network.run(batch, lambda tensor, value: observed.__setitem__(tensor, value.clone()))
+    model = float_model(network)
+    assert set(network.tensors) <= produced(model)
+    del model.graph.output[:]
+    for tensor in network.tensors[1:]:
+        model.graph.output.add(name=tensor).type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for tensor, value in zip(network.tensors[1:], session.run(None, {"data": batch.numpy()}), strict=True):
+        np.testing.assert_allclose(value, observed[tensor], atol=1e-5, err_msg=tensor)
+
+
+def test_lenet_has_caffes_names():
+    model = float_model(make_network("lenet"))
+    assert [name for node in model.graph.node for name in node.output] == [
+        *("conv1", "pool1", "conv2", "pool2", "pool2/flatten", "ip1/before_relu", "ip1", "ip2", "prob")
+    ]
+
+
+def test_names_are_unique():
+    for name in NETWORKS:
+        names = list(value_names(make_network(name)).values())
+        assert len(names) == len(set(names))
+
+
+def test_a_table_for_the_file_names_every_value():
+    plan = make_plan(make_network("residual"))
+    table = table_of(plan)
+    extended = onnx_table(plan.network, table)
+    assert set(extended.scales) == produced(float_model(plan.network))
+    assert {name: extended.scales[name] for name in table.scales} == table.scales
+    assert extended.scales["conv1/before_relu"] == table.scales["conv1"]
+    assert extended.scales["pool/flatten"] == table.scales["pool"]
+    assert extended.header == table.header
+
+
+def test_outputs_that_nobody_asked_for_go_but_their_names_stay():
+    shape = [1, 2]
+    float_value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("Identity", ["w"], ["w_again"]),
+            onnx.helper.make_node("Mul", ["data", "w"], ["a"]),
+            onnx.helper.make_node("Identity", ["a"], ["a_again"]),
+            onnx.helper.make_node("Add", ["a_again", "w_again"], ["prob"], "sum"),
+        ],
+        "test",
+        [float_value("data", onnx.TensorProto.FLOAT, ["batch", 2])],
+        [float_value(name, onnx.TensorProto.FLOAT, shape) for name in ("prob", "a", "a_again")],
+        [numpy_helper.from_array(np.ones((1, 2), np.float32), "w")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    assert keep_output(model, "prob") == {"w_again": "w", "a_again": "a"}
+    assert [value.name for value in graph.output] != ["prob"]  # the model has a copy
+    assert [value.name for value in model.graph.output] == ["prob"]
+    assert [(node.op_type, *node.input) for node in model.graph.node] == [("Mul", "data", "w"), ("Add", "a", "w")]
+    assert len({node.name for node in model.graph.node}) == 2
+    onnx.checker.check_model(model, full_check=True)
+    np.testing.assert_array_equal(run(model, torch.ones(3, 2)), np.full((3, 2), 2.0))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("option", ["default", "output", "kept"])
+@pytest.mark.parametrize("for_cpu", [False, True], ids=["portable", "cpu"])
+def test_int8_model_agrees_with_the_simulation(name, option, for_cpu):
+    check_int8_model(name, option, for_cpu)
+
+
+@pytest.mark.parametrize("name", ["branches", "mixed", "tokens"])
+def test_int8_model_from_either_exporter(name, exporter):
+    check_int8_model(name, "default", for_cpu=True)
+
+
+def check_int8_model(name: str, option: str, for_cpu: bool) -> None:
+    network = make_network(name)
+    keep = (network.layers[1].name,) if option == "kept" else ()
+    plan = make_plan(network, keep, quantize_output=option == "output")
+    model = int8_model(plan, for_cpu)
+    onnx.checker.check_model(model, full_check=True)
+    batch = images(name, 32, seed=3)
+    expected = IntegerNetwork(plan)(batch).numpy()
+    result = run(model, batch)
+    # A code that differs at a tie moves a probability by little.
+    step = plan.output_scale or 0.0
+    assert np.quantile(np.abs(result - expected), 0.9) <= 1.01 * step + 1e-3
+    assert np.abs(result - expected).max() <= 1.01 * step + 0.01
+
+
+def test_int8_weights_are_the_simulations_codes():
+    plan = make_plan(make_network("residual"), keep_fp=("down.0",))
+    model = int8_model(plan)
+    values = initializers(model)
+    stored = {
+        node.input[0]: (values[node.input[0]], values[node.input[1]], node.attribute[0].i)
+        for node in model.graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in values
+    }
+    assert len(stored) == len(plan.weighted) == 3
+    for (codes, scales, axis), layer in zip(stored.values(), plan.weighted, strict=True):
+        expected, expected_scales = quantize_weight(plan.network.module.get_submodule(layer.target).weight)
+        assert codes.dtype == np.int8
+        assert axis == 0
+        np.testing.assert_array_equal(codes, expected)
+        np.testing.assert_array_equal(scales, expected_scales)
+    kept = plan.network.module.get_submodule("down.0").weight
+    assert any(value.shape == kept.shape and np.array_equal(value, kept) for value in values.values())
+
+
+def test_portable_model_is_symmetric_int8_with_float_biases():
+    plan = make_plan(make_network("lenet"))
+    model = int8_model(plan)
+    assert {name: scale for name, (scale, _, _) in pairs(model).items()} == {
+        "data": plan.scales["data"],
+        "conv1": plan.scales["pool1"],
+        "pool1": plan.scales["pool1"],
+        "conv2": plan.scales["flatten"],
+        "pool2": plan.scales["flatten"],
+        "pool2/flatten": plan.scales["flatten"],
+        "ip1/before_relu": plan.scales["relu1"],
+        "ip1": plan.scales["relu1"],
+    }
+    assert {(zero, str(kind)) for _, zero, kind in pairs(model).values()} == {(0, "int8")}
+    assert not any(value.dtype == np.int32 for value in initializers(model).values())
+
+
+def test_cpu_model_has_the_same_codes_offset_by_128():
+    plan = make_plan(make_network("lenet"))
+    portable, cpu = int8_model(plan), int8_model(plan, for_cpu=True)
+    assert {name: scale for name, (scale, _, _) in pairs(cpu).items()} == {
+        name: scale for name, (scale, _, _) in pairs(portable).items()
+    }
+    assert {(zero, str(kind)) for _, zero, kind in pairs(cpu).values()} == {(128, "uint8")}
+    assert sum(value.dtype == np.int32 and value.size > 1 for name, value in initializers(cpu).items()) >= 4
+
+
+def test_the_softmax_is_quantized_on_request_alone():
+    network = make_network("lenet")
+    assert "ip2" not in pairs(int8_model(make_plan(network)))
+    quantized = pairs(int8_model(make_plan(network, quantize_output=True)))
+    assert {"ip2", "prob_QuantizeLinear_Input"} <= quantized.keys()
+
+
+def test_a_value_that_is_also_read_in_float_stays_float_for_that_reader():
+    model = int8_model(make_plan(make_network("mobile")))
+    (product,) = (node for node in model.graph.node if node.op_type == "Mul" and "sigmoid" in node.input)
+    assert "depthwise.0" in product.input
+    assert "depthwise.0" in pairs(model)
+
+
+def test_equal_weights_of_a_layer_in_float_stay_float():
+    """The exporter merges equal weights; a layer in INT8 must not quantize those of one that is kept in float."""
+    plan = make_plan(make_network("mixed"), keep_fp=("twice",))
+    model = int8_model(plan)
+    kinds = {
+        node.name: values.get(node.input[1])
+        for values in [{value.name: value.data_type for value in model.graph.initializer}]
+        for node in model.graph.node
+        if node.op_type == "Conv"
+    }
+    assert sorted(kind or 0 for kind in kinds.values()) == [0, 0, onnx.TensorProto.FLOAT]
+
+
+def test_a_dead_channel_keeps_its_bias():
+    """Folded batch normalisation leaves weights next to nothing beside a bias, whose int32 form must not overflow."""
+    model = LeNet().eval()
+    with torch.no_grad():
+        model.conv1.weight[0] = 1e-12
+        model.conv1.bias[0] = 3.0
+        model.conv1.weight[1] = 0.0
+    network = trace(model, "lenet", (1, 28, 28))
+    plan = make_plan(network)
+    batch = images("lenet", 8)
+    expected = IntegerNetwork(plan)(batch).numpy()
+    for for_cpu in (False, True):
+        np.testing.assert_allclose(run(int8_model(plan, for_cpu), batch), expected, atol=0.02)
+
+
+def test_export_writes_everything(tmp_path):
+    network = trace(LeNet().eval(), input_shape=(1, 28, 28))
+    plan = make_plan(make_network("lenet"))
+    table = table_of(plan)
+    run_folder = Run("test", tmp_path)
+    written = export(network, plan_int8(network, table), table, run_folder, {"dataset": "mnist", "seed": "1"})
+    assert [path.name for path in written.files] == [
+        *("LeNet_fp32.onnx", "LeNet_int8.onnx", "LeNet_int8_cpu.onnx", "CalibrationTableLeNet_onnx")
+    ]
+    assert sorted(path.name for path in run_folder.folder.iterdir()) == sorted(path.name for path in written.files)
+    for path in written.files[:3]:
+        model = onnx.load(path)
+        onnx.checker.check_model(model, full_check=True)
+        assert {entry.key: entry.value for entry in model.metadata_props} == {"dataset": "mnist", "seed": "1"}
+        assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
+        assert model.opset_import[0].version == onnx_export.OPSET
+    assert written.int8 is not None
+    assert written.int8.stat().st_size <= 0.27 * written.fp32.stat().st_size
+    assert CalibrationTable.read(written.files[3]).scales.keys() >= table.scales.keys()
+
+
+def test_export_without_a_plan_writes_the_float_file_alone(tmp_path):
+    network = make_network("lenet")
+    written = export(network, None, None, Run("test", tmp_path), {})
+    assert written.files == [tmp_path / "test" / "lenet_fp32.onnx"]
+
+
+def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "network.onnx"
+    path.write_bytes(b"old")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise onnx.checker.ValidationError("refused")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(onnx.checker.ValidationError):
+        export_fp32(make_network("lenet"), path, {})
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(InputError, match="cannot write"):
+        export_fp32(make_network("lenet"), Path(blocked, "network.onnx"), {})
+
+
+def test_the_input_shape_must_be_known():
+    with pytest.raises(InputError, match="input_shape"):
+        float_model(trace(LeNet()))
+
+
+class Inverse(nn.Module):
+    """An operation for which ONNX has no operator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.linalg.qr(x).Q.flatten(1)
+
+
+def test_a_network_that_onnx_cannot_express_is_one_line():
+    network: Network = trace(Inverse(), input_shape=(1, 4, 4))
+    with pytest.raises(InputError, match="cannot be exported to ONNX") as error:
+        float_model(network)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,180 @@
+"""The ONNX Runtime engine: what it runs, with which kernels, and what it says when it cannot."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from calib.calibrator import calibrate
+from calib.graph import Network, trace
+from calib.table import CalibrationTable
+from common.config import EngineConfig, QuantizationConfig
+from common.errors import InputError
+from engines.base import EngineError
+from engines.integer import IntegerNetwork
+from engines.ort import OnnxRuntimeEngine, available_cores, integer_dot_products, integer_operators, open_session
+from models import LeNet
+from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
+
+
+def make_engine(threads: int | None = 1, **quantization: object) -> OnnxRuntimeEngine:
+    return OnnxRuntimeEngine(EngineConfig(threads=threads), QuantizationConfig(**quantization))
+
+
+def make_table(network: Network) -> CalibrationTable:
+    return calibrate(network, [images(network.name, 32, seed=1)])
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fp32_is_the_network(name):
+    network, batch = make_network(name), images(name, 5)
+    compiled = make_engine().compile(network, "fp32", None)
+    assert compiled.engine == "onnxruntime"
+    assert compiled.latency_note is None
+    assert torch.allclose(compiled(batch), network.module(batch), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_int8_is_the_simulation(name):
+    network, batch = make_network(name), images(name, 32, seed=3)
+    compiled = make_engine().compile(network, "int8", make_table(network))
+    expected = IntegerNetwork(make_plan(network))(batch)
+    difference = (compiled(batch) - expected).abs()
+    assert difference.quantile(0.9) < 1e-3
+    assert difference.max() < 0.01
+
+
+@pytest.mark.parametrize("name", ["lenet", "residual"])
+def test_every_layer_runs_on_integers(name):
+    network = make_network(name)
+    compiled = make_engine().compile(network, "int8", make_table(network))
+    assert compiled.details["convolutions and matrix products in float"] == "none"
+    expected = {
+        "lenet": "2 NhwcMaxPool, 2 QGemm, 1 QLinearLeakyRelu, 2 QLinearConv",
+        "residual": "1 QGemm, 1 QLinearAdd, 3 QLinearConv, 1 QLinearGlobalAveragePool, 2 QLinearLeakyRelu",
+    }[name]
+    assert sorted(compiled.details["integer operators"].split(", ")) == sorted(expected.split(", "))
+
+
+def test_a_layer_kept_in_float_is_told():
+    network = make_network("lenet")
+    compiled = make_engine(keep_fp=["conv2"]).compile(network, "int8", make_table(network))
+    # conv1, too: only conv2 reads what it gives, in float, and the CPU kernel delivers int8 alone.
+    assert compiled.details["convolutions and matrix products in float"] == "2 Conv"
+
+
+def test_concatenation_runs_on_integers():
+    from engines.onnx_export import int8_model
+
+    _, optimized = open_session(int8_model(make_plan(make_network("branches")), for_cpu=True), threads=1)
+    assert integer_operators(optimized).keys() >= {"QLinearConcat", "QLinearAdd", "QLinearConv", "QGemm"}
+
+
+def test_int8_takes_about_a_quarter_of_the_space():
+    network = make_network("lenet")
+    engine = make_engine()
+    fp32 = engine.compile(network, "fp32", None)
+    int8 = engine.compile(network, "int8", make_table(network))
+    assert int8.size_bytes <= 0.27 * fp32.size_bytes
+
+
+def test_fp16_runs_natively_or_says_why_not():
+    network, batch = make_network("lenet"), images("lenet", 4)
+    try:
+        compiled = make_engine().compile(network, "fp16", None)
+    except EngineError as error:
+        reason = str(error)
+    else:
+        assert torch.allclose(compiled(batch), network.module(batch), atol=0.01)
+        return
+    assert "no FP16 kernel for" in reason
+    assert "\n" not in reason
+
+
+def test_threads_are_those_asked_for_else_all_cores():
+    network = make_network("lenet")
+    assert make_engine(3).compile(network, "fp32", None).device == "CPU (3 threads)"
+    assert make_engine(1).compile(network, "fp32", None).device == "CPU (1 thread)"
+    cores = available_cores()
+    assert make_engine(None).compile(network, "fp32", None).device.startswith(f"CPU ({cores} thread")
+
+
+def test_batches_of_any_size_and_layout():
+    compiled = make_engine().compile(make_network("residual"), "fp32", None)
+    batch = images("residual", 6)
+    whole = compiled(batch)
+    parts = torch.cat([compiled(batch[:1]), compiled(batch[1:])])
+    assert torch.allclose(whole, parts, atol=1e-6)
+    assert torch.allclose(compiled(batch.to(memory_format=torch.channels_last)), whole, atol=1e-6)
+
+
+def test_int8_needs_a_table():
+    with pytest.raises(EngineError, match="calibration table"):
+        make_engine().compile(make_network("lenet"), "int8", None)
+
+
+def test_a_layer_that_does_not_exist_is_bad_input():
+    network = make_network("lenet")
+    with pytest.raises(InputError, match="conv9"):
+        make_engine(keep_fp=["conv9"]).compile(network, "int8", make_table(network))
+
+
+def test_the_input_shape_must_be_known():
+    with pytest.raises(EngineError, match="input_shape"):
+        make_engine().compile(trace(LeNet()), "fp32", None)
+
+
+def test_a_model_that_onnxruntime_does_not_take_is_one_line():
+    import onnx
+
+    value = onnx.helper.make_tensor_value_info("data", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("NoSuchOperator", ["data"], ["prob"])
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "test", [value], [value]))
+    with pytest.raises(EngineError, match="ONNX Runtime does not take the network") as error:
+        open_session(model, threads=1)
+    assert "\n" not in str(error.value)
+
+
+def test_it_says_that_onnxruntime_is_missing(monkeypatch):
+    assert make_engine().unavailable() is None
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    reason = make_engine().unavailable()
+    assert reason is not None
+    assert "pip install onnxruntime" in reason
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512_vnni avx_vnni amx_int8", "AVX-512 VNNI, AVX-VNNI, AMX"),
+        ("flags\t\t: fpu avx2 fma", "none (no VNNI): INT8 gains little or nothing in speed here"),
+        ("Features\t: fp asimd asimddp", "Arm dot product"),
+    ],
+)
+def test_integer_dot_products(tmp_path, flags, expected):
+    path = tmp_path / "cpuinfo"
+    path.write_text(f"processor\t: 0\nmodel name\t: avx_vnni lookalike\n{flags}\n")
+    assert integer_dot_products(path) == expected
+
+
+@pytest.mark.slow
+def test_whole_mnist_test_set(mnist_dir):
+    """Top-1 within 0.05 points of the simulation, the same class for at least 99.9 % of the images."""
+    plan, test = mnist_plan(mnist_dir), mnist(mnist_dir).test
+    simulation = IntegerNetwork(plan)
+    scales = dict.fromkeys(plan.network.tensors, 1.0)
+    scales |= {plan.network.tensor_of[node]: scale for node, scale in plan.scales.items()}
+    compiled = make_engine().compile(plan.network, "int8", CalibrationTable(scales))
+    agree = right = expected_right = 0
+    for first in range(0, len(test), 500):
+        index = slice(first, first + 500)
+        batch, labels = test.images(index), test.labels[index]
+        expected, classes = simulation(batch).argmax(1), compiled(batch).argmax(1)
+        agree += int((classes == expected).sum())
+        right += int((classes == labels).sum())
+        expected_right += int((expected == labels).sum())
+    print(f"top-1 {right / len(test):.4%}, simulation {expected_right / len(test):.4%}, agree on {agree} images")
+    assert abs(right - expected_right) <= 0.0005 * len(test)
+    assert agree >= 0.999 * len(test)
