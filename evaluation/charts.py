@@ -186,9 +186,9 @@ def accuracy_against_latency(report: Report) -> Chart | None:
         parts.append(_accuracy_marks(row, number, x, y))
         offset = left + 8 + (WIDTH - left) / len(rows) * number
         marker = _marker(row.precision, offset, 13.0, bool(row.latency_note), None)
-        label = TITLES[row.precision] + ("*" if row.latency_note else "")
+        label = report.title(row) + ("*" if row.latency_note else "")
         parts.append(_element("g", marker + _text(offset + 10, 17, label), class_=row.precision))
-    shown = ", ".join(f"{TITLES[row.precision]} {row.accuracy.top1:.2f} %" for row in rows if row.accuracy)
+    shown = ", ".join(f"{report.title(row)} {row.accuracy.top1:.2f} %" for row in rows if row.accuracy)
     summary = (
         f"Top-1 accuracy with its 95 % interval over the latency per image, a mark for each batch size: {shown}. "
         "Hollow marks: the latency is not representative of the precision."
@@ -249,25 +249,27 @@ def latency_bars(report: Report) -> Chart | None:
             groups.setdefault(entry.batch_size, []).append((row, index))
     if not groups:
         return None
-    left, right, y = 108.0, 70.0, 6.0
+    labels = [report.title(row) + ("*" if row.latency_note else "") for row in report.rows if row.latency]
+    left, right, y = 14.0 + 7.0 * max(map(len, labels)), 70.0, 0.0
     parts: list[Markup] = []
     for size, members in sorted(groups.items()):
         timings = [row.latency[index].compute for row, index in members]
         # A disturbed measurement has long tails: they must not squeeze the medians.
         longest = min(max(timing.p90 for timing in timings), 2 * max(timing.median for timing in timings))
-        parts.append(_text(0, y + 13, f"batch {size}", ""))
+        parts.append(_text(0, y + 13, f"batch {size}", "soft"))
+        y += BAR
         for row, index in members:
             timing = row.latency[index].compute
             scale = (WIDTH - left - right) / longest
-            title = TITLES[row.precision] + ("*" if row.latency_note else "")
+            title = report.title(row) + ("*" if row.latency_note else "")
             tip = (
-                f"{title}, {row.engine}, batch {size}: median {milliseconds(timing.median)} ms, "
+                f"{report.title(row)}, batch {size}: median {milliseconds(timing.median)} ms, "
                 f"p90 {milliseconds(timing.p90)}, p99 {milliseconds(timing.p99)}, {timing.runs:,} runs"
             )
             middle = y + BAR / 2
             reach = min(timing.p90, longest) * scale
             bar = [
-                _text(left - 6, middle + 4, title, "soft end"),
+                _text(left - 6, middle + 4, title, "end"),
                 _rect(left, y + 3, timing.median * scale, BAR - 6, "faint" if row.latency_note else "fill"),
                 _line(left + timing.median * scale, middle, left + reach, middle, "stroke"),
                 _text(left + reach + 5, middle + 4, f"{milliseconds(timing.median)} ms"),

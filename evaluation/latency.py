@@ -59,8 +59,9 @@ def measure_latency(
     """Time every network at every batch size; the first is the one that speed-ups are against.
 
     The networks take turns of about 20 ms, so that a change of clock or of load hits all alike. The first call of
-    each turn, which finds the caches full of the other networks' data, is not counted. A network whose latency is
-    not representative anyway (``latency_note``) is timed for ``seconds`` alone, without the least number of runs.
+    each turn, which finds the caches full of the other networks' data, is not counted (but where a turn is one long
+    call). A network whose latency is not representative anyway (``latency_note``) is timed for ``seconds`` alone,
+    without the least number of runs.
 
     Args:
         compiled: Networks.
@@ -185,7 +186,8 @@ def _take_turns(subjects: Sequence[_Subject]) -> None:
         for subject in _in_turns(subjects):
             begin = time.perf_counter()
             count = max(1, round(SLICE_SECONDS / subject.estimate))
-            subject.times += subject.sample(count + 1)[1:]
+            discarded = 1 if count > 1 else 0
+            subject.times += subject.sample(count + discarded)[discarded:]
             subject.spent += time.perf_counter() - begin
 
 

@@ -155,7 +155,7 @@ def _flat(value: Any, path: str = "") -> list[str]:
 
 def _class_rows(report: Report, judged: list[Row]) -> list[dict[str, Any]]:
     """Accuracy of each class in each precision; with many classes, those that differ most."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for label, name in enumerate(report.data.classes):
         entries = [row.accuracy.per_class[label] for row in judged if row.accuracy is not None]
         shares = [100 * entry.correct / entry.images if entry.images else None for entry in entries]

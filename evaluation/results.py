@@ -505,6 +505,11 @@ class Report:
         """The judged row of a precision."""
         return next((row for row in self.rows if row.precision == precision and row.role != "baseline"), None)
 
+    def title(self, row: Row) -> str:
+        """Of a row: the precision, with the engine where that is not the report's."""
+        title = TITLES[row.precision]
+        return title if row.engine == self.engine else f"{title} {row.engine}"
+
 
 def read_report(path: Path) -> Report:
     """Read ``report.json``.

@@ -15,14 +15,15 @@ def print_report(report: Report) -> None:
     print(f"{report.model.name} on {data.title}: {data.images:,} {data.split} images, engine {report.engine}")
     for note in report.notes:
         print(f"note: {note}")
-    print()
-    columns = ("accuracy", "top-1 %", "points", "95 % interval", "top-5 %", "points", "agree %", "SQNR dB", "p", "size")
-    print_table("", columns, [_accuracy(row) for row in report.rows if row.accuracy is not None])
+    columns = ("", "top-1 %", "points", "95 % interval", "top-5 %", "points", "agree %", "SQNR dB", "p", "size")
+    print_table(
+        "Accuracy", columns, [(report.title(row), *_accuracy(row)) for row in report.rows if row.accuracy is not None]
+    )
     if any(row.latency for row in report.rows):
         _print_latency(report)
     for row in report.rows:
         if row.latency_note and row.latency:
-            print(f"* {row_title(report, row).rstrip('*')}: {row.latency_note}")
+            print(f"* {report.title(row)}: {row.latency_note}")
         if row.skipped:
             print(f"{TITLES[row.precision]} skipped: {row.skipped}")
     if report.analysis is not None:
@@ -44,10 +45,9 @@ def _accuracy(row: Row) -> tuple[str, ...]:
     assert row.accuracy is not None  # the caller chose those that have it
     top1, top5 = f"{row.accuracy.top1:.2f}", f"{row.accuracy.top5:.2f}"
     if row.paired is None:
-        return TITLES[row.precision], top1, "", "", top5, "", "", "", "", size(row.size)
+        return top1, "", "", top5, "", "", "", "", size(row.size)
     interval = row.paired.top1_interval
     return (
-        TITLES[row.precision],
         top1,
         points(row.paired.top1_points),
         f"{points(interval.low)} to {points(interval.high)}",
@@ -62,7 +62,7 @@ def _accuracy(row: Row) -> tuple[str, ...]:
 
 def _print_latency(report: Report) -> None:
     copies = any(entry.end_to_end for row in report.rows for entry in row.latency)
-    columns = ["latency", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"]
+    columns = ["", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"]
     cells = []
     for batch_size in sorted({entry.batch_size for row in report.rows for entry in row.latency}):
         for row in report.rows:
@@ -71,7 +71,7 @@ def _print_latency(report: Report) -> None:
                     timing, whole = entry.compute, entry.end_to_end
                     cells.append(
                         (
-                            row_title(report, row),
+                            report.title(row) + ("*" if row.latency_note else ""),
                             str(batch_size),
                             milliseconds(timing.median),
                             milliseconds(timing.p90),
@@ -82,10 +82,4 @@ def _print_latency(report: Report) -> None:
                             *([milliseconds(whole.median) if whole else ""] if copies else []),
                         )
                     )
-    print_table("", [*columns, *(["with copies ms"] if copies else [])], cells)
-
-
-def row_title(report: Report, row: Row) -> str:
-    """``INT8``, with a star where the latency is not representative, with the engine where it is a baseline's."""
-    title = TITLES[row.precision] + ("*" if row.latency_note else "")
-    return f"{title} {row.engine}" if row.role == "baseline" else title
+    print_table("Latency", [*columns, *(["with copies ms"] if copies else [])], cells)

@@ -1,0 +1,175 @@
+"""The verdict, the format of report.json and its schema."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.errors import InputError
+from common.files import write_json
+from evaluation.results import Accuracy, Interval, Paired, Report, Row, judge, read_report
+from evaluation.schema import json_schema
+
+
+def row(precision: str, lost: int = 0, lost5: int = 0, images: int = 1000, non_finite: int = 0) -> Row:
+    """A row that got ``lost`` images wrong that FP32 got right."""
+    accuracy = Accuracy(
+        images=images,
+        correct_top1=images - lost,
+        correct_top5=images - lost5,
+        top1=100 * (images - lost) / images,
+        top5=100 * (images - lost5) / images,
+        top1_interval=Interval(0, 100),
+        agreement=100,
+        sqnr_db=None,
+        non_finite=non_finite,
+        calibration_error=0,
+        per_class=[],
+        mistakes=[],
+    )
+    paired = Paired(lost, 0, -100 * lost / images, Interval(-1, 1), -100 * lost5 / images, 1, 1)
+    reference = precision == "fp32"
+    return Row(
+        precision,  # type: ignore[arg-type]
+        "torch",
+        "reference" if reference else "compared",
+        accuracy=accuracy,
+        paired=None if reference else paired,
+    )
+
+
+def skipped(precision: str, reason: str = "no such hardware") -> Row:
+    return Row(precision, "torch", "compared", skipped=reason)  # type: ignore[arg-type]
+
+
+def test_all_within_the_tolerance_pass() -> None:
+    verdict = judge([row("fp32"), row("fp16"), row("int8", lost=3)], 1.0)
+
+    assert verdict.passed
+    assert verdict.word == "PASSED"
+    assert verdict.summary == "FP16 and INT8 are each within 1 point of FP32"
+    assert "INT8 top-1 is -0.30 points from FP32: within 1" in verdict.reasons
+
+
+@given(st.integers(1, 200), st.integers(1, 100_000))
+def test_a_loss_of_exactly_the_tolerance_passes_and_one_image_more_fails(lost: int, images: int) -> None:
+    images = max(images, lost + 1)
+    tolerance = 100 * lost / images
+
+    assert judge([row("fp32"), row("int8", lost=lost, images=images)], tolerance).passed
+    assert not judge([row("fp32"), row("int8", lost=lost + 1, images=images)], tolerance).passed
+
+
+@pytest.mark.parametrize(
+    ("rows", "reason"),
+    [
+        ([row("fp32"), row("fp16", lost=11), row("int8")], "FP16 top-1 is -1.10 points from FP32: outside 1"),
+        ([row("fp32"), row("fp16"), row("int8", lost5=11)], "INT8 top-5 is -1.10 points from FP32: outside 1"),
+        ([row("fp32"), row("fp16"), skipped("int8", "no table")], "INT8 did not run: no table"),
+        ([row("fp32"), row("fp16")], "INT8 did not run"),
+    ],
+)
+def test_what_fails_is_said(rows: list[Row], reason: str) -> None:
+    verdict = judge(rows, 1.0)
+
+    assert (verdict.passed, verdict.word, verdict.summary) == (False, "FAILED", reason)
+
+
+def test_fp16_may_be_absent() -> None:
+    verdict = judge([row("fp32"), skipped("fp16"), row("int8")], 0.5)
+
+    assert verdict.passed
+    assert verdict.summary == "INT8 is within 0.5 points of FP32"
+    assert "FP16 did not run: no such hardware" in verdict.reasons
+
+
+def test_a_gain_passes_a_tolerance_of_zero_and_a_baseline_is_not_judged() -> None:
+    baseline = replace(row("fp16", lost=500), role="baseline")
+
+    assert judge([row("fp32", lost=5), row("int8", lost=-5), baseline], 0.0).passed
+
+
+def test_outputs_that_are_not_finite_are_named() -> None:
+    rows = [row("fp32"), row("int8")]
+    broken = row("int8", lost=2, non_finite=2)
+
+    assert len(judge(rows, 1).reasons) == 2
+    assert "INT8 gave NaN or infinity for 2 images, counted as wrong" in judge([*rows, broken], 1).reasons
+
+
+def test_a_report_reads_back_as_it_was_written(report: Report, tmp_path: Path) -> None:
+    write_json(tmp_path / "report.json", asdict(report))
+
+    assert read_report(tmp_path / "report.json") == report
+
+
+def mutations(value: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Reports that are not reports, each for one reason."""
+    made = {
+        name: copy.deepcopy(value) for name in ("version", "missing", "type", "unknown", "nested", "literal", "bool")
+    }
+    made["version"]["version"] = 999
+    del made["missing"]["verdict"]
+    made["type"]["rows"] = "none"
+    made["unknown"]["surprise"] = 1
+    made["nested"]["rows"][0]["accuracy"]["top1"] = "99"
+    made["literal"]["rows"][0]["precision"] = "int4"
+    made["bool"]["seed"] = True
+    return made
+
+
+@pytest.mark.parametrize("name", ["version", "missing", "type", "unknown", "nested", "literal", "bool"])
+def test_what_is_not_a_report_is_refused_in_one_line(report: Report, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "report.json"
+    write_json(path, mutations(asdict(report))[name])
+
+    with pytest.raises(InputError) as error:
+        read_report(path)
+
+    assert "\n" not in str(error.value)
+    assert "report.json" in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{", '{"version": 1}', "[" * 10_000])
+def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "report.json").write_text(text)
+
+    with pytest.raises(InputError):
+        read_report(tmp_path / "report.json")
+
+
+def test_the_schema_describes_the_report(report: Report) -> None:
+    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
+    schema = json_schema(Report, "urn:test", "Report")
+    validator = jsonschema.Draft202012Validator
+    validator.check_schema(schema)
+
+    value = json.loads(json.dumps(asdict(report)))
+    assert list(validator(schema).iter_errors(value)) == []
+    for name, broken in mutations(value).items():
+        if name != "version":
+            assert list(validator(schema).iter_errors(broken)), name
+
+
+def test_every_member_is_documented() -> None:
+    # A dataclass whose summary says it all needs no list.
+    complete = {"Interval", "ClassAccuracy", "Mistake"}
+    for name, definition in json_schema(Report, "urn:test", "Report")["$defs"].items():
+        assert definition["description"], name
+        for member, value in definition["properties"].items():
+            assert name in complete or "description" in value, f"{name}.{member}"
+
+
+def test_reading_reports_imports_no_torch(root: Path) -> None:
+    program = "import sys, evaluation.__main__; sys.exit('torch' in sys.modules)"
+
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0

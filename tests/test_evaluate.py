@@ -1,0 +1,187 @@
+"""evaluate.py as a user runs it, on the bundled digits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import quantize
+from common.errors import InputError
+from common.files import read_json
+from common.run import Run
+from evaluate import main
+from evaluation.results import read_report
+from tests.evaluation.conftest import calibrate, train
+
+pytestmark = pytest.mark.e2e
+Command = Callable[..., subprocess.CompletedProcess[str]]
+QUICK = ("--evaluation.latency_seconds", "0.001", "--evaluation.latency_runs", "5", "--latency-batch-sizes", "[1,4]")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts of a trained and calibrated run."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    train(artifacts)
+    calibrate(artifacts)
+    return artifacts
+
+
+@pytest.fixture
+def artifacts(prepared: Path, tmp_path: Path) -> Path:
+    shutil.copytree(prepared, tmp_path / "artifacts")
+    return tmp_path / "artifacts"
+
+
+@pytest.fixture
+def flags(artifacts: Path) -> list[str]:
+    return ["--run", "digits", "--artifacts", str(artifacts), "--engine", "torch", *QUICK]
+
+
+def test_the_whole_command(command: Command, flags: list[str], artifacts: Path) -> None:
+    result = command("evaluate.py", *flags, "--report")
+
+    assert result.returncode == 0, result.stderr
+    assert "PASSED: FP16 and INT8 are each within 1 point of FP32" in result.stdout
+    assert "Traceback" not in result.stderr
+    report = read_report(artifacts / "digits" / "report.json")
+    assert report.verdict.passed
+    assert report.analysis is not None
+    assert (artifacts / "digits" / "report.html").exists()
+    assert (artifacts / "digits" / "report.md").exists()
+    assert (artifacts / "digits" / "figures" / "accuracy_latency.svg").exists()
+    assert list((artifacts / "digits" / "logs").rglob("events.out.*"))
+    assert "scikit-learn's 1,797 digits" in result.stdout
+
+
+def test_json_alone_on_stdout(command: Command, flags: list[str], artifacts: Path) -> None:
+    result = command("evaluate.py", *flags, "--json")
+
+    assert result.returncode == 0
+    report = json.loads(result.stdout)
+    assert report["verdict"]["passed"]
+    assert not (artifacts / "digits" / "report.json").exists()
+
+
+def test_help_imports_no_torch(root: Path) -> None:
+    program = "import sys, evaluate; evaluate.parser().format_help(); sys.exit('torch' in sys.modules)"
+
+    import sys
+
+    assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_the_report_goes_where_it_is_told(flags: list[str], artifacts: Path, tmp_path: Path) -> None:
+    assert main([*flags, "--report", str(tmp_path / "elsewhere"), "--no-analysis"]) == 0
+
+    report = read_report(tmp_path / "elsewhere" / "report.json")
+    assert report.analysis is None
+    assert report.tensors
+    assert report.config["evaluation"]["analysis"] is False
+    assert not (artifacts / "digits" / "report.json").exists()
+
+
+def test_a_failed_verdict_is_exit_code_1(flags: list[str], artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = artifacts / "digits" / "CalibrationTableLeNet"
+    broken = table.read_text().splitlines()
+    broken = [f"{line.split(': ')[0]}: 3a000000" if line.startswith(("pool", "ip1")) else line for line in broken]
+    (artifacts / "broken").write_text("\n".join(broken) + "\n")
+
+    assert main([*flags, "--cache", str(artifacts / "broken")]) == 1
+    assert "FAILED: INT8 top-1" in capsys.readouterr().out
+
+
+def test_without_a_table_int8_is_skipped_and_nothing_passes(
+    flags: list[str], artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (artifacts / "digits" / "quantization.json").unlink()
+
+    assert main([*flags, "--report"]) == 1
+
+    out = capsys.readouterr().out
+    assert "INT8 skipped: there is no calibration table yet: run quantize.py --precision int8" in out
+    assert "FAILED: INT8 did not run" in out
+    report = read_report(artifacts / "digits" / "report.json")
+    assert report.analysis is None
+    assert report.tensors[0].scale is None
+
+
+def test_a_precision_that_was_not_asked_for(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags, "--precisions", "[int8]"]) == 0
+    assert "FP16 skipped: it was not asked for" in capsys.readouterr().out
+    assert main([*flags, "--precisions", "[fp32,fp16]"]) == 1
+
+
+def test_a_part_of_the_training_file(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    part = ["--split", "train", "--batch-size", "32", "--start", "2", "--batches", "10", "--tolerance", "100", "--json"]
+
+    assert main([*flags, *part]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["data"] == report["data"] | {"split": "train", "images": 320, "start": 2, "batches": 10}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--run", "nothing"], "no checkpoint .* run train.py first"),
+        (["--start", "99"], "skips all"),
+        (["--data.dataset", "mnist"], "trained on digits"),
+        (["--cache", "missing"], "cannot read missing"),
+        (["--run", "../up"], "run name"),
+    ],
+)
+def test_bad_input_is_one_line(flags: list[str], artifacts: Path, arguments: list[str], message: str) -> None:
+    (artifacts / "digits" / "report.json").write_text("earlier")
+
+    with pytest.raises(InputError, match=message) as error:
+        main([*flags, *arguments, "--report"])
+
+    assert "\n" not in str(error.value)
+    assert (artifacts / "digits" / "report.json").read_text() == "earlier"
+    assert not (artifacts / "nothing").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--tolerance", "-1"], ["--batch-size", "0"], ["--precisions", "[int4]"], ["--no-such-flag"]]
+)
+def test_bad_values_exit_with_2(command: Command, flags: list[str], arguments: list[str]) -> None:
+    result = command("evaluate.py", *flags, *arguments)
+
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_a_run_that_another_command_works_on(flags: list[str], artifacts: Path) -> None:
+    with Run("digits", artifacts).locked(), pytest.raises(InputError, match="another command"):
+        main([*flags, "--report"])
+
+
+def test_the_same_seed_gives_the_same_figures(flags: list[str], artifacts: Path) -> None:
+    figures = []
+    for folder in ("one", "two"):
+        assert main([*flags, "--report", str(artifacts / folder)]) == 0
+        report = read_json(artifacts / folder / "report.json")
+        for name in ("created", "seconds", "environment"):
+            del report[name]
+        for row in report["rows"]:
+            del row["latency"]
+        figures.append(report)
+
+    assert figures[0] == figures[1]
+
+
+def test_layers_kept_in_float_stay_there(flags: list[str], artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quantize.main([*flags[:6], "--keep-fp", "ip2,conv1"]) == 0
+    capsys.readouterr()
+
+    assert main([*flags, "--json"]) == 0
+
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"][2]["details"]["int8 layers"] == "conv2, ip1"
