@@ -117,8 +117,8 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
     except OSError as error:
         raise InputError(f"cannot go on training in {run.folder}: {error.strerror or error}") from error
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
-    if fitting.best.best_model_score is not None:
-        metrics["val_top1"] = float(fitting.best.best_model_score)
+    if fitting.checkpoints.best_model_score is not None:
+        metrics["val_top1"] = float(fitting.checkpoints.best_model_score)
     meta = CheckpointMeta(
         network=name,
         class_path=config.model.class_path,
@@ -167,7 +167,7 @@ def show(summary: dict[str, Any]) -> None:
         if key in summary["metrics"]
     ]
     rows = [*shown, ("epochs of these weights", str(summary["epochs"])), ("training", f"{summary['seconds']:.1f} s")]
-    print_table(f"{summary['network']} on {summary['dataset']}", ("", ""), rows)
+    print_table(f"{summary['network']} on {summary['dataset']}", ("figure", "value"), rows)
     print(f"checkpoint: {summary['checkpoint']}")
 
 

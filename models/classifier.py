@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MetricCollection
+from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
 from common.config import OptimizerConfig
@@ -21,7 +21,8 @@ from data.loaders import Batch
 from models.network import logits_of
 from models.schedule import learning_rate_factor
 
-_RECORD = "run"
+_LOOK_EVERY = 50
+"""Steps between looks at the loss where nothing is logged by steps."""
 
 
 class Classifier(LightningModule):
@@ -34,7 +35,8 @@ class Classifier(LightningModule):
         network: Gives scores from its ``logits`` method or, without one, as its output.
         optimizer: How it is trained.
         num_classes: Number of classes.
-        record: What determines the training; stored in every checkpoint, and compared when training resumes.
+        record: What determines the training, as JSON values: the hyperparameters in logs and checkpoints, compared
+            when training resumes.
     """
 
     def __init__(
@@ -44,7 +46,7 @@ class Classifier(LightningModule):
         # The CPU's convolutions and poolings are faster so, also for LeNet; checkpoints are not affected.
         self.network = network.to(memory_format=torch.channels_last)
         self.config = optimizer
-        self.record = record or {}
+        self.save_hyperparameters(record or {})
         metrics = MetricCollection(
             {
                 f"top{k}": MulticlassAccuracy(
@@ -55,9 +57,17 @@ class Classifier(LightningModule):
             compute_groups=False,
         )
         self.train_metrics = metrics.clone("train_")
+        self.train_loss = MeanMetric()
         self.val_metrics = metrics.clone("val_")
         self.test_metrics = metrics.clone("test_")
         self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the running hook here some forty times a step; nn.Module's own way takes a while each time.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, images: Tensor) -> Tensor:
         """What the network gives for float32 images [B, C, H, W]."""
@@ -74,7 +84,7 @@ class Classifier(LightningModule):
             )
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self._recent.append((logits.detach(), labels, loss.detach()))
-        if len(self._recent) >= self.trainer.log_every_n_steps:
+        if len(self._recent) >= (self.trainer.log_every_n_steps or _LOOK_EVERY):
             self.log_dict({"loss": self._look_at_recent(), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss
 
@@ -86,12 +96,14 @@ class Classifier(LightningModule):
         """
         logits, labels, losses = zip(*self._recent, strict=True)
         self._recent.clear()
-        loss = float(torch.stack(losses).float().mean())
+        mean = torch.stack(losses).float().mean()
+        loss = float(mean)
         if not math.isfinite(loss):
             raise InputError(
                 f"the training loss became {loss} by step {self.global_step}: lower --optimizer.lr, or look for "
                 "NaN in the images"
             )
+        self.train_loss.update(mean, len(losses))
         self.train_metrics.update(torch.cat(logits), torch.cat(labels))
         return loss
 
@@ -103,7 +115,10 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         if self._recent:
             self._look_at_recent()
-        self.log_dict(self.train_metrics)
+        # A training that resumes at the end of an epoch has seen none of its batches.
+        if self.train_loss.update_called:
+            self.log("train_loss", self.train_loss)
+            self.log_dict(self.train_metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         self._evaluate("val", self.val_metrics, batch)
@@ -149,19 +164,16 @@ class Classifier(LightningModule):
             fused=fused,
         )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[_RECORD] = self.record
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse to go on with another training than the checkpoint's.
 
         Raises:
             InputError: model, data, optimiser, seed or length differ; the message names what.
         """
-        then = checkpoint.get(_RECORD)
-        if then != self.record:
+        then, now = checkpoint.get("hyper_parameters"), dict(self.hparams)
+        if then != now:
             raise InputError(
-                f"cannot resume: {_difference(then, self.record)} since the interrupted training; start anew "
+                f"cannot resume: {_difference(then, now)} since the interrupted training; start anew "
                 "without --resume, or go back to its configuration"
             )
 

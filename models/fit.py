@@ -8,6 +8,7 @@ import logging
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,14 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
 from data.base import DatasetInfo
+from models.archive import load_archive
 from models.checkpoint import write_torch
 from models.progress import EpochProgress
 
@@ -53,10 +57,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
         try:
-            content = torch.load(path, map_location=map_location, weights_only=True)
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise InputError(f"cannot resume from {path}: {reason:.200}; start anew without --resume") from error
+            content = load_archive(Path(path))
+        except InputError as error:
+            raise InputError(f"cannot resume: {error}; start anew without --resume") from error
         if not isinstance(content, dict) or "state_dict" not in content:
             raise InputError(f"{path} is not a training checkpoint: start anew without --resume")
         return content
@@ -120,12 +123,45 @@ def has_amx() -> bool:
         return False
 
 
+class Checkpoints(ModelCheckpoint):
+    """``best.ckpt``, the best epoch by validation top-1, and ``last.ckpt``, both written after every validation.
+
+    Of several epochs that tie, the latest is best: its learning rate is lowest.
+    """
+
+    state_key = "checkpoints"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(
+            folder,
+            filename="best",
+            monitor="val_top1",
+            mode="max",
+            save_last=True,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
+        # `current` is the same in every process: the metric is synchronised.
+        return current is not None and (self.best_model_score is None or bool(current >= self.best_model_score))
+
+
+class NoProfiler(PassThroughProfiler):
+    """No profiling, without a new context manager for each of the forty hooks that Lightning calls in a step."""
+
+    _nothing = nullcontext()
+
+    def profile(self, action_name: str) -> AbstractContextManager[None]:
+        return self._nothing
+
+
 @dataclass(frozen=True)
 class Fitting:
     """A trainer with the checkpoints that it keeps."""
 
     trainer: Trainer
-    best: ModelCheckpoint
+    checkpoints: Checkpoints
 
 
 def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: bool) -> Fitting:
@@ -142,20 +178,8 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
     Raises:
         InputError: Lightning refuses a value.
     """
-    checkpoints = folder / "checkpoints"
-    best = ModelCheckpoint(
-        checkpoints,
-        filename="best",
-        monitor="val_top1",
-        mode="max",
-        save_weights_only=True,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
-    last = ModelCheckpoint(
-        checkpoints, filename="last", save_on_train_epoch_end=False, enable_version_counter=False
-    )
-    callbacks: list[Callback] = [best, last]
+    checkpoints = Checkpoints(folder / "checkpoints")
+    callbacks: list[Callback] = [checkpoints]
     arguments = vars(options.parser.instantiate_classes(options.values).trainer)
     if arguments["enable_progress_bar"] is not False:
         callbacks.append(EpochProgress())
@@ -168,6 +192,8 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
         loggers = run_loggers(folder, resume)
     if arguments["enable_model_summary"] is None:
         arguments["enable_model_summary"] = False
+    if arguments["profiler"] is None:
+        arguments["profiler"] = NoProfiler()
     try:
         trainer = Trainer(
             **arguments,
@@ -177,13 +203,14 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
         )
     except (MisconfigurationException, ValueError, TypeError, RuntimeError) as error:
         raise InputError(f"trainer: {error}") from error
-    return Fitting(trainer, best)
+    return Fitting(trainer, checkpoints)
 
 
 def run_loggers(folder: Path, resume: bool) -> list[Logger]:
     """CSV and TensorBoard logs in ``folder/logs/version_<n>``; a resumed training begins the next version."""
     version = sum(1 for _ in (folder / "logs").glob("version_*")) if resume else 0
-    return [CSVLogger(folder, name="logs", version=version), TensorBoardLogger(folder, name="logs", version=version)]
+    board = TensorBoardLogger(folder, name="logs", version=version, default_hp_metric=False)
+    return [CSVLogger(folder, name="logs", version=version), board]
 
 
 def prepare(folder: Path, resume: bool, write: bool) -> Path | None:
@@ -215,7 +242,7 @@ def load_best(fitting: Fitting, module: LightningModule) -> int:
 
     Where nothing was validated, as in a training shorter than an epoch, the weights stay as they are.
     """
-    path = fitting.best.best_model_path
+    path = fitting.checkpoints.best_model_path
     if not path:
         return fitting.trainer.current_epoch
     content = AtomicCheckpointIO().load_checkpoint(path)
