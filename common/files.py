@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +17,7 @@ MAX_TEXT_BYTES = 16 * 1024 * 1024
 """Upper bound for text files from elsewhere (tables, side files): far above any real one."""
 
 _SUFFIX = ".tmp"
+_TOKEN_LENGTH = 16
 
 
 @contextmanager
@@ -24,27 +25,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path in ``path``'s folder; on success flush it to disk and rename it to ``path``.
 
     On any exception the temporary file is removed and an existing ``path`` stays as it was. A process that is killed
-    leaves its temporary file ``.<name>.<8 characters>.tmp`` behind; whoever writes ``path`` next removes it.
+    leaves its temporary file ``.<name>.<16 characters>.tmp`` behind; whoever writes ``path`` next removes it.
 
     Raises:
         InputError: the folder cannot be created or written, or the disk is full.
     """
     path = Path(path)
-    with _reporting(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
-        lock, temporary = _create_temporary(path)
+    temporary = _temporary_name(path)
+    # From here on the file is removed, also when a signal's exception comes right after its creation.
     try:
         with _reporting(path):
-            yield temporary
-            with open(temporary, "rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            os.replace(temporary, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
+            while (lock := _create_locked(temporary)) is None:
+                temporary = _temporary_name(path)
+            try:
+                yield temporary
+                with open(temporary, "rb") as stream:
+                    os.fsync(stream.fileno())
+                temporary.chmod(0o666 & ~_umask())
+                os.replace(temporary, path)
+            finally:
+                os.close(lock)
     finally:
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             temporary.unlink(missing_ok=True)
-        os.close(lock)
 
 
 @contextmanager
@@ -60,24 +65,29 @@ def _reporting(path: Path) -> Iterator[None]:
         raise InputError(f"cannot write {str(path)!r}: a path must not contain NUL") from error
 
 
-def _create_temporary(path: Path) -> tuple[int, Path]:
-    """A new temporary file for ``path``, and the descriptor whose lock says that its writer lives."""
-    while True:
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=_SUFFIX, dir=path.parent)
-        # File systems without locks keep their leftovers.
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if os.fstat(descriptor).st_nlink:
-            return descriptor, Path(name)
-        # Another process took it for a leftover before it was locked.
-        os.close(descriptor)
+def _temporary_name(path: Path) -> Path:
+    return path.parent / f".{path.name}.{secrets.token_hex(_TOKEN_LENGTH // 2)}{_SUFFIX}"
+
+
+def _create_locked(temporary: Path) -> int | None:
+    """Create a file, and return the descriptor whose lock says that its writer lives; None if it is gone already."""
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    # File systems without locks keep their leftovers.
+    with suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    if os.fstat(descriptor).st_nlink:
+        return descriptor
+    # Another process took it for a leftover before it was locked.
+    os.close(descriptor)
+    return None
 
 
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary files for ``path`` whose writer was killed: nobody holds their lock any more."""
     prefix = f".{path.name}."
+    length = len(prefix) + _TOKEN_LENGTH + len(_SUFFIX)
     for name in os.listdir(path.parent):
-        if name.startswith(prefix) and name.endswith(_SUFFIX) and len(name) == len(prefix) + 8 + len(_SUFFIX):
+        if name.startswith(prefix) and name.endswith(_SUFFIX) and len(name) == length:
             with suppress(OSError):
                 _remove_if_unlocked(path.parent / name)
 
