@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -101,17 +100,15 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
     check_network(network, name, shape, classes)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info("%s with %s parameters on %s; seed %d", name, f"{parameters:,}", data.info.title, config.seed)
-    for note in data.info.notes:
+    for note in data.info.notes if first else ():
         logger.warning("%s", note)
 
     fitting = fit.make_trainer(options, run.folder, config.optimizer.average, resume)
     trainer = fitting.trainer
     last = fit.prepare(run.folder, resume, write=first)
     classifier = Classifier(network, config.optimizer, classes, fit.training_record(config, data.info, options))
-    start = time.perf_counter()
     try:
         fit.interruptible(lambda: trainer.fit(classifier, datamodule=data, ckpt_path=last))
-        seconds = time.perf_counter() - start
         epochs = fit.load_best(fitting, classifier)
         fit.interruptible(lambda: trainer.test(classifier, datamodule=data, verbose=False))
     except OSError as error:
@@ -135,7 +132,7 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
     if first:
         save_checkpoint(run.checkpoint, classifier.network, meta)
         logger.info("wrote %s", run.checkpoint)
-    return Outcome(meta, seconds)
+    return Outcome(meta, classifier.seconds)
 
 
 def summarize(run: Run, outcome: Outcome) -> dict[str, Any]:

@@ -49,7 +49,7 @@ class DataConfig:
     dataset: DatasetName = "auto"
     dir: Path | None = None
     download: bool = True
-    batch_size: int = 64
+    batch_size: int = 128
     validation: int = 5000
     augment: bool = True
     image_size: int = 224
@@ -93,13 +93,13 @@ class OptimizerConfig:
             lr * (1 + gamma * iteration) ** -power.
         gamma: Of ``inv``.
         power: Of ``inv``.
-        average: Decay of the exponential moving average of the weights, per step; 0 trains without.
+        average: Decay of the exponential moving average of the weights, per step; 0 trains without. The averaged
+            weights are validated and kept.
         label_smoothing: Of the cross entropy.
-        compile: Whether the training step goes through ``torch.compile``.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.05
+    lr: float = 0.08
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
@@ -107,13 +107,13 @@ class OptimizerConfig:
     gamma: float = 1e-4
     power: float = 0.75
     average: float = 0.0
-    label_smoothing: float = 0.0
-    compile: bool = False
+    label_smoothing: float = 0.05
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, f"optimizer.lr must be positive, not {self.lr}")
         _require(0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), not {self.momentum}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        _require(self.gamma >= 0, f"optimizer.gamma must not be negative, not {self.gamma}")
         _require(0 <= self.average < 1, f"optimizer.average must be in [0, 1), not {self.average}")
         _require(
             0 <= self.label_smoothing < 1, f"optimizer.label_smoothing must be in [0, 1), not {self.label_smoothing}"

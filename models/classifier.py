@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
@@ -31,6 +32,9 @@ class Classifier(LightningModule):
     The loss of single steps, and with it NaN, is looked at every ``trainer.log_every_n_steps`` steps; training metrics
     are updated then for all the batches since, so that they cost next to nothing.
 
+    Attributes:
+        seconds: What the training took, validation included; of a resumed one, since it went on.
+
     Args:
         network: Gives scores from its ``logits`` method or, without one, as its output.
         optimizer: How it is trained.
@@ -44,7 +48,7 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         # The CPU's convolutions and poolings are faster so, also for LeNet; checkpoints are not affected.
-        self.network = network.to(memory_format=torch.channels_last)
+        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = optimizer
         self.save_hyperparameters(record or {})
         metrics = MetricCollection(
@@ -60,6 +64,8 @@ class Classifier(LightningModule):
         self.train_loss = MeanMetric()
         self.val_metrics = metrics.clone("val_")
         self.test_metrics = metrics.clone("test_")
+        self.seconds = 0.0
+        self._start = 0.0
         self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,6 +80,12 @@ class Classifier(LightningModule):
         output: Tensor = self.network(images)
         return output
 
+    def on_train_start(self) -> None:
+        self._start = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        self.seconds = time.perf_counter() - self._start
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch
         logits = logits_of(self.network)(images)
@@ -84,7 +96,9 @@ class Classifier(LightningModule):
             )
         loss = F.cross_entropy(logits, labels, label_smoothing=self.config.label_smoothing)
         self._recent.append((logits.detach(), labels, loss.detach()))
-        if len(self._recent) >= (self.trainer.log_every_n_steps or _LOOK_EVERY):
+        # Set by a connector of the Trainer, where the type checker does not see it.
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if len(self._recent) >= (every or _LOOK_EVERY):
             self.log_dict({"loss": self._look_at_recent(), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss
 

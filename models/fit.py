@@ -105,7 +105,7 @@ def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
 
 
 def _short(message: str) -> str:
-    """jsonargparse's report on several lines, without the list of every type that was tried."""
+    """A report of jsonargparse on several lines, without the list of every type that was tried."""
     lines = [line.strip() for line in message.splitlines()]
     return " ".join(line for line in lines if line and not line.startswith(("- Expected", "Errors:", "Subtypes:")))
 
@@ -152,7 +152,7 @@ class NoProfiler(PassThroughProfiler):
 
     _nothing = nullcontext()
 
-    def profile(self, action_name: str) -> AbstractContextManager[None]:
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
         return self._nothing
 
 
@@ -242,8 +242,8 @@ def load_best(fitting: Fitting, module: LightningModule) -> int:
 
     Where nothing was validated, as in a training shorter than an epoch, the weights stay as they are.
     """
-    path = fitting.checkpoints.best_model_path
-    if not path:
+    path = Path(fitting.checkpoints.dirpath or "") / "best.ckpt"
+    if not fitting.checkpoints.best_model_path or not path.is_file():
         return fitting.trainer.current_epoch
     content = AtomicCheckpointIO().load_checkpoint(path)
     module.load_state_dict(content["state_dict"])

@@ -26,6 +26,7 @@ class LeNet(nn.Module):
         self.prob = nn.Softmax(dim=1)
         for layer in (self.conv1, self.conv2, self.ip1, self.ip2):
             nn.init.kaiming_uniform_(layer.weight, nonlinearity="linear")
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
 
     def logits(self, data: Tensor) -> Tensor:

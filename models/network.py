@@ -106,7 +106,7 @@ def check_network(network: nn.Module, name: str, shape: tuple[int, int, int], nu
     size = "x".join(map(str, shape))
     try:
         with torch.no_grad():
-            scores = logits_of(network)(example)
+            scores: Any = logits_of(network)(example)
     except Exception as error:
         raise InputError(f"{name} does not take images of {size} (channels x height x width): {error}") from error
     finally:
