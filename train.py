@@ -10,10 +10,10 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from common.cli import Parser, config_parser, parse, run_command
-from common.config import Config
+from common.config import Config, DatasetName
 from common.console import print_table, start_logging
 from common.errors import ExitCode, InputError
 from common.run import Run
@@ -122,7 +122,9 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         init_args=network_arguments(config.model, classes, shape[0]),
         dataset=data.info,
         data=dataclasses.replace(
-            config.data, dataset=data.info.name, dir=config.data.dir.resolve() if config.data.dir else None
+            config.data,
+            dataset=cast(DatasetName, data.info.name),
+            dir=config.data.dir.resolve() if config.data.dir else None,
         ),
         seed=config.seed,
         epochs=epochs,
