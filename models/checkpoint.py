@@ -82,7 +82,11 @@ def save_checkpoint(path: Path, network: nn.Module, meta: CheckpointMeta) -> Non
     Raises:
         InputError: the file cannot be written; an earlier one stays as it was.
     """
-    state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    # Cloned, because contiguous() keeps odd strides where a dimension is 1, and the file would show them.
+    state = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in network.state_dict().items()
+    }
     write_torch(path, {"format": FORMAT, "meta": encode(meta), "state_dict": state})
 
 

@@ -32,7 +32,7 @@ from models.progress import EpochProgress
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 8
+EPOCHS = 10
 """Of a configuration that does not say."""
 _DECISIVE = (
     "max_epochs",

@@ -1,0 +1,216 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pickle
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from common.decode import encode
+from common.errors import InputError
+from models import LeNet, load_checkpoint, save_checkpoint
+from models.checkpoint import FORMAT, installed_versions, write_torch
+
+
+@pytest.fixture
+def path(tmp_path, meta):
+    torch.manual_seed(0)
+    save_checkpoint(tmp_path / "model.ckpt", LeNet(), meta)
+    return tmp_path / "model.ckpt"
+
+
+def rewrite(path, meta, **changes) -> None:
+    """A checkpoint whose metadata says something else."""
+    content = torch.load(path, weights_only=True)
+    content["meta"] = json.dumps({**json.loads(encode(meta)), **changes})
+    torch.save(content, path)
+
+
+def test_round_trip(path, meta):
+    torch.manual_seed(0)
+    network = LeNet().to(memory_format=torch.channels_last)
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.meta == meta
+    assert not checkpoint.network.training
+    for (name, mine), (other, theirs) in zip(
+        network.state_dict().items(), checkpoint.network.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(mine, theirs)
+    again = path.with_name("again.ckpt")
+    save_checkpoint(again, network, meta)
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_torchvision_without_fetching_weights(tmp_path, meta):
+    from torchvision.models import squeezenet1_1
+
+    meta = dataclasses.replace(
+        meta,
+        network="squeezenet1_1",
+        class_path="torchvision.models.squeezenet1_1",
+        init_args={"num_classes": 4, "weights": "DEFAULT"},
+    )
+    save_checkpoint(tmp_path / "model.ckpt", squeezenet1_1(num_classes=4), meta)
+    assert load_checkpoint(tmp_path / "model.ckpt").network(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
+
+
+class Evil:
+    """What a hostile pickle does when it is loaded."""
+
+    def __init__(self, target) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("where", ["whole", "meta", "state_dict", "tensor", "plain pickle"])
+def test_hostile_pickle_runs_nothing(path, tmp_path, where):
+    content = torch.load(path, weights_only=True)
+    evil = Evil(tmp_path / "ran")
+    if where == "whole":
+        content = evil
+    elif where == "tensor":
+        content["state_dict"]["conv1.weight"] = evil
+    elif where != "plain pickle":
+        content[where] = evil
+    if where == "plain pickle":
+        path.write_bytes(pickle.dumps(evil))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("class_path", "message"),
+    [
+        ("os.system", "which this run's configuration does not"),
+        ("stranger:Network", "which this run's configuration does not"),
+        ("torchvision.models.list_models", "is not a network"),
+        ("torchvision.models.detection.fasterrcnn_resnet50_fpn", "is not a network"),
+        ("models.network.construct", "is not a network"),
+        ("models.load_checkpoint", "is not a network"),
+        ("models.network.nn", "neither a class nor a function"),
+        ("models.Missing", "has no 'Missing'"),
+        ("models", "which this run's configuration does not"),
+        ("", "which this run's configuration does not"),
+    ],
+)
+def test_named_class_is_not_called(path, meta, tmp_path, monkeypatch, class_path, message):
+    (tmp_path / "stranger.py").write_text("open('ran', 'w')\nclass Network: pass\n")
+    monkeypatch.chdir(tmp_path)
+    rewrite(path, meta, class_path=class_path, init_args={})
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(path)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_users_own_class_is_trusted_by_configuration(tmp_path, meta, monkeypatch):
+    (tmp_path / "mine_for_checkpoint.py").write_text(
+        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, width): super().__init__(width, 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    name = "mine_for_checkpoint:Net"
+    save_checkpoint(
+        tmp_path / "model.ckpt",
+        nn.Linear(3, 2),
+        dataclasses.replace(meta, network="Net", class_path=name, init_args={"width": 3}),
+    )
+    with pytest.raises(InputError, match="--model.class_path"):
+        load_checkpoint(tmp_path / "model.ckpt")
+    assert load_checkpoint(tmp_path / "model.ckpt", trusted=name).network.in_features == 3
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 100, 5000, 500_000, -1])
+def test_truncated(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(InputError, match="damaged"):
+        load_checkpoint(path)
+
+
+def test_compressed(path):
+    packed = path.with_suffix(".packed")
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for entry in source.infolist():
+            target.writestr(entry.filename, bytes(entry.file_size))
+    with pytest.raises(InputError, match="compressed"):
+        load_checkpoint(packed)
+
+
+def test_missing(tmp_path):
+    with pytest.raises(InputError, match=r"there is no checkpoint .*: run train.py first"):
+        load_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"a": 1}, "not a checkpoint of this project"),
+        ([1, 2], "not a checkpoint of this project"),
+        ({"format": FORMAT + 1, "meta": "{}", "state_dict": {}}, f"checkpoint format {FORMAT + 1}, not {FORMAT}"),
+        ({"format": FORMAT, "meta": 1, "state_dict": {}}, "metadata is not text"),
+        ({"format": FORMAT, "meta": "{", "state_dict": {}}, "JSON"),
+        ({"format": FORMAT, "meta": "[" * 100_000, "state_dict": {}}, "JSON"),
+        ({"format": FORMAT, "meta": "{}", "state_dict": {}}, "lacks the field"),
+    ],
+)
+def test_other_content(tmp_path, content, message):
+    torch.save(content, tmp_path / "model.ckpt")
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": "x"}, "meta.seed is 'x', not int"),
+        ({"network": "../../etc/passwd"}, "is not the name of a network"),
+        ({"data": {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"extra": 1}, "unknown field 'extra'"),
+        ({"init_args": {"num_classes": 10**12}}, "of another architecture"),
+        ({"init_args": {"num_classes": -1}}, "failed"),
+        ({"init_args": {"colour": "red"}}, "failed"),
+    ],
+)
+def test_wrong_metadata(path, meta, change, message):
+    rewrite(path, meta, **change)
+    with pytest.raises(InputError, match=message):
+        load_checkpoint(path)
+
+
+def test_another_architecture(path, meta):
+    content = torch.load(path, weights_only=True)
+    state = content["state_dict"]
+    for change, message in (
+        ({key: value for key, value in state.items() if key != "ip2.bias"}, "it lacks ip2.bias"),
+        ({**state, "ip3.bias": torch.zeros(1)}, "the network has no ip3.bias"),
+        ({**state, "ip2.bias": torch.zeros(11)}, r"ip2.bias is \(11,\), not \(10,\)"),
+        ({**state, "ip2.bias": 1.0}, "ip2.bias is float"),
+        ({**state, "ip2.bias": torch.full((10,), torch.nan)}, "NaN or infinity in ip2.bias"),
+        ({**state, "ip2.bias": torch.full((10,), -torch.inf)}, "NaN or infinity in ip2.bias"),
+        ({**state, "ip2.bias": torch.zeros(1).expand(10)}, "ip2.bias is no plain tensor"),
+        ([1], "holds no state_dict"),
+    ):
+        torch.save({**content, "state_dict": change}, path)
+        with pytest.raises(InputError, match=message):
+            load_checkpoint(path)
+
+
+def test_old_file_stays_when_the_new_one_cannot_be_written(path, meta, monkeypatch):
+    before = path.read_bytes()
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises((InputError, OSError), match="No space left"):
+        write_torch(path, {})
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.ckpt"]
+
+
+def test_installed_versions():
+    assert installed_versions("torch", "no-such-package").keys() == {"torch"}
