@@ -12,7 +12,7 @@ from textwrap import shorten
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
 
 from common.command import run_command
 from common.config import (
@@ -73,6 +73,8 @@ def config_parser(prog: str, description: str, aliases: Mapping[str, str]) -> Pa
         description: First line of its help.
         aliases: Short flags of this command, such as ``{"--data-dir": "data.dir"}``.
     """
+    # Else jsonargparse takes a model of class_path and init_args alone for a class to put in the place of ModelConfig.
+    set_parsing_settings(subclasses_enabled=[ModelConfig])
     parser = Parser(prog=prog, description=description, default_env=False)
     parser.add_argument(
         "--config", action=ActionConfigFile, help=f"the run's YAML file (default: configs/{DEFAULT_CONFIG.name})"
