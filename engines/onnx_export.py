@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import logging
 import tempfile
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
@@ -286,10 +287,18 @@ def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporters' progress and deprecation notices off the terminal."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
+    """Keep the exporters' progress, deprecation notices and dumps of what they cannot export off the terminal."""
+    disabled, dump = logging.root.manager.disable, torch._C._jit_onnx_log
+    logging.disable(logging.WARNING)
+    # PyTorch means to print this on request alone, but always does, and past sys.stdout.
+    torch._C._jit_onnx_log = lambda *_: None
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch._C._jit_onnx_log = dump
+        logging.disable(disabled)
 
 
 def keep_output(model: onnx.ModelProto, output: str) -> dict[str, str]:
