@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from common.console import printable
 from common.errors import ExitCode, InputError
+from common.threads import share_cores
 
 _OUTSIDE = frozenset(
     {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMFILE}
@@ -22,6 +23,7 @@ _OUTSIDE = frozenset(
 
 def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command's ``main`` and exit: user errors are one line and 2, signals 130 and 143, defects 3."""
+    share_cores()
     interrupted = False
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
