@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
@@ -35,6 +36,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     # A shell starts background jobs with SIGINT ignored: it stays so.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, interrupt)
+    threading.excepthook = _thread_failed
     # A name from elsewhere may hold what the terminal's encoding lacks.
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -62,6 +64,15 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
     except Exception as error:
         code = _fail(str(error)) if _out_of_memory(error) else _defect()
     raise SystemExit(int(code))
+
+
+def _thread_failed(failure: threading.ExceptHookArgs) -> None:
+    """What an exception in another thread (TensorBoard's writer) prints."""
+    error = failure.exc_value
+    if isinstance(error, OSError) and error.errno in _OUTSIDE:
+        print(f"warning: writing in the background failed: {printable(str(error))}", file=sys.stderr)
+    else:
+        threading.__excepthook__(failure)
 
 
 def _fail(message: str) -> ExitCode:

@@ -1,0 +1,284 @@
+"""Starting the commands with faults, and telling whether what they leave is whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT = 120.0
+
+SMALL = (
+    "--config",
+    str(ROOT / "configs" / "lenet_digits.yaml"),
+    "--run=run",
+    "--trainer.precision=32-true",
+    "--trainer.limit_train_batches=3",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
+)
+COMMANDS: Mapping[str, tuple[str, ...]] = {
+    "train": ("train.py", *SMALL, "--epochs=2"),
+    "quantize": ("quantize.py", *SMALL, "--engine=torch", "--batches=2", "--recalibrate", "--export=onnx"),
+    "evaluate": (
+        "evaluate.py",
+        *SMALL,
+        "--engine=torch",
+        "--batch-size=64",
+        "--batches=2",
+        "--latency-batch-sizes=[1]",
+        "--evaluation.latency_seconds=0.001",
+        "--evaluation.latency_runs=1",
+        "--evaluation.analysis_images=32",
+        "--tolerance=100",
+        "--report",
+    ),
+}
+"""Each command in its shortest real form, on the digits."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at which operation on files under ``folder``.
+
+    Attributes:
+        folder: Operations elsewhere do not count.
+        at: Number of the operation, from 1.
+        action: ``count`` (nothing), ``kill``, ``tear`` (kill in the middle of a write), ``fail`` (that operation, with
+            errno ``detail``), ``full`` (the disk, from there on), ``raise`` (signal ``detail``).
+    """
+
+    folder: Path
+    at: int = 0
+    action: str = "count"
+    detail: int = 0
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended; ``code`` is negative for a signal that killed it."""
+
+    code: int
+    stdout: str
+    stderr: str
+    operations: int
+    seconds: float
+
+
+class Template:
+    """The process that forks commands; see ``template.py``."""
+
+    def __init__(self, shim: Path | None, scratch: Path) -> None:
+        self.scratch = scratch
+        self._started = 0
+        variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+        if shim is not None:
+            variables |= {"LD_PRELOAD": str(shim), "FAULT_SHIM": str(shim)}
+        self._process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "faults" / "template.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=variables,
+        )
+        assert self._answer() == {"ready": True}
+
+    def start(self, argv: Sequence[str], cwd: Path, fault: Fault | None = None) -> Running:
+        """Fork a command; ``argv[0]`` is a script of the checkout."""
+        self._started += 1
+        outputs = [self.scratch / f"{self._started}.{name}" for name in ("out", "err")]
+        request: dict[str, Any] = {
+            "do": "start",
+            "argv": [str(ROOT / argv[0]), *argv[1:]],
+            "cwd": str(cwd),
+            "stdout": str(outputs[0]),
+            "stderr": str(outputs[1]),
+        }
+        if fault is not None:
+            request["fault"] = {**vars(fault), "folder": str(fault.folder)}
+        return Running(self, self.ask(request)["pid"], outputs[0], outputs[1], time.monotonic())
+
+    def run(self, argv: Sequence[str], cwd: Path, fault: Fault | None = None) -> Ended:
+        """Run a command to its end."""
+        return self.start(argv, cwd, fault).wait()
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        answer: dict[str, Any] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(TIMEOUT)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A command that was started."""
+
+    template: Template
+    pid: int
+    stdout: Path
+    stderr: Path
+    began: float
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def state(self) -> str:
+        """Of the process, as the kernel abbreviates it: ``T`` is stopped."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+    def wait(self) -> Ended:
+        answer = self.template.ask({"do": "wait", "pid": self.pid, "timeout": TIMEOUT})
+        texts = [path.read_text(errors="replace") for path in (self.stdout, self.stderr)]
+        assert not answer["late"], f"the command did not end within {TIMEOUT} s: {texts}"
+        return Ended(answer["code"], texts[0], texts[1], answer["operations"], time.monotonic() - self.began)
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """Temporary files that nobody removed."""
+    return sorted(path for path in folder.rglob(".*.tmp*"))
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every result under ``folder``; logs, which grow line by line, and the lock are no results."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock" and "logs" not in path.parts and not path.name.endswith(".tmp")
+    }
+
+
+def check_whole(folder: Path) -> int:
+    """Read every result under ``folder`` as the project does; returns how many there are."""
+    from calib.cache import read_provenance
+    from calib.record import read_record
+    from calib.table import CalibrationTable
+    from evaluation.results import read_report
+    from models.archive import load_archive
+    from models.checkpoint import load_checkpoint
+
+    checked = 0
+    for name in digests(folder):
+        path = folder / name
+        checked += 1
+        if name == "model.ckpt":
+            load_checkpoint(path)
+        elif path.suffix == ".ckpt":
+            assert "state_dict" in load_archive(path)
+        elif name == "quantization.json":
+            read_record(folder)
+        elif name == "report.json":
+            read_report(path)
+        elif name.startswith("CalibrationTable") and path.suffix == ".json":
+            assert read_provenance(path.with_suffix("")) is not None
+        elif name.startswith("CalibrationTable"):
+            CalibrationTable.read(path)
+        elif path.suffix == ".onnx":
+            import onnx
+
+            onnx.checker.check_model(onnx.load(path), full_check=True)
+        elif path.suffix == ".svg":
+            ElementTree.parse(path)
+        elif path.suffix == ".html":
+            assert path.read_text().rstrip().endswith("</html>")
+        elif path.suffix == ".md":
+            assert path.read_text().endswith("\n")
+        else:
+            raise AssertionError(f"what is {name}?")
+    return checked
+
+
+class Scene:
+    """A copy of the finished run, a command that would change it, and what it would make of it.
+
+    Attributes:
+        folder: Working folder of the commands.
+        run: ``artifacts/run`` in it.
+        old: Digests before.
+        new: Digests after the command, undisturbed.
+        operations: How many operations on files the command makes.
+        seconds: How long it takes.
+    """
+
+    def __init__(self, template: Template, finished: Path, folder: Path, command: str) -> None:
+        self.template = template
+        self.command = command
+        self.folder = folder
+        self.run = folder / "artifacts" / "run"
+        self._finished = finished
+        changed = {"train": ("--seed=2",), "quantize": ("--algorithm=minmax",), "evaluate": ("--tolerance=99",)}
+        self.argv = (*COMMANDS[command], *changed[command])
+        self.old = digests(finished / "artifacts" / "run")
+        self.reset()
+        ended = template.run(self.argv, folder, Fault(folder / "artifacts"))
+        assert ended.code == 0, ended.stderr
+        self.new = digests(self.run)
+        self.operations, self.seconds = ended.operations, ended.seconds
+
+    def reset(self) -> None:
+        """Put the finished run back."""
+        shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
+        shutil.copytree(self._finished / "artifacts", self.folder / "artifacts")
+
+    def settled(self, name: str) -> bool:
+        """Whether a result is the same whenever the command is run: reports hold times."""
+        return not name.startswith(("report.", "figures/"))
+
+
+def shim(folder: Path) -> Path:
+    """The preloaded library, compiled into ``folder`` with the system's C compiler."""
+    library = folder / "shim.so"
+    source = ROOT / "tests" / "faults" / "shim.c"
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), str(source), "-ldl"], check=True)
+    return library
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+CODES: Mapping[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+"""How a command ends that such a signal reached while it worked."""
+
+
+def assert_old_or_new(scene: Scene, note: str) -> None:
+    """Every result is what it was, or what the command makes of it; none is missing that must not be."""
+    assert check_whole(scene.run) > 0
+    found = digests(scene.run)
+    for name, digest in found.items():
+        # Checkpoints of the epochs in between are whole, and neither the old nor the final ones.
+        if scene.settled(name) and not name.startswith("checkpoints/"):
+            assert digest in (scene.old.get(name), scene.new.get(name)), f"{note}: {name} is neither old nor new"
+    # A new training removes the old one's checkpoints and logs first, so that they cannot be mixed up.
+    expected = {name for name in scene.old if not name.startswith("checkpoints/")}
+    assert expected <= found.keys(), f"{note}: {sorted(expected - found.keys())} got lost"
+
+
+def assert_next_run_works(scene: Scene, note: str) -> None:
+    """The same command, undisturbed, makes what it always makes, and clears up."""
+    ended = scene.template.run(scene.argv, scene.folder)
+    assert ended.code == 0, f"{note}, then: {ended.stderr}"
+    found = digests(scene.run)
+    assert found.keys() == scene.new.keys(), note
+    for name, digest in found.items():
+        if scene.settled(name):
+            assert digest == scene.new[name], f"{note}: {name} is another one"
+    check_whole(scene.run)
+    assert not leftovers(scene.run), note
