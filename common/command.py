@@ -62,7 +62,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             code = _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
             _discard_output()
     except Exception as error:
-        code = _fail(str(error)) if _out_of_memory(error) else _defect()
+        code = _fail(f"not enough memory: {error}".removesuffix(": ")) if _out_of_memory(error) else _defect()
     raise SystemExit(int(code))
 
 
