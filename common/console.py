@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterable, Sequence
 
-PACKAGES = ("train", "quantize", "evaluate", "common", "data", "models", "calib", "engines", "evaluation")
+PACKAGES = ("train", "quantize", "evaluate", "benchmarks", "common", "data", "models", "calib", "engines", "evaluation")
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,142 @@
+"""The results for people: tables on the terminal, and the page ``docs/benchmarks.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.results import Benchmark, Results, Spread, Table, Target
+from common.console import print_table
+
+INTRODUCTION = """\
+# Benchmarks
+
+What this project is measured against, side by side on one machine. `make bench` runs everything below, prints it, and
+writes this page and `artifacts/bench/bench.json`, which has every single measurement;
+`python -m benchmarks calibration training` runs some of it.
+
+Whatever is compared takes turns, so that a change of clock or of load hits all alike. A figure is the median of the
+turns, with the smallest and the largest beside it. "Times as fast" is against the row with 1: the median of the turns'
+ratios.
+"""
+QUICK = "This was a trial with two repetitions on the digits: the figures mean nothing."
+
+
+def print_benchmark(benchmark: Benchmark) -> None:
+    """Print one benchmark's tables on stdout."""
+    for table in benchmark.findings.tables:
+        columns, rows = _cells(table)
+        print_table(f"{benchmark.title}: {table.title}", columns, rows)
+        for note in table.notes:
+            print(f"  {note}")
+    for what, why in benchmark.findings.skipped.items():
+        print(f"  skipped: {what}: {why}")
+
+
+def print_targets(results: Results) -> None:
+    """Print what was aimed at and what came out."""
+    rows = [_target_cells(target) for target in results.targets]
+    print_table("targets", ("target", "wanted", "measured", "met"), rows)
+    if results.quick:
+        print(QUICK)
+
+
+def markdown(results: Results) -> str:
+    """The page."""
+    parts = [INTRODUCTION]
+    if results.quick:
+        parts.append(f"**{QUICK}**\n")
+    parts += ["## Machine\n", _environment(results), "## Targets\n"]
+    noted = [target for target in results.targets if target.note]
+    rows = [_target_cells(target) for target in results.targets]
+    parts.append(_table(("target", "wanted", "measured", "met"), rows))
+    parts += [f"- {note}\n" for note in dict.fromkeys(f"{target.what}: {target.note}." for target in noted)]
+    for benchmark in results.benchmarks:
+        parts += _section(benchmark)
+    return "\n".join(parts).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def _environment(results: Results) -> str:
+    here = results.environment
+    cores = f"{here.cores} core{'s' if here.cores > 1 else ''}, {here.threads} threads in PyTorch"
+    rows = [
+        ("network and data", results.subject),
+        ("processor", f"{here.processor}, {cores}"),
+        ("instructions", ", ".join(here.instructions) or "not known"),
+        ("memory", "not known" if here.memory is None else f"{here.memory / 2**30:.0f} GiB"),
+        ("system", here.system),
+        ("versions", ", ".join(f"{name} {version}" for name, version in here.versions.items())),
+    ]
+    if here.gpu is not None:
+        rows.append(("GPU", f"{here.gpu} (not used)"))
+    return _table(("", ""), rows)
+
+
+def _section(benchmark: Benchmark) -> list[str]:
+    load = " and ".join(f"{value:.1f}" for value in benchmark.load)
+    when = f"Measured {benchmark.created[:16].replace('T', ' ')}, in {benchmark.seconds:.0f} s"
+    parts = [f"\n## {benchmark.title}\n", f"{benchmark.findings.method}\n"]
+    parts.append(f"{when}; load average before and after: {load}.\n" if load else f"{when}.\n")
+    for table in benchmark.findings.tables:
+        columns, rows = _cells(table)
+        parts += [f"### {table.title[0].upper()}{table.title[1:]}\n", _table(columns, rows)]
+        parts += [f"{note}\n" for note in table.notes]
+    parts += [f"Skipped: {what}: {why}.\n" for what, why in benchmark.findings.skipped.items()]
+    return parts
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [columns, ["---"] + ["---:"] * (len(columns) - 1), *rows]
+    if columns[-1] in ("", "met"):
+        lines[1] = ["---"] * len(columns)
+    return "\n".join("| " + " | ".join(_escaped(cell) for cell in line) + " |" for line in lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a table."""
+    timed = any(entry.measured for entry in table.entries)
+    compared = any(entry.ratio is not None for entry in table.entries)
+    further = list(dict.fromkeys(name for entry in table.entries for name in entry.figures))
+    columns = [""]
+    if timed:
+        columns += [f"median, {table.unit}", "smallest to largest", "turns"]
+    if compared:
+        columns.append("times as fast")
+    rows = []
+    for entry in table.entries:
+        row = [entry.name]
+        if timed:
+            row += _measured(entry.measured)
+        if compared:
+            row.append("-" if entry.ratio is None else number(entry.ratio))
+        rows.append(row + [number(entry.figures.get(name)) for name in further])
+    return [*columns, *further], rows
+
+
+def _measured(spread: Spread | None) -> list[str]:
+    if spread is None:
+        return ["-", "-", "-"]
+    return [number(spread.median), f"{number(spread.minimum)} to {number(spread.maximum)}", str(spread.runs)]
+
+
+def _target_cells(target: Target) -> tuple[str, str, str, str]:
+    unit = f" {target.unit}" if target.unit else ""
+    figure = "not measured" if target.figure is None else f"{number(target.figure)}{unit}"
+    verdict = {True: "yes", False: "**no**", None: "-"}[target.met]
+    return target.what, f"{target.kind} {number(target.bound)}{unit}", figure, verdict
+
+
+def number(value: Any) -> str:
+    """A figure with three significant digits, or what is left of the point; text as it is; nothing as a dash."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    text = f"{value:.3g}"
+    return f"{value:.6f}".rstrip("0") if "e" in text and abs(value) >= 1e-6 else text

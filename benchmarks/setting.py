@@ -1,0 +1,141 @@
+"""What the benchmarks work on: a run of their own, trained and calibrated by the commands themselves."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from calib.calibrator import calibrate
+from calib.graph import Int8Plan, Network, plan_int8, trace
+from calib.table import CalibrationTable
+from common.cli import ROOT, config_parser, parse
+from common.config import Config
+from common.errors import InputError
+from common.run import Run
+from data import Splits
+from models.checkpoint import Checkpoint, load_checkpoint
+from models.reopen import reopen_data
+
+logger = logging.getLogger(__name__)
+
+EPOCHS = 3
+BATCHES, BATCH, FIRST = 10, 50, 50
+"""Calibration as sampleINT8 does it: 10 batches of 50 of the training file, in its order; the first batch skipped."""
+
+
+@dataclass
+class Setting:
+    """A trained network and its data; what is expensive is made at first use.
+
+    Args:
+        artifacts: Folder of all runs.
+        quick: A trial on the digits with few repetitions, to see that everything works.
+    """
+
+    artifacts: Path
+    quick: bool = False
+
+    @property
+    def run(self) -> Run:
+        """The run that the benchmarks train for themselves, and that ``bench.json`` is written to."""
+        return Run("bench-quick" if self.quick else "bench", self.artifacts)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the three commands, for this run."""
+        config = ROOT / "configs" / ("lenet_digits.yaml" if self.quick else "lenet_mnist.yaml")
+        return ["--config", str(config), "--run", self.run.name, "--artifacts", str(self.artifacts.absolute())]
+
+    @property
+    def subject(self) -> str:
+        """Network and data set, for people."""
+        return f"{self.checkpoint.meta.network} on {self.data.info.title}"
+
+    def rounds(self, full: int) -> int:
+        """How often to repeat; twice in a trial."""
+        return 2 if self.quick else full
+
+    def images(self, full: int) -> int:
+        """How many images to take; a tenth in a trial."""
+        return full // 10 if self.quick else full
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return parse(config_parser("benchmarks", "", {}), self.arguments)[0]
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The run's network, trained now if it was not before."""
+        if not self.run.checkpoint.exists():
+            logger.info("training the network that the benchmarks run")
+            self.command("train.py", "--epochs", "1" if self.quick else str(EPOCHS))
+        return load_checkpoint(self.run.checkpoint)
+
+    @cached_property
+    def data(self) -> Splits:
+        """The run's data."""
+        return reopen_data(self.checkpoint.meta, self.config.data)
+
+    @cached_property
+    def network(self) -> Network:
+        """The run's network, traced."""
+        meta = self.checkpoint.meta
+        return trace(self.checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
+
+    @cached_property
+    def batches(self) -> list[Tensor]:
+        """The calibration batches."""
+        starts = range(FIRST, FIRST + BATCHES * BATCH, BATCH)
+        return [self.data.train_file.images(slice(start, start + BATCH)) for start in starts]
+
+    @cached_property
+    def table(self) -> CalibrationTable:
+        """The network's calibration table."""
+        return calibrate(self.network, self.batches)
+
+    @property
+    def plan(self) -> Int8Plan:
+        """All layers in INT8."""
+        return plan_int8(self.network, self.table)
+
+    def new_network(self) -> nn.Module:
+        """The same network, untrained."""
+        meta = self.checkpoint.meta
+        return type(self.checkpoint.network)(**meta.init_args)
+
+    def command(
+        self, name: str, *arguments: str, python: Sequence[str] = (), codes: Sequence[int] = (0,)
+    ) -> subprocess.CompletedProcess[str]:
+        """Run one of the commands on this run.
+
+        Args:
+            name: Such as ``train.py``.
+            arguments: After the run's own.
+            python: Options of the interpreter.
+            codes: Exit codes that are no failure.
+
+        Raises:
+            InputError: another exit code; the message ends with the command's last line.
+        """
+        line = [sys.executable, *python, str(ROOT / name), *self.arguments, *arguments]
+        done = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode not in codes:
+            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"{name} ended with exit code {done.returncode}: {last}")
+        return done
+
+
+def top1(run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:
+    """Percent of the images whose most probable class is the label; ``run`` gives probabilities, batch by batch."""
+    right = 0
+    for part, truth in zip(images.split(500), labels.split(500), strict=True):
+        right += int((run(part).argmax(1) == truth).sum())
+    return 100 * right / len(labels)

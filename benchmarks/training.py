@@ -1,0 +1,180 @@
+"""Training throughput: this project's run against a bare PyTorch loop and against the usual torchvision pipeline."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
+from torchvision.datasets import MNIST, VisionDataset
+from torchvision.transforms import ToTensor
+
+from benchmarks.results import Entry, Findings, Table, Target
+from benchmarks.setting import Setting
+from benchmarks.timing import in_turns, ratio, spread
+from data.base import ImageSet
+from data.module import ImageData
+from models import fit
+from models.classifier import Classifier
+from models.network import logits_of
+from models.schedule import learning_rate_factor
+
+OURS = "this project: train.py's Lightning run"
+BARE = "bare PyTorch loop over the same tensor"
+USUAL = "torchvision Dataset, transforms, DataLoader with 2 workers, under the same Lightning run"
+BATCH_SIZES = (64, 256)
+IMAGES = 25600
+WORKERS = 2
+
+METHOD = (
+    f"LeNet's training on {IMAGES:,} images a turn, without augmentation, from the first step to the last, validation "
+    "left out, in one precision and without torch.compile for all three. The Lightning runs log to CSV and "
+    "TensorBoard, keep metrics and write their checkpoints; the usual one gets the same images from torchvision's "
+    "MNIST class (a PIL image each, ToTensor). The bare loop has the same optimiser, schedule and memory format, "
+    "shuffles, and does nothing else."
+)
+
+
+def run(setting: Setting) -> Findings:
+    """See the module."""
+    fit.quiet()
+    default = fit.check_trainer(setting.config.trainer).values.trainer["precision"]
+    precisions = [default] if default == "32-true" else [default, "32-true"]
+    tables: list[Table] = []
+    targets: list[Target] = []
+    for precision in precisions:
+        for batch in BATCH_SIZES:
+            steps = setting.images(IMAGES) // batch
+            rates = _race(setting, batch, steps, precision, setting.rounds(4))
+            name = f"batch {batch}, {precision}"
+            tables.append(
+                Table(
+                    name,
+                    "images/s",
+                    [Entry(one, spread(rates[one]), ratio(rates[one], rates[OURS])) for one in rates],
+                    OURS,
+                )
+            )
+            targets += [
+                Target(
+                    f"training, {name}: times as fast as the usual pipeline",
+                    "at least",
+                    1.5,
+                    "",
+                    ratio(rates[OURS], rates[USUAL]),
+                ),
+                Target(
+                    f"training, {name}: share of the bare loop's images per second",
+                    "at least",
+                    0.9,
+                    "",
+                    ratio(rates[OURS], rates[BARE]),
+                ),
+            ]
+    return Findings(METHOD, tables, targets)
+
+
+def _race(setting: Setting, batch: int, steps: int, precision: str, rounds: int) -> dict[str, list[float]]:
+    """Images per second of the three, by round."""
+    splits = setting.data
+    module = ImageData(splits, batch_size=batch, augment=None, seed=setting.config.seed)
+    usual: DataLoader[Any] = DataLoader(
+        UsualMNIST(splits.train_file), batch_size=batch, shuffle=True, num_workers=WORKERS, drop_last=True
+    )
+
+    def lightning(**data: Any) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            return _lightning(setting, Path(folder), steps, precision, **data)
+
+    contestants: dict[str, Callable[[], float]] = {
+        OURS: lambda: lightning(datamodule=module),
+        BARE: lambda: _bare(setting, splits.train, batch, steps, precision),
+        USUAL: lambda: lightning(train_dataloaders=usual, val_dataloaders=module.val_dataloader()),
+    }
+    seconds = in_turns(contestants, rounds)
+    return {name: [steps * batch / figure for figure in figures] for name, figures in seconds.items()}
+
+
+class UsualMNIST(MNIST):  # type: ignore[misc]
+    """torchvision's MNIST, which makes a PIL image of each, over images that are in memory already."""
+
+    def __init__(self, source: ImageSet) -> None:
+        VisionDataset.__init__(self, root="", transform=ToTensor())
+        images = source.images(slice(0, len(source)))
+        self.data = (images[:, 0] / source.preprocessing.scale).round().to(torch.uint8)
+        self.targets = source.labels
+
+
+class Clock(Callback):
+    """Seconds of an epoch without its validation; writing the checkpoints counts."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds -= time.perf_counter()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds += time.perf_counter()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds -= time.perf_counter()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.seconds += time.perf_counter()
+
+
+def _lightning(setting: Setting, folder: Path, steps: int, precision: str, **data: Any) -> float:
+    """Seconds of so many steps of a Lightning run as train.py makes it, with ``data`` as Trainer.fit takes it."""
+    options = fit.check_trainer(
+        {
+            "max_epochs": 1,
+            "precision": precision,
+            "limit_train_batches": steps,
+            "limit_val_batches": 2,
+            "num_sanity_val_steps": 0,
+        }
+    )
+    trainer = fit.make_trainer(options, folder, average=0.0, resume=False).trainer
+    clock = Clock()
+    # Before the callback that writes the checkpoints, so that these count.
+    trainer.callbacks.insert(0, clock)  # type: ignore[attr-defined]
+    classifier = Classifier(setting.new_network(), setting.config.optimizer, len(setting.data.info.classes))
+    trainer.fit(classifier, **data)
+    return clock.seconds
+
+
+def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, precision: str) -> float:
+    """Seconds of so many steps of the loop that one would write by hand."""
+    config = setting.config.optimizer
+    network = setting.new_network().train()
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = SGD(
+        network.parameters(),
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+    schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, steps))
+    mixed = precision == "bf16-mixed"
+    begin = time.perf_counter()
+    for index in torch.randperm(len(images))[: batch * steps].split(batch):
+        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
+            scores = logits_of(network)(images.images(index))
+            loss = F.cross_entropy(scores, images.labels[index], label_smoothing=config.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return time.perf_counter() - begin
