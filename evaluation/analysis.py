@@ -25,9 +25,9 @@ from data.base import ImageSet, Preprocessing
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
 from evaluation.accuracy import Predictions, paired, predict, sqnr_db, tracked
-from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures
+from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures, is_within
 
-ARITHMETIC = 1e12
+ARITHMETIC = 5e11
 """Floating-point operations that the layers' sensitivity may take, if the number of images is not given."""
 LEAST_IMAGES = 64
 TENSOR_IMAGES = 1000
@@ -272,10 +272,10 @@ def layers_to_keep(
         images: What to run on.
         batch_size: Images per batch.
         classes: Number of classes.
-        tolerance: Largest loss of top-1, in points.
+        tolerance: Largest loss of top-1 and of top-5, in points.
 
     Returns:
-        The layers (none if INT8 is within the tolerance as it is) and the points against FP32 that are left, or None
+        The layers (none if INT8 is within the tolerance as it is) and the points of top-1 that are then left, or None
         if one layer alone in INT8 still loses too much.
     """
     full = IntegerNetwork(plan)
@@ -285,9 +285,9 @@ def layers_to_keep(
         with torch.inference_mode():
             stream = tracked(images.batches(batch_size), len(images), f"keeping {count} layers")
             labels, (reference, mixed) = predict(networks, stream, classes)
-        points = paired(mixed, reference, labels).top1_points
-        if -points <= tolerance + 1e-9:
-            return keep, points
+        found = paired(mixed, reference, labels)
+        if is_within(found, tolerance):
+            return keep, found.top1_points
     return None
 
 

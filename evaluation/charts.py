@@ -7,7 +7,7 @@ browser shows without a script. Every figure is also in a table of the report: t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -346,7 +346,7 @@ def tensor_noise(tensors: Sequence[TensorFigures]) -> Chart | None:
     if not rows:
         return None
     values = [value for t in rows for value in (t.own_sqnr_db, t.sqnr_db) if value is not None]
-    left, right, top, step = 108.0, 16.0, 26.0, 24.0
+    left, right, top, step = _label_width(tensor.name for tensor in rows), 16.0, 26.0, 24.0
     low, high = min(0.0, *values), max(*values, 1.0) * 1.04
 
     def x(value: float) -> float:
@@ -354,10 +354,10 @@ def tensor_noise(tensors: Sequence[TensorFigures]) -> Chart | None:
 
     bottom = top + step * len(rows)
     parts = [
-        _element("g", _marker("fp32", 116, 9, True, None), class_="fp32"),
-        _text(126, 13, "its own scale alone"),
-        _element("g", _marker("int8", 262, 10, False, None), class_="int8"),
-        _text(272, 13, "in the INT8 network"),
+        _element("g", _marker("fp32", 144, 9, True, None), class_="fp32"),
+        _text(154, 13, "its own scale alone"),
+        _element("g", _marker("int8", 290, 10, False, None), class_="int8"),
+        _text(300, 13, "in the INT8 network"),
     ]
     for tick in ticks(low, high):
         parts += [
@@ -386,7 +386,7 @@ def layer_noise(report: Report, most: int = 30) -> Chart | None:
     if report.analysis is None or not report.analysis.layers:
         return None
     layers = report.analysis.layers[:most]
-    left, right, step = 108.0, 56.0, 24.0
+    left, right, step = _label_width(layer.layer for layer in layers), 56.0, 24.0
     longest = max(layer.noise_share for layer in layers) or 1.0
     parts: list[Markup] = []
     for index, layer in enumerate(layers):
@@ -409,8 +409,13 @@ def layer_noise(report: Report, most: int = 30) -> Chart | None:
     )
 
 
-def _short(name: str, most: int = 15) -> str:
+def _short(name: str, most: int = 24) -> str:
+    """The end of a long name: what tells layers apart comes last."""
     return name if len(name) <= most else f"…{name[-most + 1 :]}"
+
+
+def _label_width(names: Iterable[str]) -> float:
+    return max(60.0, 14 + 6.8 * max(len(_short(name)) for name in names))
 
 
 def all_charts(report: Report) -> list[Chart]:

@@ -37,7 +37,7 @@ def _loss(row: Row, tolerance: float) -> str:
         return f"{title} gets exactly the same images right as FP32."
     interval = f"95 % interval {points(paired.top1_interval.low)} to {points(paired.top1_interval.high)}"
     change = f"{title} is {points(paired.top1_points)} points from FP32 in top-1 ({interval})"
-    images = f"{paired.lost:,} images lost, {paired.gained:,} gained"
+    images = f"{paired.lost:,} image{'' if paired.lost == 1 else 's'} lost, {paired.gained:,} gained"
     chance = "no more than chance would do" if paired.mcnemar_mid >= 0.05 else "more than chance"
     bound = (
         "the whole interval is within the tolerance"

@@ -28,7 +28,7 @@ from evaluation.analysis import (
 )
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
-from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, judge, within
+from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, is_within, judge
 from evaluation.subject import Subject
 
 logger = logging.getLogger(__name__)
@@ -160,7 +160,7 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
         with watch.part("layers"):
             count = options.analysis_images or affordable_images(network, plan, subject.images)
             some = sample(subject.images, first, total, count)
-            passed = row is not None and within(row, options.tolerance)
+            passed = row is not None and row.paired is not None and is_within(row.paired, options.tolerance)
             analysis = analyse(
                 network, plan, some, options.batch_size, len(subject.info.classes), options.tolerance, passed
             )

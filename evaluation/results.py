@@ -195,10 +195,9 @@ class Verdict:
 TITLES: Mapping[PrecisionName, str] = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
 
 
-def within(row: Row, tolerance: float) -> bool:
-    """Whether a row that ran loses at most ``tolerance`` points of top-1 and of top-5 against FP32."""
-    assert row.paired is not None  # it ran, and is not FP32
-    return all(_within(points, tolerance) for points in (row.paired.top1_points, row.paired.top5_points))
+def is_within(paired: Paired, tolerance: float) -> bool:
+    """Whether at most ``tolerance`` points of top-1 and of top-5 are lost against FP32."""
+    return all(_within(points, tolerance) for points in (paired.top1_points, paired.top5_points))
 
 
 def _within(points: float, tolerance: float) -> bool:

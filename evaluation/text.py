@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 NOTHING = "-"
 """Where a figure does not apply."""
 
@@ -28,9 +30,9 @@ def decibel(value: float | None) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Three significant digits."""
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
-    return f"{value:.{digits}f}"
+    """Three significant digits, never in exponents."""
+    digits = 2 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{value:.{max(0, digits)}f}"
 
 
 def rate(value: float) -> str:

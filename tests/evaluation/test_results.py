@@ -173,3 +173,12 @@ def test_reading_reports_imports_no_torch(root: Path) -> None:
     program = "import sys, evaluation.__main__; sys.exit('torch' in sys.modules)"
 
     assert subprocess.run([sys.executable, "-c", program], cwd=root, check=False).returncode == 0
+
+
+def test_the_published_schema_is_current(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from evaluation.__main__ import main
+
+    assert main(["schema"]) == 0
+
+    published = (root / "docs" / "report.schema.json").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == published, "python -m evaluation schema > docs/report.schema.json"
