@@ -149,7 +149,6 @@ def test_other_files_are_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_the_schema_describes_the_report(report: Report) -> None:
-    jsonschema = pytest.importorskip("jsonschema", reason="jsonschema is not installed")
     schema = json_schema(Report, "urn:test", "Report")
     validator = jsonschema.Draft202012Validator
     validator.check_schema(schema)
