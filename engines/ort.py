@@ -114,10 +114,9 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # it warns that the optimised graph, which is only looked at, fits this CPU alone
-    # Idle threads of one session must not slow another one that is timed beside it.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    # Without VNNI, products of uint8 and int8 are summed in pairs that saturate at 16 bits; this takes a way around.
-    options.add_session_config_entry("session.x64quantprecision", "1")
+    if platform.machine() in ("x86_64", "AMD64") and not dot_products():
+        # Without VNNI, sums of two products saturate at 16 bits; this takes slower kernels that do not.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "optimized.onnx")
         options.optimized_model_filepath = str(path)
@@ -157,7 +156,7 @@ def _details(optimized: onnx.ModelProto, precision: PrecisionName) -> dict[str, 
         in_float = Counter(node.op_type for node in optimized.graph.node if node.op_type in _WEIGHTED)
         details["integer operators"] = _counted(integer_operators(optimized)) or "none"
         details["convolutions and matrix products in float"] = _counted(in_float) or "none"
-        details["integer dot products of the CPU"] = integer_dot_products()
+        details["integer dot products of the CPU"] = describe_dot_products(dot_products())
     return details
 
 
@@ -165,14 +164,21 @@ def _counted(operators: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in sorted(operators.items()))
 
 
-def integer_dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The instructions for int8 dot products that this CPU has, in words."""
+def dot_products(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str] | None:
+    """The instructions for int8 dot products that this CPU has; None where that cannot be told."""
     try:
         text = cpuinfo.read_text(encoding="ascii", errors="replace")
     except OSError:
-        return "Arm dot product" if platform.machine() == "arm64" else "not known on this system"
-    flags = {flag for line in text.splitlines() if line.startswith(("flags", "Features")) for flag in line.split()}
-    found = [title for flag, title in _DOT_PRODUCTS.items() if flag in flags]
+        return [_DOT_PRODUCTS["asimddp"]] if platform.machine() == "arm64" else None
+    lines = [line for line in text.splitlines() if line.startswith(("flags", "Features"))]
+    flags = {flag for line in lines for flag in line.partition(":")[2].split()}
+    return [title for flag, title in _DOT_PRODUCTS.items() if flag in flags]
+
+
+def describe_dot_products(found: list[str] | None) -> str:
+    """What :func:`dot_products` found, for a reader of latencies."""
+    if found is None:
+        return "not known on this system"
     return ", ".join(found) or "none (no VNNI): INT8 gains little or nothing in speed here"
 
 

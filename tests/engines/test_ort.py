@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 import sys
 
+import numpy as np
+import onnx
 import pytest
 import torch
 
@@ -14,7 +17,15 @@ from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.ort import OnnxRuntimeEngine, available_cores, integer_dot_products, integer_operators, open_session
+from engines.onnx_export import int8_model
+from engines.ort import (
+    OnnxRuntimeEngine,
+    available_cores,
+    describe_dot_products,
+    dot_products,
+    integer_operators,
+    open_session,
+)
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
 
@@ -66,8 +77,6 @@ def test_a_layer_kept_in_float_is_told():
 
 
 def test_concatenation_runs_on_integers():
-    from engines.onnx_export import int8_model
-
     _, optimized = open_session(int8_model(make_plan(make_network("branches")), for_cpu=True), threads=1)
     assert integer_operators(optimized).keys() >= {"QLinearConcat", "QLinearAdd", "QLinearConv", "QGemm"}
 
@@ -127,8 +136,6 @@ def test_the_input_shape_must_be_known():
 
 
 def test_a_model_that_onnxruntime_does_not_take_is_one_line():
-    import onnx
-
     value = onnx.helper.make_tensor_value_info("data", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("NoSuchOperator", ["data"], ["prob"])
     model = onnx.helper.make_model(onnx.helper.make_graph([node], "test", [value], [value]))
@@ -156,7 +163,28 @@ def test_it_says_that_onnxruntime_is_missing(monkeypatch):
 def test_integer_dot_products(tmp_path, flags, expected):
     path = tmp_path / "cpuinfo"
     path.write_text(f"processor\t: 0\nmodel name\t: avx_vnni lookalike\n{flags}\n")
-    assert integer_dot_products(path) == expected
+    assert describe_dot_products(dot_products(path)) == expected
+
+
+def test_unknown_dot_products(tmp_path, monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert dot_products(tmp_path / "missing") is None
+    assert "not known" in describe_dot_products(None)
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
+    assert dot_products(tmp_path / "missing") == ["Arm dot product"]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 has CPUs whose sums saturate")
+def test_without_vnni_the_weights_go_to_kernels_that_do_not_saturate(monkeypatch):
+    plan = make_plan(make_network("lenet"))
+    model, batch = int8_model(plan, for_cpu=True), images("lenet", 8)
+    monkeypatch.setattr("engines.ort.dot_products", list)
+    session, optimized = open_session(model, threads=1)
+    types = {value.name: value.data_type for value in optimized.graph.initializer}
+    layers = [node for node in optimized.graph.node if node.op_type in ("QLinearConv", "QGemm")]
+    assert {types[node.input[3]] for node in layers} == {onnx.TensorProto.UINT8}
+    difference = np.abs(session.run(None, {"data": batch.numpy()})[0] - IntegerNetwork(plan)(batch).numpy())
+    assert np.quantile(difference, 0.9) < 1e-3
 
 
 @pytest.mark.slow
