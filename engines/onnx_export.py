@@ -288,16 +288,18 @@ def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' progress, deprecation notices and dumps of what they cannot export off the terminal."""
-    disabled, dump = logging.root.manager.disable, torch._C._jit_onnx_log
+    disabled, dump = logging.root.manager.disable, getattr(torch._C, "_jit_onnx_log", None)
     logging.disable(logging.WARNING)
-    # PyTorch means to print this on request alone, but always does, and past sys.stdout.
-    torch._C._jit_onnx_log = lambda *_: None
+    if dump is not None:
+        # PyTorch means to print this on request alone, but always does, and past sys.stdout.
+        torch._C._jit_onnx_log = lambda *_: None
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        torch._C._jit_onnx_log = dump
+        if dump is not None:
+            torch._C._jit_onnx_log = dump
         logging.disable(disabled)
 
 
