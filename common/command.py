@@ -55,14 +55,20 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         # The reader of stdout has gone (as in `| head`): nobody is left to tell.
         _discard_output()
         code = ExitCode.NO_READER
-    except OSError as error:
-        if error.errno not in _OUTSIDE:
-            code = _defect()
-        else:
-            code = _fail(f"{error.filename or 'cannot write the output'}: {error.strerror}")
-            _discard_output()
     except Exception as error:
-        code = _fail(f"not enough memory: {error}".removesuffix(": ")) if _out_of_memory(error) else _defect()
+        refused = _refusal(error)
+        if refused is not None:
+            code = _fail(f"{refused.filename or 'cannot write the output'}: {refused.strerror}")
+            _discard_output()
+        elif _out_of_memory(error):
+            code = _fail(f"not enough memory: {error}".removesuffix(": "))
+        else:
+            code = _defect()
+    finally:
+        # All is done; libraries take a while to unload, and a signal then ends that without a word.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) in (interrupt, _terminate):
+                signal.signal(number, signal.SIG_DFL)
     raise SystemExit(int(code))
 
 
@@ -89,6 +95,15 @@ def _defect() -> ExitCode:
     traceback.print_exc()
     print("internal error: please report the lines above", file=sys.stderr)
     return ExitCode.INTERNAL
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the operating system refused, also where a library (Lightning's TensorBoard logger) made its own of it."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _OUTSIDE:
+            return error
+        error = error.__cause__
+    return None
 
 
 def _out_of_memory(error: Exception) -> bool:

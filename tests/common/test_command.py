@@ -35,6 +35,11 @@ def end(body: str, **options) -> subprocess.CompletedProcess[str]:
         ("raise InputError('name \\x1b[2J\\r\\u202e\\udcff')", 2, "error: name \\x1b[2J \\u202e\\udcff\n"),
         ("raise OSError(errno.ENOSPC, 'No space left', 'a/b')", 2, "error: a/b: No space left\n"),
         ("raise PermissionError(errno.EACCES, 'Permission denied', 'a')", 2, "error: a: Permission denied\n"),
+        (
+            "try: raise OSError(errno.EIO, 'Input/output error', 'a')\nexcept OSError as e: raise ValueError(1) from e",
+            2,
+            "error: a: Input/output error\n",
+        ),
         ("raise MemoryError('array of 8 TB')", 2, "error: not enough memory: array of 8 TB\n"),
         ("raise MemoryError", 2, "error: not enough memory\n"),
         (
@@ -65,6 +70,12 @@ def test_lightnings_exit_after_an_interrupt_is_no_verdict():
     """Lightning catches KeyboardInterrupt and calls sys.exit(1)."""
     ended = end("try: os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nexcept KeyboardInterrupt: sys.exit(1)")
     assert ended.returncode == 130
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_the_interpreter_ends_is_silent(number):
+    ended = end(f"import atexit; atexit.register(os.kill, os.getpid(), {int(number)}); return 0")
+    assert (ended.returncode, ended.stderr) == (-number, "")
 
 
 def test_what_a_signal_interrupts_is_cleared_up(tmp_path):
