@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report:
     """Evaluate, and write the report into ``target`` if there is one."""
-    from engines import select_engine
+    from engines import EngineError, select_engine
     from engines.cuda import baselines
     from evaluation.pipeline import evaluate, explain
     from evaluation.report import write_report
@@ -89,7 +89,11 @@ def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None)
     sizes = (options.batch_size, *options.latency_batch_sizes)
     selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
     logger.info("engine %s: %s", selection.engine.name, selection.reason)
-    others = baselines(subject.network, config.engine, tuple(options.precisions))
+    try:
+        others = baselines(subject.network, config.engine, tuple(options.precisions))
+    except EngineError as error:
+        logger.warning("no baseline on the GPU: %s", error)
+        others = []
     report, measured = evaluate(config, subject, selection, others)
     if target is not None:
         report = explain(report, measured, config, subject)

@@ -7,12 +7,12 @@ browser shows without a script. Every figure is also in a table of the report: t
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluation.results import TITLES, Report, Row, TensorFigures
+from evaluation.results import TITLES, Latency, Report, Row, TensorFigures
 from evaluation.text import decibel, milliseconds
 
 WIDTH = 440
@@ -196,10 +196,8 @@ def accuracy_against_latency(report: Report) -> Chart | None:
     return Chart("accuracy_latency", "Accuracy against latency", summary, _join(parts), height)
 
 
-def _accuracy_marks(row: Row, number: int, x: object, y: object) -> Markup:
-    assert row.accuracy is not None
-    assert callable(x)
-    assert callable(y)
+def _accuracy_marks(row: Row, number: int, x: Callable[[float], float], y: Callable[[float], float]) -> Markup:
+    assert row.accuracy is not None  # the caller chose those that have it
     accuracy = row.accuracy
     level = y(accuracy.top1)
     points = sorted(row.latency, key=lambda entry: entry.compute.per_image)
@@ -216,9 +214,26 @@ def _accuracy_marks(row: Row, number: int, x: object, y: object) -> Markup:
             parts.append(_line(place, y(interval.low), place, y(interval.high), "whisker"))
         parts += [
             _marker(row.precision, place, level, bool(row.latency_note), tip),
-            _text(place, level - 9 - 12 * (number % 2), str(entry.batch_size), "soft mid"),
         ]
+    # Rows of the same accuracy lie on one line: each has its own height for the batch sizes.
+    height = level + (-9, -22, 19)[number % 3]
+    parts += [_text(place, height, label, "soft mid") for place, label in _batch_labels(points, x)]
     return _element("g", _join(parts), class_=row.precision)
+
+
+def _batch_labels(points: Sequence[Latency], x: Callable[[float], float]) -> list[tuple[float, str]]:
+    """(place, batch sizes): marks that are close together share a label."""
+    groups: list[list[Latency]] = []
+    for entry in points:
+        near = groups and x(entry.compute.per_image) - x(groups[-1][-1].compute.per_image) < 24
+        groups[-1].append(entry) if near else groups.append([entry])
+    return [
+        (
+            sum(x(entry.compute.per_image) for entry in group) / len(group),
+            ", ".join(str(entry.batch_size) for entry in group),
+        )
+        for group in groups
+    ]
 
 
 def _marker(precision: str, x: float, y: float, hollow: bool, tip: str | None) -> Markup:

@@ -44,4 +44,9 @@ def _loss(row: Row, tolerance: float) -> str:
         if paired.top1_interval.low >= -tolerance
         else "the interval reaches beyond the tolerance, so that more images are needed to be sure"
     )
-    return f"{change}: {images}, {chance} (McNemar p = {p_value(paired.mcnemar_mid)}); {bound}."
+    return f"{change}: {images}, {chance} (McNemar {_p(paired.mcnemar_mid)}); {bound}."
+
+
+def _p(value: float) -> str:
+    text = p_value(value)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
