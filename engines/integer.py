@@ -4,8 +4,9 @@ An INT8 layer quantizes its inputs; a convolution or matrix product then sums pr
 the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again.
 
 The sums are formed by float matrix products on integer-valued operands. They are exact: every product and every
-partial sum is an integer, and float32 holds all integers up to 2^24. A layer whose sums could be larger
-(128 * 127 * terms > 2^24, that is more than 1032 terms) is computed in float64, which is exact up to 2^53.
+partial sum is an integer, and float32 holds all integers up to 2^24. No partial sum of an output channel, in whatever
+order, exceeds 128 times the sum of its weights' magnitudes; a layer where that bound passes 2^24 (1033 weights of the
+largest code do) is computed in float64, which is exact up to 2^53.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.graph import Int8Plan, Layer, is_activation
-from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
+from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, quantize, quantize_weight
 
 _EXACT_FLOAT32 = 2**24
 
@@ -31,8 +32,8 @@ class _WeightedLayer:
         assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
         self.module = module
         codes, scales = quantize_weight(module.weight)
-        terms = codes[0].numel()
-        self.dtype = torch.float32 if -ACTIVATION_MIN * WEIGHT_MAX * terms <= _EXACT_FLOAT32 else torch.float64
+        largest_sum = -ACTIVATION_MIN * int(codes.abs().flatten(1).sum(1, dtype=torch.float64).max())
+        self.dtype = torch.float32 if largest_sum <= _EXACT_FLOAT32 else torch.float64
         self.codes = codes.to(self.dtype)
         shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
         self.scale = (scales * input_scale).reshape(shape)

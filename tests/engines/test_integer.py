@@ -36,6 +36,17 @@ def test_matrix_products_are_exact(terms: int, extreme: bool) -> None:
     assert torch.equal(weighted.accumulate(codes).long(), expected)
 
 
+def test_float32_serves_up_to_the_last_sum_that_it_holds() -> None:
+    def dtype(terms: int) -> torch.dtype:
+        layer = nn.Linear(terms, 1, bias=False)
+        nn.init.constant_(layer.weight, 1.0)
+        return _WeightedLayer(trace(nn.Sequential(nn.Flatten(), layer), "L").layers[0], layer, 1.0).dtype
+
+    assert 128 * 127 * 1032 <= 2**24 < 128 * 127 * 1033
+    assert dtype(1032) == torch.float32
+    assert dtype(1033) == torch.float64
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_convolutions_are_exact(groups: int) -> None:
     generator = torch.Generator().manual_seed(groups)
