@@ -66,7 +66,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.names:
         if name not in BENCHMARKS:
             raise InputError(f"unknown benchmark {name!r}: take some of {', '.join(BENCHMARKS)}")
+    if options.page and options.quick:
+        raise InputError("--page goes with a full run, not with --quick: its figures mean nothing")
     start_logging(logging.WARNING)
+    # Advice of the tools that are compared with, which is not meant for readers of the results.
+    logging.getLogger().setLevel(logging.ERROR)
     logger.setLevel(logging.INFO)
     from benchmarks.page import markdown, print_benchmark, print_targets
     from benchmarks.results import read_results

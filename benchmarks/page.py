@@ -44,8 +44,6 @@ def print_targets(results: Results) -> None:
 def markdown(results: Results) -> str:
     """The page."""
     parts = [INTRODUCTION]
-    if results.quick:
-        parts.append(f"**{QUICK}**\n")
     parts += ["## Machine\n", _environment(results), "## Targets\n"]
     noted = [target for target in results.targets if target.note]
     rows = [_target_cells(target) for target in results.targets]
