@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ from common.run import Run
 OPSET: Final = 17
 """Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
 
+_PROJECT: Final = "int8-workflow"
 _DYNAMO_OPSET: Final = 18
 _LARGEST_BIAS: Final = 2**30
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
@@ -124,6 +126,9 @@ def export_int8(plan: Int8Plan, path: Path, provenance: Mapping[str, str], for_c
 
 def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) -> None:
     onnx.helper.set_model_props(model, dict(provenance))
+    model.producer_name = _PROJECT
+    with contextlib.suppress(PackageNotFoundError):
+        model.producer_version = version(_PROJECT)
     onnx.checker.check_model(model, full_check=True)
     write_bytes(path, model.SerializeToString())
 

@@ -279,6 +279,7 @@ def test_export_writes_everything(tmp_path):
         model = onnx.load(path)
         onnx.checker.check_model(model, full_check=True)
         assert {entry.key: entry.value for entry in model.metadata_props} == {"dataset": "mnist", "seed": "1"}
+        assert model.producer_name == "int8-workflow"
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
         assert model.opset_import[0].version == onnx_export.OPSET
     assert written.int8 is not None
