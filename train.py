@@ -113,9 +113,10 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         fit.interruptible(lambda: trainer.test(classifier, datamodule=data, verbose=False))
     except OSError as error:
         raise InputError(f"cannot go on training in {run.folder}: {error.strerror or error}") from error
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
-    if fitting.checkpoints.best_model_score is not None:
-        metrics["val_top1"] = float(fitting.checkpoints.best_model_score)
+    # Metrics are float32: further digits are noise.
+    metrics = {key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
+    if fitting.checkpoints.best_score is not None:
+        metrics["val_top1"] = round(fitting.checkpoints.best_score, 6)
     meta = CheckpointMeta(
         network=name,
         class_path=config.model.class_path,

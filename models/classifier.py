@@ -22,6 +22,7 @@ from data.loaders import Batch
 from models.network import logits_of
 from models.schedule import learning_rate_factor
 
+_GENERATORS = "random_generators"
 _LOOK_EVERY = 50
 """Steps between looks at the loss where nothing is logged by steps."""
 
@@ -66,6 +67,7 @@ class Classifier(LightningModule):
         self.test_metrics = metrics.clone("test_")
         self.seconds = 0.0
         self._start = 0.0
+        self._generators: list[Tensor] = []
         self._recent: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -81,6 +83,10 @@ class Classifier(LightningModule):
         return output
 
     def on_train_start(self) -> None:
+        if self._generators:
+            torch.set_rng_state(self._generators[0])
+        if len(self._generators) > 1 and self.device.type == "cuda":
+            torch.cuda.set_rng_state(self._generators[1], self.device)
         self._start = time.perf_counter()
 
     def on_train_end(self) -> None:
@@ -98,7 +104,8 @@ class Classifier(LightningModule):
         self._recent.append((logits.detach(), labels, loss.detach()))
         # Set by a connector of the Trainer, where the type checker does not see it.
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if len(self._recent) >= (every or _LOOK_EVERY):
+        # At the very steps that Lightning logs.
+        if (self.global_step + 1) % (every or _LOOK_EVERY) == 0:
             self.log_dict({"loss": self._look_at_recent(), "lr": self.trainer.optimizers[0].param_groups[0]["lr"]})
         return loss
 
@@ -178,18 +185,24 @@ class Classifier(LightningModule):
             fused=fused,
         )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the states of the random generators, from which dropout draws."""
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        checkpoint[_GENERATORS] = [torch.get_rng_state(), *cuda]
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another training than the checkpoint's.
+        """Take the generators' states, and refuse to go on with another training than the checkpoint's.
 
         Raises:
             InputError: model, data, optimiser, seed or length differ; the message names what.
         """
-        then, now = checkpoint.get("hyper_parameters"), dict(self.hparams)
+        then, now = checkpoint.get("hyper_parameters") or {}, dict(self.hparams)
         if then != now:
             raise InputError(
                 f"cannot resume: {_difference(then, now)} since the interrupted training; start anew "
                 "without --resume, or go back to its configuration"
             )
+        self._generators = checkpoint.get(_GENERATORS, [])
 
 
 def _difference(then: Any, now: dict[str, Any]) -> str:

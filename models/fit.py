@@ -17,11 +17,11 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 
 from common.config import Config
 from common.errors import InputError
@@ -107,7 +107,8 @@ def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
 def _short(message: str) -> str:
     """A report of jsonargparse on several lines, without the list of every type that was tried."""
     lines = [line.strip() for line in message.splitlines()]
-    return " ".join(line for line in lines if line and not line.startswith(("- Expected", "Errors:", "Subtypes:")))
+    kept = " ".join(line for line in lines if line and not line.startswith(("- Expected", "Errors:", "Subtypes:")))
+    return f"{kept:.300}"
 
 
 def _cpu_training(values: Mapping[str, Any]) -> bool:
@@ -123,28 +124,42 @@ def has_amx() -> bool:
         return False
 
 
-class Checkpoints(ModelCheckpoint):
-    """``best.ckpt``, the best epoch by validation top-1, and ``last.ckpt``, both written after every validation.
+class Checkpoints(Checkpoint):
+    """After every validation, ``last.ckpt``, and ``best.ckpt`` where validation top-1 is the best so far.
 
     Of several epochs that tie, the latest is best: its learning rate is lowest.
+
+    Args:
+        folder: Where to write.
+
+    Attributes:
+        best: Path of the best epoch's checkpoint.
+        last: Path of the checkpoint to resume from.
+        best_score: Validation top-1 in ``best``; None before the first validation.
     """
 
     state_key = "checkpoints"
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(
-            folder,
-            filename="best",
-            monitor="val_top1",
-            mode="max",
-            save_last=True,
-            save_on_train_epoch_end=False,
-            enable_version_counter=False,
-        )
+        self.best = folder / "best.ckpt"
+        self.last = folder / "last.ckpt"
+        self.best_score: float | None = None
 
-    def check_monitor_top_k(self, trainer: Trainer, current: Tensor | None = None) -> bool:
-        # `current` is the same in every process: the metric is synchronised.
-        return current is not None and (self.best_model_score is None or bool(current >= self.best_model_score))
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+            return
+        # The same in every process: the metric is synchronised.
+        score = float(trainer.callback_metrics["val_top1"])
+        if self.best_score is None or score >= self.best_score:
+            self.best_score = score
+            trainer.save_checkpoint(self.best)
+        trainer.save_checkpoint(self.last)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
 
 
 class NoProfiler(PassThroughProfiler):
@@ -180,7 +195,7 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
     """
     checkpoints = Checkpoints(folder / "checkpoints")
     callbacks: list[Callback] = [checkpoints]
-    arguments = vars(options.parser.instantiate_classes(options.values).trainer)
+    arguments = vars(options.parser.instantiate(options.values).trainer)
     if arguments["enable_progress_bar"] is not False:
         callbacks.append(EpochProgress())
     if average:
@@ -242,10 +257,9 @@ def load_best(fitting: Fitting, module: LightningModule) -> int:
 
     Where nothing was validated, as in a training shorter than an epoch, the weights stay as they are.
     """
-    path = Path(fitting.checkpoints.dirpath or "") / "best.ckpt"
-    if not fitting.checkpoints.best_model_path or not path.is_file():
+    if fitting.checkpoints.best_score is None:
         return fitting.trainer.current_epoch
-    content = AtomicCheckpointIO().load_checkpoint(path)
+    content = AtomicCheckpointIO().load_checkpoint(fitting.checkpoints.best)
     module.load_state_dict(content["state_dict"])
     return int(content["epoch"]) + 1
 

@@ -7,6 +7,7 @@ import torch
 
 from common.config import DataConfig
 from data import DatasetInfo, ImageData, Preprocessing, TensorImages
+from data.splits import divide
 from models.checkpoint import CheckpointMeta
 
 SHAPE = (1, 8, 8)
@@ -34,7 +35,7 @@ def meta(info) -> CheckpointMeta:
 
 @pytest.fixture
 def blobs(info):
-    """Makes data whose classes are bright at different places: 240 training images, 48 of them held out, 60 tests."""
+    """Makes data whose classes are bright at different places: 240 training images, 40 of them held out, 60 tests."""
 
     def make(seed: int = 1, batch_size: int = 16) -> ImageData:
         generator = torch.Generator().manual_seed(0)
@@ -45,6 +46,7 @@ def blobs(info):
             for label in range(3):
                 pixels[labels == label, :, 2 * label : 2 * label + 2] += 100
             sets.append(TensorImages(pixels.to(torch.uint8), labels, info.preprocessing))
-        return ImageData(info, *sets, batch_size=batch_size, validation=40, augment=None, seed=seed)
+        splits = divide(info, *sets, validation=40, seed=seed)
+        return ImageData(splits, batch_size=batch_size, augment=None, seed=seed)
 
     return make

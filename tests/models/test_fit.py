@@ -1,0 +1,366 @@
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from lightning.pytorch import Callback, seed_everything
+from torch import nn
+
+from common.config import Config, OptimizerConfig
+from common.errors import InputError
+from models import Classifier, fit
+from models.archive import load_archive
+from tests.models.small import Auxiliary, Lively, Scores, ToNaN
+
+OPTIMIZER = OptimizerConfig(lr=0.05, schedule="onecycle", label_smoothing=0.0)
+QUICK = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 5}
+
+
+@pytest.fixture
+def run(tmp_path, blobs):
+    """Trains a small network in ``tmp_path/<name>`` and gives (classifier, fitting)."""
+
+    def train(
+        name: str = "run",
+        *,
+        optimizer: OptimizerConfig = OPTIMIZER,
+        network: type[nn.Module] = Scores,
+        resume: bool = False,
+        seed: int = 1,
+        record: dict | None = None,
+        callbacks: tuple[Callback, ...] = (),
+        **trainer,
+    ):
+        options = fit.check_trainer({**QUICK, **trainer})
+        seed_everything(seed, workers=True, verbose=False)
+        data = blobs(seed)
+        classifier = Classifier(network(), optimizer, 3, record)
+        folder = tmp_path / name
+        fitting = fit.make_trainer(options, folder, optimizer.average, resume)
+        fitting.trainer.callbacks[:0] = callbacks
+        last = fit.prepare(folder, resume, write=True)
+        fit.interruptible(lambda: fitting.trainer.fit(classifier, datamodule=data, ckpt_path=last))
+        return classifier, fitting
+
+    fit.quiet()
+    return train
+
+
+def weights(classifier) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in classifier.network.state_dict().items()}
+
+
+def assert_same(one, two) -> None:
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+class StopAt(Callback):
+    """Ends the training as a crash does, after so many steps."""
+
+    def __init__(self, step: int, error: BaseException) -> None:
+        self.step = step
+        self.error = error
+
+    def on_train_batch_end(self, trainer, *_) -> None:
+        if trainer.global_step == self.step:
+            raise self.error
+
+
+class Seen(Callback):
+    """Keeps the training batches."""
+
+    def __init__(self) -> None:
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, module, batch, *_) -> None:
+        self.batches.append(batch)
+
+
+class CrashError(Exception):
+    pass
+
+
+def test_learns_and_leaves_its_files(run, tmp_path):
+    classifier, fitting = run(record={"run": {"seed": 1}})
+    folder = tmp_path / "run"
+    assert fitting.checkpoints.best_score > 0.9
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    logs = folder / "logs" / "version_0"
+    assert list(logs.glob("events.out.tfevents.*"))
+    assert "seed: 1" in (logs / "hparams.yaml").read_text()
+    with open(logs / "metrics.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    found = {key for row in rows for key, value in row.items() if value}
+    assert found >= {"loss", "lr", "train_loss", "train_top1", "train_top5", "val_loss", "val_top1", "val_top5"}
+    assert [float(row["lr"]) > 0 for row in rows if row["lr"]] == [True] * 7
+
+
+def test_metrics_are_those_of_the_whole_set(run, blobs):
+    classifier, fitting = run(max_epochs=2)
+    fitting.trainer.test(classifier, datamodule=blobs(), verbose=False)
+    test = blobs().test
+    with torch.no_grad():
+        logits = classifier.eval()(test.images(slice(None)))
+    figures = fitting.trainer.callback_metrics
+    assert float(figures["test_top1"]) == pytest.approx((logits.argmax(1) == test.labels).float().mean().item())
+    assert float(figures["test_loss"]) == pytest.approx(nn.functional.cross_entropy(logits, test.labels).item())
+    assert float(figures["test_top5"]) == 1.0
+
+
+def test_training_metrics_count_every_batch(run):
+    """Also those after the last look at the loss."""
+    seen = Seen()
+    frozen = dataclasses.replace(OPTIMIZER, lr=1e-30, schedule="constant", weight_decay=0.0)
+    classifier, fitting = run(optimizer=frozen, max_epochs=1, callbacks=(seen,))
+    images = torch.cat([batch[0] for batch in seen.batches])
+    labels = torch.cat([batch[1] for batch in seen.batches])
+    assert len(labels) == 192
+    logits = classifier(images)
+    figures = fitting.trainer.callback_metrics
+    assert float(figures["train_top1"]) == pytest.approx((logits.argmax(1) == labels).float().mean().item())
+    assert float(figures["train_loss"]) == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_same_seed_same_weights(run):
+    first, _ = run("first")
+    assert_same(first, run("second")[0])
+    other, _ = run("third", seed=2)
+    assert not torch.equal(weights(first)["1.weight"], weights(other)["1.weight"])
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize("step", [13, 24, 25, 35])
+def test_resuming_equals_not_having_stopped(run, average, step):
+    """12 steps are an epoch: in the middle, at its end, at the beginning of the next, before the last."""
+    optimizer = dataclasses.replace(OPTIMIZER, average=average)
+    whole, _ = run("whole", network=Lively, optimizer=optimizer)
+    with pytest.raises(CrashError):
+        run("stopped", network=Lively, optimizer=optimizer, callbacks=(StopAt(step, CrashError()),))
+    resumed, fitting = run("stopped", network=Lively, optimizer=optimizer, resume=True)
+    assert_same(whole, resumed)
+    assert fitting.trainer.global_step == 36
+
+
+def test_resuming_between_the_validations_of_an_epoch(run):
+    """As in Caffe's configuration, which validates every 500 steps."""
+    often = {"val_check_interval": 5, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": 30, "network": Lively}
+    optimizer = OptimizerConfig(lr=0.05, schedule="inv")
+    whole, _ = run("whole", optimizer=optimizer, **often)
+    with pytest.raises(CrashError):
+        run("stopped", optimizer=optimizer, callbacks=(StopAt(18, CrashError()),), **often)
+    seen = Seen()
+    resumed, fitting = run("stopped", optimizer=optimizer, resume=True, callbacks=(seen,), **often)
+    assert fitting.trainer.global_step == 30
+    assert len(seen.batches) == 15
+    assert_same(whole, resumed)
+
+
+def test_resuming_what_is_done_changes_nothing(run):
+    whole, _ = run()
+    epochs = {}
+    for name in ("first", "second"):
+        resumed, fitting = run(resume=True)
+        epochs[name] = fit.load_best(fitting, resumed)
+    assert epochs["first"] == epochs["second"]
+
+
+def test_resuming_another_training_is_refused(run):
+    run(record={"run": {"seed": 1}, "optimizer": {"lr": 0.1}})
+    with pytest.raises(InputError, match=r"cannot resume: optimizer\.lr was 0\.1 and is 0\.2"):
+        run(resume=True, record={"run": {"seed": 1}, "optimizer": {"lr": 0.2}})
+
+
+def test_resuming_from_a_damaged_or_foreign_file(run, tmp_path):
+    with pytest.raises(InputError, match="there is no checkpoint to resume from"):
+        run(resume=True)
+    run()
+    last = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot resume: .* damaged"):
+        run(resume=True)
+    torch.save({"a": 1}, last)
+    with pytest.raises(InputError, match="not a training checkpoint"):
+        run(resume=True)
+
+
+def test_starting_anew_removes_the_earlier_training(run, tmp_path):
+    run()
+    stale = tmp_path / "run" / "checkpoints" / "stale"
+    stale.touch()
+    (tmp_path / "run" / "model.ckpt").touch()
+    run(max_epochs=1)
+    assert not stale.exists()
+    assert (tmp_path / "run" / "model.ckpt").exists()
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["version_0"]
+
+
+def test_logs_of_a_resumed_training_come_beside(run, tmp_path):
+    with pytest.raises(CrashError):
+        run(callbacks=(StopAt(20, CrashError()),))
+    run(resume=True)
+    assert {path.name for path in (tmp_path / "run" / "logs").iterdir()} == {"version_0", "version_1"}
+
+
+def test_best_epoch_is_loaded_and_the_latest_of_equals(run, tmp_path, monkeypatch):
+    scores, seen = iter([0.5, 0.75, 0.75, 0.25]), []
+
+    def evaluate(self, stage, *_) -> None:
+        seen.append(weights(self))
+        self.log("val_top1", next(scores))
+
+    monkeypatch.setattr(Classifier, "_evaluate", evaluate)
+    classifier, fitting = run(max_epochs=4, num_sanity_val_steps=0)
+    assert fit.load_best(fitting, classifier) == 3
+    for name, value in weights(classifier).items():
+        assert torch.equal(value, seen[2][name])
+    assert load_archive(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 3
+
+
+def test_without_validation_the_last_weights_stay(run):
+    classifier, fitting = run(limit_val_batches=0, max_epochs=1)
+    before = weights(classifier)
+    assert fit.load_best(fitting, classifier) == 1
+    for name, value in weights(classifier).items():
+        assert torch.equal(value, before[name])
+
+
+def test_averaged_weights_are_kept(run, tmp_path):
+    """Those of the exponential moving average, not the last ones."""
+    kept = {}
+
+    class Last(Callback):
+        def on_train_batch_end(self, trainer, module, *_) -> None:
+            kept["last"] = weights(module)
+
+    classifier, fitting = run(optimizer=dataclasses.replace(OPTIMIZER, average=0.9), callbacks=(Last(),), max_epochs=1)
+    fit.load_best(fitting, classifier)
+    assert not torch.equal(weights(classifier)["1.weight"], kept["last"]["1.weight"])
+
+
+@pytest.mark.parametrize("when", ["between looks", "at a look"])
+def test_loss_that_is_not_finite(run, tmp_path, when):
+    interval = 50 if when == "between looks" else 5
+    with pytest.raises(InputError, match=r"the training loss became nan by step \d+: lower --optimizer.lr"):
+        run(network=ToNaN, log_every_n_steps=interval)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_auxiliary_outputs_are_refused(run):
+    with pytest.raises(InputError, match="gives a tuple while it trains"):
+        run(network=Auxiliary, num_sanity_val_steps=0)
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_schedules_that_need_an_end(run, schedule):
+    with pytest.raises(InputError, match=f"{schedule} needs an end"):
+        run(optimizer=OptimizerConfig(schedule=schedule), max_epochs=-1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("schedule", ["onecycle", "inv", "cosine", "constant"])
+def test_every_optimizer_with_every_schedule(run, name, schedule):
+    lr = 0.05 if name == "sgd" else 0.005
+    _, fitting = run(optimizer=OptimizerConfig(name=name, lr=lr, momentum=0.0, schedule=schedule), max_epochs=2)
+    rate = fitting.trainer.optimizers[0].param_groups[0]["lr"]
+    end = {"onecycle": 0.0, "cosine": 0.0, "inv": (1 + 1e-4 * 24) ** -0.75, "constant": 1.0}[schedule]
+    assert rate == pytest.approx(lr * end, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(143), SystemExit)]
+)
+def test_signals_come_through(run, error, raised):
+    with pytest.raises(raised) as caught:
+        run(callbacks=(StopAt(5, error),))
+    assert getattr(caught.value, "code", None) == getattr(error, "code", None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"max_epoch": 3}, "lightning.Trainer has no argument 'max_epoch'"),
+        ({"max_epochs": "many"}, "trainer: .*max_epochs.*many"),
+        ({"precision": "int3"}, "trainer: .*precision"),
+        ({"accelerator": "abacus"}, "trainer: .*abacus"),
+        ({"devices": 0}, "trainer: .*devices"),
+        ({"strategy": "hope"}, "trainer: .*hope"),
+        ({"max_steps": -5}, "trainer: .*max_steps"),
+        ({"limit_train_batches": 1.5}, "trainer: .*limit_train_batches"),
+        ({"callbacks": [{"class_path": "no.such.Callback"}]}, "trainer: .*no.such.Callback"),
+    ],
+)
+def test_wrong_trainer_arguments(tmp_path, wrong, message):
+    with pytest.raises(InputError, match=message) as caught:
+        fit.make_trainer(fit.check_trainer({"accelerator": "cpu", **wrong}), tmp_path, 0.0, resume=False)
+    assert len(str(caught.value)) < 400
+
+
+def test_trainer_defaults():
+    values = fit.check_trainer({}).values.trainer
+    assert values.max_epochs == fit.EPOCHS
+    assert fit.check_trainer({"max_steps": 5}).values.trainer.max_epochs is None
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_automatic_precision(monkeypatch, amx):
+    monkeypatch.setattr(fit, "has_amx", lambda: amx)
+    found = fit.check_trainer({"precision": "auto", "accelerator": "cpu"}).values.trainer.precision
+    assert found == ("bf16-mixed" if amx else "32-true")
+    assert fit.check_trainer({"precision": "auto", "accelerator": "gpu"}).values.trainer.precision == "32-true"
+    assert fit.check_trainer({"precision": "16-mixed"}).values.trainer.precision == "16-mixed"
+
+
+def test_users_callbacks_and_loggers_come_on_top(tmp_path):
+    options = fit.check_trainer(
+        {
+            "accelerator": "cpu",
+            "callbacks": [{"class_path": "lightning.pytorch.callbacks.Timer"}],
+            "logger": False,
+            "profiler": "simple",
+        }
+    )
+    trainer = fit.make_trainer(options, tmp_path, 0.0, resume=False).trainer
+    names = [type(callback).__name__ for callback in trainer.callbacks]
+    assert {"Timer", "EpochProgress", "Checkpoints"} <= set(names)
+    assert trainer.loggers == []
+    assert type(trainer.profiler).__name__ == "SimpleProfiler"
+
+
+def test_record_tells_what_decides_the_result(info):
+    config = Config.__new__(Config)
+    for field in dataclasses.fields(Config):
+        setattr(config, field.name, None)
+    from common.config import DataConfig, ModelConfig
+
+    config.seed, config.data, config.model, config.optimizer = 7, DataConfig(), ModelConfig(), OPTIMIZER
+    record = fit.training_record(config, info, fit.check_trainer({"max_epochs": 3}))
+    assert json.loads(json.dumps(record)) == record
+    assert record["run"] == {"seed": 7}
+    assert record["data"]["fingerprint"] == "f" * 64
+    assert record["trainer"]["max_epochs"] == 3
+    assert record["optimizer"]["lr"] == 0.05
+
+
+def test_progress_tells_each_epoch(run, caplog):
+    with caplog.at_level("INFO", logger="models.progress"):
+        run(max_epochs=2, enable_progress_bar=True)
+    lines = [record.message for record in caplog.records if record.name == "models.progress"]
+    assert len(lines) == 2
+    for number, line in enumerate(lines, start=1):
+        assert line.startswith(f"epoch {number}/2: loss 0.") or line.startswith(f"epoch {number}/2: loss 1.")
+        assert "validation top-1" in line
+        assert line.endswith(" s")
+
+
+def test_progress_bar_on_a_terminal(run, monkeypatch, capsys):
+    import sys
+
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    run(max_epochs=2, enable_progress_bar=True)
+    assert capsys.readouterr().out == ""
