@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
@@ -23,6 +23,7 @@ from common.config import (
     EvaluationConfig,
     ModelConfig,
     OptimizerConfig,
+    PlainValue,
     QuantizationConfig,
 )
 from common.console import printable
@@ -87,7 +88,10 @@ def config_parser(prog: str, description: str, aliases: Mapping[str, str]) -> Pa
     for name, section in SECTIONS.items():
         parser.add_class_arguments(section, name)
     parser.add_argument(
-        "--trainer", type=dict[str, Any], default={}, help="arguments of lightning.Trainer: --trainer.max_epochs 5"
+        "--trainer",
+        type=dict[str, PlainValue],
+        default={},
+        help="arguments of lightning.Trainer: --trainer.max_epochs 5",
     )
     for flag, destination in aliases.items():
         _add_alias(parser, flag, destination)
@@ -148,7 +152,10 @@ def _section(parser: Parser, kind: type, name: str, value: Any) -> Any:
     values = _plain(value)
     if not isinstance(values, dict):
         parser.error(f"{name} must be a mapping of options, not {reprlib.repr(values)}")
+    kinds = get_type_hints(kind)
     for key, item in values.items():
+        if item is None and type(None) not in get_args(kinds[key]):
+            raise InputError(f"{name}.{key} must not be empty")
         numbers = item if isinstance(item, list) else [item]
         for number in numbers:
             if isinstance(number, float) and not math.isfinite(number):
@@ -186,7 +193,7 @@ def check_config_file(name: str) -> None:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise InputError(f"{name}{line} is not YAML: {error.problem}") from error
     except yaml.YAMLError as error:
-        raise InputError(f"{name} is not YAML: {error}") from error
+        raise InputError(f"{name} is not YAML: {str(error).splitlines()[0]}") from error
     except (RecursionError, OverflowError):
         raise InputError(f"{name} is nested too deeply, or its aliases stand for too many values") from None
     if not isinstance(root, yaml.MappingNode):

@@ -59,7 +59,8 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         refused = _refusal(error)
         if refused is not None:
             code = _fail(f"{refused.filename or 'cannot write the output'}: {refused.strerror}")
-            _discard_output()
+            if refused.filename is None:
+                _discard_output()
         elif _out_of_memory(error):
             code = _fail(f"not enough memory: {error}".removesuffix(": "))
         else:

@@ -15,6 +15,8 @@ from common.errors import InputError
 DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "imagefolder"]
 AlgorithmName = Literal["entropy2", "minmax", "percentile", "entropy", "legacy"]
 PrecisionName = Literal["fp32", "fp16", "int8"]
+# Lists and dictionaries without a type of their own: within Any, jsonargparse imports what looks like a class.
+PlainValue = bool | int | float | str | list | dict | None  # type: ignore[type-arg]
 EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
 
 
@@ -75,7 +77,7 @@ class ModelConfig:
     """
 
     class_path: str = "models.LeNet"
-    init_args: dict[str, Any] = field(default_factory=dict)
+    init_args: dict[str, PlainValue] = field(default_factory=dict)
     weights: Path | None = None
 
 

@@ -24,8 +24,8 @@ def decode(cls: type[T], value: Any, where: str) -> T:
     """Build the dataclass ``cls`` from a JSON value, checking every field against its annotation.
 
     Args:
-        cls: A dataclass whose fields are JSON scalars, ``Path``, ``Literal``, optionals, tuples, lists, dictionaries
-            with string keys, ``Any`` or further dataclasses.
+        cls: A dataclass whose fields are JSON scalars, ``Path``, ``Literal``, optionals, unions of plain types, tuples,
+            lists, dictionaries with string keys, ``Any`` or further dataclasses.
         value: What ``json.loads`` gave.
         where: Names the source in messages, such as a file.
 
@@ -43,8 +43,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
-        (kind,) = (argument for argument in arguments if argument is not type(None))
-        return _decode(kind, value, where)
+        kinds = [argument for argument in arguments if argument is not type(None)]
+        for kind in kinds[:-1]:
+            if isinstance(value, kind):
+                return value
+        return _decode(kinds[-1], value, where)
     if origin is Literal:
         if value not in arguments:
             raise InputError(f"{where} is {_shown(value)}, not one of {', '.join(map(repr, arguments))}")

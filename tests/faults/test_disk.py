@@ -5,18 +5,20 @@ from __future__ import annotations
 import errno
 
 import pytest
-from machinery import Fault, assert_next_run_works, assert_old_or_new, leftovers
+from machinery import Ended, Fault, assert_next_run_works, assert_old_or_new, leftovers
 
 pytestmark = pytest.mark.e2e
+
+
+def errors(ended: Ended) -> list[str]:
+    return [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
 
 
 def assert_one_line_or_done(scene, ended, note):
     """Either the command went on without what failed and is done, or it says in one line what was refused."""
     assert ended.code in (0, 2), f"{note}: exit code {ended.code}: {ended.stderr}"
     assert "Traceback" not in ended.stderr, f"{note}: {ended.stderr}"
-    if ended.code == 2:
-        assert ended.stderr.splitlines()[-1].startswith("error: "), f"{note}: {ended.stderr}"
-        assert ended.stderr.count("error: ") == 1, f"{note}: {ended.stderr}"
+    assert len(errors(ended)) == (1 if ended.code == 2 else 0), f"{note}: {ended.stderr}"
     assert not leftovers(scene.run), note
     assert_old_or_new(scene, note)
 
@@ -29,7 +31,7 @@ def test_disk_full_from_an_operation_on(scene, moments, tried):
         ended = scene.template.run(scene.argv, scene.folder, Fault(scene.folder / "artifacts", at, "full"))
         assert_one_line_or_done(scene, ended, note)
         if ended.code == 2:
-            assert "No space left on device" in ended.stderr.splitlines()[-1], f"{note}: {ended.stderr}"
+            assert "No space left on device" in errors(ended)[0], f"{note}: {ended.stderr}"
         tried("ENOSPC")
     assert_next_run_works(scene, note)
 
