@@ -110,7 +110,7 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
         if timed:
             row += _measured(entry.measured)
         if compared:
-            row.append("-" if entry.ratio is None else number(entry.ratio))
+            row.append(number(entry.ratio, 3))
         rows.append(row + [number(entry.figures.get(name)) for name in further])
     return [*columns, *further], rows
 
@@ -118,23 +118,24 @@ def _cells(table: Table) -> tuple[list[str], list[list[str]]]:
 def _measured(spread: Spread | None) -> list[str]:
     if spread is None:
         return ["-", "-", "-"]
-    return [number(spread.median), f"{number(spread.minimum)} to {number(spread.maximum)}", str(spread.runs)]
+    low, middle, high = (number(value, 3) for value in (spread.minimum, spread.median, spread.maximum))
+    return [middle, f"{low} to {high}", str(spread.runs)]
 
 
 def _target_cells(target: Target) -> tuple[str, str, str, str]:
     unit = f" {target.unit}" if target.unit else ""
-    figure = "not measured" if target.figure is None else f"{number(target.figure)}{unit}"
+    figure = "not measured" if target.figure is None else f"{number(target.figure, 3)}{unit}"
     verdict = {True: "yes", False: "**no**", None: "-"}[target.met]
     return target.what, f"{target.kind} {number(target.bound)}{unit}", figure, verdict
 
 
-def number(value: Any) -> str:
-    """A figure with three significant digits, or what is left of the point; text as it is; nothing as a dash."""
+def number(value: Any, digits: int = 4) -> str:
+    """A figure with so many significant digits, or what is left of the point; text as it is; nothing as a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    text = f"{value:.3g}"
+    text = f"{value:.{digits}g}"
     return f"{value:.6f}".rstrip("0") if "e" in text and abs(value) >= 1e-6 else text

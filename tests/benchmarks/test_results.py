@@ -110,7 +110,7 @@ def test_the_page_says_what_the_figures_were_measured_on():
 def test_tables_keep_their_columns():
     lines = markdown(results(benchmark())).splitlines()
 
-    assert "| ours | 0.2 | 0.1 to 0.3 | 3 | 1 | 98.1 | 2 QGemm \\| more |" in lines
+    assert "| ours | 0.2 | 0.1 to 0.3 | 3 | 1 | 98.12 | 2 QGemm \\| more |" in lines
     assert "| theirs | 1.5 | 1 to 2 | 2 | 0.1 | 98 | - |" in lines
     assert "| nothing | - | - | - | - | - | - |" in lines
     for index, line in enumerate(lines):
@@ -141,8 +141,8 @@ def test_the_terminal_shows_tables_and_targets(capsys):
         ("text", "text"),
         (12345, "12,345"),
         (12345.6, "12,346"),
-        (98.123, "98.1"),
-        (0.012345, "0.0123"),
+        (98.123, "98.12"),
+        (0.0123456, "0.01235"),
         (0.00001234, "0.000012"),
         (1e-9, "1e-09"),
         (0, "0"),
