@@ -18,7 +18,14 @@ from torch import Tensor
 
 from benchmarks.timing import in_turns, ratio, spread, timed_often
 from calib.graph import INPUT, Int8Plan
-from engines.ort import available_cores, describe_dot_products, dot_products, integer_operators, open_session
+from engines.ort import (
+    available_cores,
+    describe_dot_products,
+    dot_products,
+    integer_operators,
+    open_runner,
+    open_session,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -27,6 +34,7 @@ FP32 = "FP32"
 OURS = "INT8, this project"
 PER_TENSOR = "INT8, quantize_static"
 PER_CHANNEL = "INT8, quantize_static per channel"
+PLAIN = "INT8, quantize_static, plain session"
 
 GOALS: Mapping[int, float] = {1: 1.5, 32: 1.6, 256: 1.9}
 """Batch size -> how many times as fast as FP32 INT8 should at least be, on two cores with VNNI."""
@@ -41,7 +49,7 @@ def measure(
     threads: int | None = None,
     rounds: int = 60,
 ) -> dict[str, Any]:
-    """Time the four models in turns.
+    """Time the models in turns, all run in the same way: as the ONNX Runtime engine runs them.
 
     Args:
         plan: Of the trained network, traced with an ``input_shape``.
@@ -55,11 +63,13 @@ def measure(
         ``threads``, ``cpu`` (its integer dot products), ``operators`` (model -> integer operators that it runs),
         ``bytes`` (model -> size), and ``batches``: batch size -> model -> ``ms`` (median), ``quartiles`` (ms) and how
         many times as fast it is as FP32 (``speedup``); for ours also how many times as fast as the faster of
-        ``quantize_static``'s models (``to_quantize_static``). Ratios are medians of the rounds' ratios.
+        ``quantize_static``'s models (``to_quantize_static``), and as that one in a plain session of ONNX Runtime
+        (``to_plain_session``). Ratios are medians of the rounds' ratios.
     """
     threads = threads or available_cores()
     models = make_models(plan, calibration)
-    opened = {name: open_session(model, threads) for name, model in models.items()}
+    opened = {name: open_runner(model, threads) for name, model in models.items()}
+    plain, _ = open_session(models[PER_TENSOR], threads)
     result: dict[str, Any] = {
         "threads": threads,
         "cpu": describe_dot_products(dot_products()),
@@ -68,8 +78,9 @@ def measure(
         "batches": {},
     }
     for size in batch_sizes:
-        feed = {INPUT: images[:size].numpy()}
-        contestants = {name: timed_often(partial(session.run, None, feed)) for name, (session, _) in opened.items()}
+        batch = images[:size].numpy()
+        contestants = {name: timed_often(partial(run, batch)) for name, (run, _) in opened.items()}
+        contestants[PLAIN] = timed_often(partial(plain.run, None, {INPUT: batch}))
         result["batches"][size] = _compared(in_turns(contestants, rounds))
     return result
 
@@ -83,8 +94,9 @@ def _compared(seconds: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any
             "quartiles": [one.lower_quartile, one.upper_quartile],
             "speedup": ratio(seconds[FP32], figures),
         }
-    others = [[*seconds[PER_TENSOR]], [*seconds[PER_CHANNEL]]]
+    others = (seconds[PER_TENSOR], seconds[PER_CHANNEL])
     found[OURS]["to_quantize_static"] = min(ratio(other, seconds[OURS]) for other in others)
+    found[OURS]["to_plain_session"] = ratio(seconds[PLAIN], seconds[OURS])
     return found
 
 

@@ -7,11 +7,14 @@ import platform
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from calib.graph import INPUT, Network, plan_int8
 from calib.table import CalibrationTable
@@ -21,6 +24,8 @@ from engines.base import Compiled, EngineError
 
 if TYPE_CHECKING:
     import onnx
+
+Array = npt.NDArray[np.float32]
 
 _INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
 _WEIGHTED: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
@@ -60,14 +65,14 @@ class OnnxRuntimeEngine:
     def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
         """See :meth:`engines.base.Engine.compile`; ``network`` must have been traced with an ``input_shape``."""
         model = self._model(network, precision, table)
-        session, optimized = open_session(model, self._threads)
+        run, optimized = open_runner(model, self._threads)
         if precision == "fp16":
             _require_half(optimized)
         return Compiled(
             self.name,
             precision,
             f"CPU ({self._threads} thread{'s' if self._threads > 1 else ''})",
-            _runner(session),
+            lambda images: torch.from_numpy(run(images.numpy())),
             model.ByteSize(),
             details=_details(optimized, precision),
         )
@@ -134,12 +139,39 @@ def _first_line(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _runner(session: Any) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
-        (result,) = session.run(None, {INPUT: images.numpy()})
-        return torch.from_numpy(result)
+def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array], Array], onnx.ModelProto]:
+    """A function that runs ``model`` on ``threads`` threads, and its optimised graph.
 
-    return run
+    The images of a batch are independent: from two for each thread on, each thread takes its share of them through a
+    session of one thread. ONNX Runtime itself would divide the work of one operator on one image after the other,
+    which is too little to divide for integer kernels on small images.
+
+    Args:
+        model: The network.
+        threads: Threads of one inference.
+
+    Raises:
+        EngineError: ONNX Runtime does not take the model.
+    """
+    whole, optimized = open_session(model, threads)
+    if threads == 1:
+        return partial(_infer, whole), optimized
+    single, _ = open_session(model, 1)
+    others = ThreadPoolExecutor(threads - 1, "onnxruntime")
+
+    def run(images: Array) -> Array:
+        if len(images) < 2 * threads:
+            return _infer(whole, images)
+        first, *parts = np.array_split(images, threads)
+        pending = [others.submit(_infer, single, part) for part in parts]
+        return np.concatenate([_infer(single, first), *(job.result() for job in pending)])
+
+    return run, optimized
+
+
+def _infer(session: Any, images: Array) -> Array:
+    (result,) = session.run(None, {INPUT: images})
+    return result  # type: ignore[no-any-return]
 
 
 def integer_operators(optimized: onnx.ModelProto) -> dict[str, int]:

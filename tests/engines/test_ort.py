@@ -110,13 +110,21 @@ def test_threads_are_those_asked_for_else_all_cores():
     assert make_engine(None).compile(network, "fp32", None).device.startswith(f"CPU ({cores} thread")
 
 
-def test_batches_of_any_size_and_layout():
-    compiled = make_engine().compile(make_network("residual"), "fp32", None)
-    batch = images("residual", 6)
-    whole = compiled(batch)
-    parts = torch.cat([compiled(batch[:1]), compiled(batch[1:])])
-    assert torch.allclose(whole, parts, atol=1e-6)
-    assert torch.allclose(compiled(batch.to(memory_format=torch.channels_last)), whole, atol=1e-6)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_batches_of_any_size_and_layout(threads):
+    """From two images for each thread on, the threads share the batch: no image may be lost or change its place."""
+    compiled = make_engine(threads).compile(make_network("residual"), "fp32", None)
+    batch = images("residual", 8)
+    expected = torch.cat([compiled(image[None]) for image in batch])
+    for size in range(1, 9):
+        assert torch.allclose(compiled(batch[:size]), expected[:size], atol=1e-6)
+    assert torch.allclose(compiled(batch.to(memory_format=torch.channels_last)), expected, atol=1e-6)
+
+
+def test_an_error_in_a_share_of_the_batch_is_raised():
+    compiled = make_engine(2).compile(make_network("residual"), "fp32", None)
+    with pytest.raises(Exception, match="data"):
+        compiled(torch.zeros(8, 1, 5, 5))
 
 
 def test_int8_needs_a_table():
