@@ -111,7 +111,8 @@ def collect(
     device = next((parameter.device for parameter in network.module.parameters()), torch.device("cpu"))
     seconds: list[float] = []
     images = 0
-    constant = True
+    constant = same = True
+    first: Tensor | None = None
 
     def observe(name: str, value: Tensor) -> None:
         histogram = of.get(name)
@@ -125,7 +126,9 @@ def collect(
     for batch in batches:
         start = time.perf_counter()
         inputs = _images(batch)
+        first = inputs[:1] if first is None else first
         constant = constant and bool((inputs == inputs[0, 0, 0, 0]).all())
+        same = same and inputs.shape[1:] == first.shape[1:] and bool((inputs == first).all())
         network.run(inputs.to(device), observe)
         seconds.append(time.perf_counter() - start)
         images += len(inputs)
@@ -135,6 +138,8 @@ def collect(
         raise InputError("calibration needs at least one batch of images, and got none")
     if constant:
         logger.warning("all pixels of each calibration batch are equal: these images represent nothing")
+    elif same and images > 1:
+        logger.warning("all %d calibration images are the same one: it represents nothing but itself", images)
     return Histograms(network, of, tuple(seconds), images)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from common.errors import InputError
 from data.base import ImageSet, batches
 from engines.base import Compiled
+from evaluation.processes import ALONE, Processes
 from evaluation.results import Accuracy, ClassAccuracy, Interval, Mistake, Paired
 from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
 
@@ -95,6 +96,18 @@ def predict(
     Raises:
         InputError: a label is out of range, an output has another shape, or FP32's outputs are not finite.
     """
+    return _finish([_collect(compiled, stream, classes)])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What some of the batches gave: their labels, and each network's predictions."""
+
+    labels: list[Tensor]
+    collectors: list[_Collector]
+
+
+def _collect(compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int) -> _Part:
     collectors = [_Collector() for _ in compiled]
     labels: list[Tensor] = []
     for images, target in stream:
@@ -114,13 +127,19 @@ def predict(
                 )
             reference = output if reference is None else reference
             collector.add(output, reference, target)
+    return _Part(labels, collectors)
+
+
+def _finish(parts: Sequence[_Part]) -> tuple[Tensor, list[Predictions]]:
+    """The labels and each network's predictions from all parts in order."""
+    labels = [labels for part in parts for labels in part.labels]
     if not labels:
         raise InputError("there are no images to evaluate")
-    results = [collector.finish() for collector in collectors]
+    results = [_predictions(collectors) for collectors in zip(*(part.collectors for part in parts), strict=True)]
     if results[0].non_finite:
         raise InputError(
             f"the FP32 outputs are not finite for {results[0].non_finite} of {sum(map(len, labels))} images: "
-            "the checkpoint has NaN or infinite weights; train again"
+            "the weights are broken, or so large that values overflow; train again"
         )
     return torch.cat(labels), results
 
@@ -132,8 +151,8 @@ class _Collector:
         self.predicted: list[Tensor] = []
         self.confidence: list[Tensor] = []
         self.in_top: list[Tensor] = []
-        self.signal = 0.0
-        self.noise = 0.0
+        self.signal: list[float] = []
+        self.noise: list[float] = []
 
     def add(self, output: Tensor, reference: Tensor, labels: Tensor) -> None:
         finite = output.isfinite().all(dim=1)
@@ -144,22 +163,30 @@ class _Collector:
         self.in_top.append((top.indices == labels[:, None]).any(dim=1) & finite)
         both = finite & reference.isfinite().all(dim=1)
         truth, other = reference[both].double(), output[both].double()
-        self.signal += float(truth.square().sum())
-        self.noise += float((truth - other).square().sum())
-
-    def finish(self) -> Predictions:
-        return Predictions(
-            torch.cat(self.predicted), torch.cat(self.confidence), torch.cat(self.in_top), self.signal, self.noise
-        )
+        self.signal.append(float(truth.square().sum()))
+        self.noise.append(float((truth - other).square().sum()))
 
 
-def tracked(stream: Iterator[tuple[Tensor, Tensor]], total: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+def _predictions(collectors: Sequence[_Collector]) -> Predictions:
+    return Predictions(
+        predicted=torch.cat([item for collector in collectors for item in collector.predicted]),
+        confidence=torch.cat([item for collector in collectors for item in collector.confidence]),
+        in_top=torch.cat([item for collector in collectors for item in collector.in_top]),
+        # Rounded once, so that the sum is the same however the batches were shared.
+        signal=math.fsum(item for collector in collectors for item in collector.signal),
+        noise=math.fsum(item for collector in collectors for item in collector.noise),
+    )
+
+
+def tracked(
+    stream: Iterator[tuple[Tensor, Tensor]], total: int, title: str, shown: bool = True
+) -> Iterator[tuple[Tensor, Tensor]]:
     """``stream`` with a progress bar of ``total`` images on stderr, where that is a terminal."""
     from rich.console import Console
     from rich.progress import Progress
 
     console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
         task = progress.add_task(title, total=total)
         for images, labels in stream:
             yield images, labels
@@ -222,6 +249,40 @@ def measure(
     compiled: Sequence[Compiled], source: ImageSet, classes: int, batch_size: int, start: int, count: int | None
 ) -> tuple[Tensor, list[Predictions]]:
     """:func:`predict` over a part of an image set, with a progress bar; see there and :func:`check_range`."""
+    found = measure_shared(compiled, source, classes, batch_size, start, count, ALONE)
+    assert found is not None, "the only process is the first"
+    return found
+
+
+def measure_shared(
+    compiled: Sequence[Compiled],
+    source: ImageSet,
+    classes: int,
+    batch_size: int,
+    start: int,
+    count: int | None,
+    processes: Processes,
+) -> tuple[Tensor, list[Predictions]] | None:
+    """:func:`measure` with each process taking a run of the batches; the first gets everything, the others None.
+
+    Raises:
+        InputError: as :func:`predict` and :func:`check_range` do, in any process; the first tells.
+    """
     total = check_range(source, batch_size, start, count)
-    stream = tracked(batches(source, batch_size, start, count), total, "accuracy")
-    return predict(compiled, stream, classes)
+    share = processes.share(math.ceil(total / batch_size))
+    mine: _Part | InputError
+    try:
+        stream = batches(source, batch_size, start + share.start, len(share))
+        mine = _collect(compiled, tracked(stream, total // processes.count, "accuracy", processes.first), classes)
+    except InputError as error:
+        mine = error
+    parts = processes.gather(mine)
+    if parts is None:
+        return None
+    for part in parts:
+        if isinstance(part, InputError):
+            raise part
+    done = [part for part in parts if isinstance(part, _Part)]
+    if len({len(part.collectors) for part in done}) > 1:
+        raise InputError("the processes cannot all run the same precisions: use equal machines, or --precisions")
+    return _finish(done)

@@ -80,13 +80,16 @@ def save_checkpoint(path: Path, network: nn.Module, meta: CheckpointMeta) -> Non
     """Write ``network`` and ``meta`` to ``path`` atomically.
 
     Raises:
-        InputError: the file cannot be written; an earlier one stays as it was.
+        InputError: a weight is NaN or infinite, or the file cannot be written; an earlier one stays as it was.
     """
     # Cloned, because contiguous() keeps odd strides where a dimension is 1, and the file would show them.
     state = {
         name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, value in network.state_dict().items()
     }
+    for name, value in state.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            raise InputError(f"training ended with NaN or infinity in {name}: lower --optimizer.lr, and train again")
     write_torch(path, {"format": FORMAT, "meta": encode(meta), "state_dict": state})
 
 

@@ -92,6 +92,17 @@ def test_constant_images_are_called_out(model: LeNet, caplog: pytest.LogCaptureF
     assert "represent nothing" in caplog.text
 
 
+def test_one_image_again_and_again_is_called_out(model: LeNet, caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.rand(2, 1, 28, 28)
+    with caplog.at_level(logging.WARNING, "calib"):
+        calibrate(model, [images])
+        calibrate(model, [images[:1]])
+    assert "same one" not in caplog.text
+    with caplog.at_level(logging.WARNING, "calib"):
+        calibrate(model, [images[:1].expand(3, 1, 28, 28), images[:1]])
+    assert "all 4 calibration images are the same one" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("batches", "message"),
     [

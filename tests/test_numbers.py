@@ -1,0 +1,331 @@
+"""Numbers that lie: what is broken or means nothing is an error in one line or a warning that names it.
+
+Each case goes through the commands. What a single function must refuse is tested beside that function: labels out of
+range and files of another image size in tests/data, checkpoints of another architecture in tests/models, malformed
+tables in tests/calib.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from typing import Any
+
+import pytest
+import torch
+
+import evaluate
+import quantize
+import train
+from calib.table import CalibrationTable
+from common.config import DataConfig
+from common.decode import encode
+from common.errors import InputError
+from data import open_data
+from models import LeNet, save_checkpoint
+from models.checkpoint import FORMAT, CheckpointMeta, write_torch
+
+QUICK = (
+    "--engine=torch",
+    "--batch-size=64",
+    "--batches=2",
+    "--latency-batch-sizes=[1]",
+    "--evaluation.latency_seconds=0.001",
+    "--evaluation.latency_runs=1",
+    "--json",
+)
+TABLE = "CalibrationTableLeNet"
+
+
+@pytest.fixture(scope="module")
+def meta():
+    config = DataConfig(dataset="digits", augment=False)
+    info = open_data(config, 1).info
+    return CheckpointMeta("LeNet", "models.LeNet", {"num_classes": 10}, info, config, seed=1, epochs=1)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, meta):
+    """A LeNet that tells some digits apart."""
+    data = open_data(meta.data, 1)
+    torch.manual_seed(1)
+    network = LeNet()
+    optimizer = torch.optim.SGD(network.parameters(), 0.05)
+    for step in range(20):
+        index = torch.arange(step * 50, step * 50 + 50)
+        loss = torch.nn.functional.cross_entropy(network.logits(data.train.images(index)), data.train.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
+
+
+class Commands:
+    """Runs the commands in this process, on a run of its own."""
+
+    def __init__(self, folder, meta, trained, capsys):
+        self.folder, self.meta, self.capsys = folder, meta, capsys
+        self.run = folder / "artifacts" / "run"
+        self.network = LeNet()
+        self.network.load_state_dict(trained.state_dict())
+
+    def save(self, meta=None):
+        """Write the checkpoint without a look at its weights, as another program would."""
+        state = {"format": FORMAT, "meta": encode(meta or self.meta), "state_dict": self.network.state_dict()}
+        write_torch(self.run / "model.ckpt", state)
+
+    def __call__(self, command, *arguments) -> tuple[int, dict[str, Any], str]:
+        code = command.main(["--run=run", f"--artifacts={self.folder / 'artifacts'}", *arguments])
+        out, err = self.capsys.readouterr()
+        return code, json.loads(out), err
+
+    def quantize(self, *arguments):
+        return self(quantize, "--engine=torch", "--json", *arguments)
+
+    def evaluate(self, *arguments):
+        return self(evaluate, *QUICK, *arguments)
+
+    def edit_table(self, **scales):
+        """A copy of the run's table with other scales, without a side file; None removes a tensor."""
+        table = CalibrationTable.read(self.run / TABLE)
+        changed = {**table.scales, **scales}
+        path = self.folder / "edited"
+        CalibrationTable({name: scale for name, scale in changed.items() if scale is not None}).write(path)
+        return f"--cache={path}"
+
+
+@pytest.fixture
+def commands(tmp_path, meta, trained, capsys):
+    yield Commands(tmp_path, meta, trained, capsys)
+    for name in ("train", "quantize", "evaluate", "calib", "data", "models", "engines", "evaluation"):
+        logging.getLogger(name).propagate = True
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("command", ["quantize", "export", "evaluate"])
+def test_weights_that_are_not_finite(commands, command, value):
+    with torch.no_grad():
+        commands.network.ip1.weight[3, 4] = value
+    commands.save()
+    with pytest.raises(InputError, match=r"holds NaN or infinity in ip1.weight"):
+        {
+            "quantize": commands.quantize,
+            "export": lambda: commands.quantize("--export=onnx"),
+            "evaluate": commands.evaluate,
+        }[command]()
+
+
+def test_training_does_not_write_weights_that_are_not_finite(commands, meta):
+    with torch.no_grad():
+        commands.network.conv2.bias[0] = float("nan")
+    with pytest.raises(InputError, match=r"training ended with NaN or infinity in conv2.bias"):
+        save_checkpoint(commands.run / "model.ckpt", commands.network, meta)
+    assert not commands.run.exists()
+
+
+def test_training_that_diverges_keeps_the_old_checkpoint(commands):
+    commands.save()
+    before = (commands.run / "model.ckpt").read_bytes()
+    options = ("--data.dataset=digits", "--epochs=1", "--optimizer.lr=1e20", "--optimizer.schedule=constant")
+    with pytest.raises(InputError, match=r"loss became (nan|inf)|NaN or infinity in"):
+        commands(train, *options, "--trainer.limit_train_batches=4", "--trainer.precision=32-true")
+    assert (commands.run / "model.ckpt").read_bytes() == before
+
+
+def test_finite_weights_whose_activations_overflow(commands):
+    with torch.no_grad():
+        commands.network.conv2.weight.mul_(1e38)
+        commands.network.ip1.weight.mul_(1e38)
+    commands.save()
+    with pytest.raises(InputError, match=r"calibration batch 1, tensor \w+: the values hold (NaN|infinity)"):
+        commands.quantize()
+    with pytest.raises(InputError, match=r"the FP32 outputs are not finite for \d+ of 128 images"):
+        commands.evaluate()
+
+
+def test_weights_that_overflow_in_fp16_alone(commands):
+    """FP32 is fine, FP16 gives NaN: counted, named, and no PASSED."""
+    with torch.no_grad():
+        commands.network.conv1.weight.mul_(1e6)
+        commands.network.conv1.bias.mul_(1e6)
+        commands.network.conv2.weight.mul_(1e-6)
+    commands.save()
+    commands.quantize()
+    code, report, _ = commands.evaluate()
+    half = next(row for row in report["rows"] if row["precision"] == "fp16")
+    assert half["accuracy"]["non_finite"] > 0
+    assert code == 1
+    assert not report["verdict"]["passed"]
+    assert any("NaN or infinity" in reason for reason in report["verdict"]["reasons"])
+
+
+def test_a_layer_that_gives_zeros(commands):
+    """Its tensor has the scale 0, is named, and what reads it stays in float; nothing divides by zero."""
+    with torch.no_grad():
+        commands.network.conv2.weight.zero_()
+        commands.network.conv2.bias.zero_()
+    commands.save()
+    _, summary, err = commands.quantize()
+    assert summary["table"]["scales"]["conv2"] == summary["table"]["scales"]["pool2"] == 0
+    assert "warning: no usable range, all values were zero: conv2, pool2" in err
+    assert "warning: ip1 stays in float" in err
+    code, report, err = commands.evaluate("--tolerance=100")
+    assert code == 0
+    assert "warning: ip1 stays in float" in err
+    assert all(row["accuracy"]["non_finite"] == 0 for row in report["rows"] if row["accuracy"])
+
+
+def test_a_channel_that_gives_zeros_is_no_problem(commands):
+    with torch.no_grad():
+        commands.network.conv1.weight[3].zero_()
+        commands.network.conv1.bias[3].zero_()
+        commands.network.conv1.weight[4].mul_(1e-42)
+    commands.save()
+    _, _, err = commands.quantize()
+    assert "warning: no usable range" not in err
+    _, report, _ = commands.evaluate()
+    assert all(row["accuracy"]["non_finite"] == 0 for row in report["rows"] if row["accuracy"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--subset=first", "--batches=1", "--batch-size=1"), "the calibration subset has no image of class"),
+        (("--subset=random", "--batches=1", "--batch-size=3"), "the calibration subset has no image of class"),
+        (("--batches=1", "--batch-size=9"), "the calibration subset has no image of class"),
+        (("--batches=1000000",), "calibration needs 50000000 images"),
+        (("--subset=random", "--skip=1"), "calibration.skip goes with the subset 'first'"),
+    ],
+)
+def test_a_subset_that_represents_nothing(commands, arguments, message):
+    commands.save()
+    with pytest.raises(InputError, match=message):
+        commands.quantize(*arguments)
+    assert sorted(path.name for path in commands.run.iterdir()) == [".lock", "model.ckpt"]
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-45, 2.0**-127, 3e38])
+def test_scales_that_cannot_quantize(commands, scale):
+    """Zero, subnormal, or with a range beyond float32: the tensor is named, and what reads it stays in float."""
+    commands.save()
+    commands.quantize()
+    code, report, err = commands.evaluate(commands.edit_table(pool1=scale), "--tolerance=100")
+    assert code == 0
+    assert "warning: conv2 stays in float" in err
+    assert "what it was made from is not known" in err
+    int8 = next(row for row in report["rows"] if row["precision"] == "int8")
+    assert "conv2" not in int8["details"]["int8 layers"].split(", ")
+
+
+@pytest.mark.parametrize(
+    ("digits", "message"),
+    [("7f800000", "the scale is infinite"), ("7fc00000", "the scale is NaN"), ("bc008912", "the scale is negative")],
+)
+def test_scales_that_are_no_scales(commands, digits, message):
+    commands.save()
+    commands.quantize()
+    text = (commands.run / TABLE).read_text()
+    (commands.folder / "edited").write_text(text.rpartition("prob: ")[0] + f"prob: {digits}\n")
+    for command in (commands.quantize, commands.evaluate):
+        with pytest.raises(InputError, match=rf"edited line 9: tensor 'prob': {message}"):
+            command(f"--cache={commands.folder / 'edited'}")
+
+
+def test_scales_that_are_plainly_wrong_fail_the_verdict(commands):
+    commands.save()
+    commands.quantize()
+    assert commands.evaluate("--tolerance=10")[0] == 0
+    code, report, _ = commands.evaluate(commands.edit_table(pool2=1e30), "--tolerance=10")
+    assert code == 1
+    assert not report["verdict"]["passed"]
+
+
+def test_a_table_of_another_network(commands):
+    commands.save()
+    commands.quantize()
+    cache = commands.edit_table(conv77=0.1)
+    assert "warning: the table names tensors that LeNet does not have: conv77" in commands.evaluate(cache)[2]
+    cache = commands.edit_table(pool2=None)
+    assert "warning: ip1 stays in float" in commands.evaluate(cache)[2]
+    others = dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"))
+    cache = commands.edit_table(**others, input_0=0.1, output_0=0.2)
+    with pytest.raises(InputError, match="it belongs to another network"):
+        commands.evaluate(cache)
+
+
+def test_a_table_of_other_weights(commands):
+    """Trained again since: the recorded table is not used, and a named one is refused."""
+    commands.save()
+    commands.quantize()
+    with torch.no_grad():
+        commands.network.ip2.bias[0] += 1
+    commands.save()
+    code, report, _ = commands.evaluate()
+    assert code == 1
+    assert "of other weights" in next(row["skipped"] for row in report["rows"] if row["precision"] == "int8")
+    with pytest.raises(InputError, match="was made for other weights"):
+        commands.evaluate(f"--cache={commands.run / TABLE}")
+    _, summary, _ = commands.quantize()
+    assert summary["table"]["reason"] == "the weights changed"
+
+
+def test_a_table_that_another_run_replaced(commands):
+    """Two runs that share a file: whoever wrote it last has it, and the other one notices."""
+    commands.save()
+    shared = f"--cache={commands.folder / 'shared'}"
+    commands.quantize(shared)
+    shutil.copytree(commands.run, commands.folder / "artifacts" / "first")
+    with torch.no_grad():
+        commands.network.ip2.bias[0] += 1
+    commands.save()
+    commands.quantize(shared)
+    code, report, _ = commands(evaluate, *QUICK, "--run=first")
+    assert code == 1
+    assert "was made for other weights since" in str(report["rows"])
+
+
+@pytest.mark.parametrize("part", ["table", "side file"])
+def test_a_table_and_a_side_file_that_do_not_belong_together(commands, part):
+    """As after a kill between the two, or an edit."""
+    commands.save()
+    commands.quantize()
+    path = commands.run / (TABLE if part == "table" else f"{TABLE}.json")
+    old = path.read_bytes()
+    commands.quantize("--algorithm=minmax")
+    path.write_bytes(old)
+    code, report, _ = commands.evaluate()
+    assert code == 1
+    assert "was changed since it was calibrated" in str(report["rows"])
+    _, summary, _ = commands.quantize("--algorithm=minmax")
+    assert summary["table"]["calibrated"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"fingerprint": "0" * 64}, "is not what the network was trained on"),
+        ({"classes": tuple("ABCDEFGHIJ")}, "prepared differently, or have other classes"),
+        ({"classes": tuple("01234")}, "prepared differently, or have other classes"),
+        ({"preprocessing": {"scale": 1 / 256}}, "prepared differently, or have other classes"),
+        ({"preprocessing": {"mean": (0.1307,), "std": (0.3081,)}}, "prepared differently, or have other classes"),
+        ({"preprocessing": {"height": 32, "width": 32}}, "does not take images|prepared differently"),
+        ({"preprocessing": {"height": 29, "width": 29}}, "prepared differently, or have other classes"),
+    ],
+)
+def test_other_images_than_the_network_was_trained_on(commands, change, message):
+    dataset = commands.meta.dataset
+    if "preprocessing" in change:
+        change = {"preprocessing": dataclasses.replace(dataset.preprocessing, **change["preprocessing"])}
+    commands.save(dataclasses.replace(commands.meta, dataset=dataclasses.replace(dataset, **change)))
+    for command in (commands.quantize, commands.evaluate):
+        with pytest.raises(InputError, match=message):
+            command()
+
+
+def test_a_network_with_other_classes_than_the_data(commands):
+    commands.network = LeNet(num_classes=7)
+    commands.save(dataclasses.replace(commands.meta, init_args={"num_classes": 7}))
+    with pytest.raises(InputError, match="not a classifier of this data set"):
+        commands.evaluate()
