@@ -17,7 +17,14 @@ from benchmarks.setting import Setting, top1
 from benchmarks.timing import in_turns, ratio, spread, timed_often
 from calib.graph import INPUT, Int8Plan
 from engines.eager import TorchEngine
-from engines.ort import available_cores, integer_dot_products, integer_operators, open_session
+from engines.ort import (
+    available_cores,
+    describe_dot_products,
+    dot_products,
+    integer_operators,
+    open_runner,
+    open_session,
+)
 
 EAGER = "FP32, PyTorch eager"
 SIMULATION = "INT8, integer simulation"
@@ -31,7 +38,8 @@ METHOD = (
     "Latency of one batch from the caller's side, engines in turns: in each turn a network runs for about 30 ms, its "
     "first run not counted, and the turn's figure is the median of the others. Ratios are medians over the turns. "
     "quantize_static makes its models of the same float network with its defaults, calibrated on the same images. "
-    "All engines have the same number of threads."
+    "All engines have the same number of threads; all models run in ONNX Runtime as this project's engine runs them, "
+    "each thread taking its share of a batch, and quantize_static's also in a plain session."
 )
 
 
@@ -45,10 +53,13 @@ def run(setting: Setting) -> Findings:
     if problem:
         skipped["ONNX Runtime"] = problem
     for name, model in models.items():
-        session, optimized = open_session(model, threads)
-        runners[ORT + name] = partial(_run_session, session)
+        call, optimized = open_runner(model, threads)
+        runners[ORT + name] = partial(_run, call)
         operators = ", ".join(f"{count} {kind}" for kind, count in sorted(integer_operators(optimized).items()))
         details[ORT + name] = {"file, bytes": model.ByteSize(), "integer operators": operators or "none"}
+    if models:
+        session, _ = open_session(models[ort.PER_TENSOR], threads)
+        runners[ORT + ort.PLAIN] = partial(_run, lambda images: session.run(None, {INPUT: images})[0])
     found, problem = _openvino_runners(plan, threads)
     if problem:
         skipped["OpenVINO"] = problem
@@ -101,8 +112,8 @@ def _onnx_models(setting: Setting, plan: Int8Plan) -> tuple[dict[str, Any], str 
         return {}, f"it cannot be imported: {error}"
 
 
-def _run_session(session: Any, images: Tensor) -> Tensor:
-    return torch.from_numpy(session.run(None, {INPUT: images.numpy()})[0])
+def _run(call: Callable[[Any], Any], images: Tensor) -> Tensor:
+    return torch.from_numpy(call(images.numpy()))
 
 
 def _openvino_runners(plan: Int8Plan, threads: int) -> tuple[dict[str, Runner], str | None]:
@@ -136,8 +147,8 @@ def _infer(request: Any, images: Tensor) -> Tensor:
 
 def _latency_targets(size: int, goal: float, seconds: dict[str, list[float]]) -> list[Target]:
     ours = seconds[ORT + ort.OURS]
-    others = [seconds[ORT + ort.PER_TENSOR], seconds[ORT + ort.PER_CHANNEL]]
-    note = f"this CPU's integer dot products: {integer_dot_products()}"
+    others = [seconds[ORT + name] for name in (ort.PER_TENSOR, ort.PER_CHANNEL, ort.PLAIN)]
+    note = f"this CPU's integer dot products: {describe_dot_products(dot_products())}"
     return [
         Target(
             f"ONNX Runtime, INT8 against FP32, batch {size}: times as fast",
