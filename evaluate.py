@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -57,15 +58,19 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 if the verdict is PASSED, 1 if it is FAILED."""
     config, flags = parse(parser(), argv)
-    start_logging()
+    # torchrun's variable; without it this is the only process.
+    first = os.environ.get("RANK", "0") == "0"
+    start_logging(logging.INFO if first else logging.ERROR)
     config.evaluation.analysis = config.evaluation.analysis and not flags.no_analysis
     run = Run(config.run, config.artifacts)
     if not run.checkpoint.exists():
         raise InputError(f"there is no checkpoint {run.checkpoint}: run train.py first")
     target = run.folder if flags.report == RUN_FOLDER else flags.report
     # Who only reads needs no lock: every file of the run is either old or new, never torn.
-    with run.locked() if target == run.folder else nullcontext():
+    with run.locked() if first and target == run.folder else nullcontext():
         report = evaluated(config, run, flags.cache, target)
+    if report is None:
+        return ExitCode.PASSED
     if flags.json:
         print(json.dumps(asdict(report), indent=2, allow_nan=False))
     else:
@@ -75,26 +80,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitCode.PASSED if report.verdict.passed else ExitCode.FAILED
 
 
-def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report:
-    """Evaluate, and write the report into ``target`` if there is one."""
+def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report | None:
+    """Evaluate, and write the report into ``target`` if there is one; None in all processes but the first."""
     from engines import EngineError, select_engine
     from engines.cuda import baselines
     from evaluation.pipeline import evaluate, explain
+    from evaluation.processes import joined
     from evaluation.report import write_report
     from evaluation.subject import open_subject
     from evaluation.tensorboard import log_report
 
     options = config.evaluation
-    subject = open_subject(config, run, cache)
-    sizes = (options.batch_size, *options.latency_batch_sizes)
-    selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
-    logger.info("engine %s: %s", selection.engine.name, selection.reason)
-    try:
-        others = baselines(subject.network, config.engine, tuple(options.precisions))
-    except EngineError as error:
-        logger.warning("no baseline on the GPU: %s", error)
-        others = []
-    report, measured = evaluate(config, subject, selection, others)
+    with joined() as processes:
+        processes.divide(config.engine)
+        subject = open_subject(config, run, cache)
+        sizes = (options.batch_size, *options.latency_batch_sizes)
+        selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
+        logger.info("engine %s: %s", selection.engine.name, selection.reason)
+        try:
+            others = baselines(subject.network, config.engine, tuple(options.precisions)) if processes.first else []
+        except EngineError as error:
+            logger.warning("no baseline on the GPU: %s", error)
+            others = []
+        found = evaluate(config, subject, selection, others, processes)
+    if found is None:
+        return None
+    report, measured = found
     if target is not None:
         report = explain(report, measured, config, subject)
         for path in write_report(report, target):

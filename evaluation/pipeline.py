@@ -17,7 +17,7 @@ from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError
 from engines import Compiled, EngineError, Selection
-from evaluation.accuracy import Predictions, accuracy, measure, paired
+from evaluation.accuracy import Predictions, accuracy, measure_shared, paired
 from evaluation.analysis import (
     TENSOR_IMAGES,
     affordable_images,
@@ -28,6 +28,7 @@ from evaluation.analysis import (
 )
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
+from evaluation.processes import ALONE, Processes
 from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, is_within, judge
 from evaluation.subject import Subject
 
@@ -64,8 +65,12 @@ class Measured:
 
 
 def evaluate(
-    config: Config, subject: Subject, selection: Selection, baselines: Sequence[Compiled] = ()
-) -> tuple[Report, Measured]:
+    config: Config,
+    subject: Subject,
+    selection: Selection,
+    baselines: Sequence[Compiled] = (),
+    processes: Processes = ALONE,
+) -> tuple[Report, Measured] | None:
     """Compile each precision, run them over the same images, time them in turns, and judge.
 
     Args:
@@ -73,9 +78,11 @@ def evaluate(
         subject: What to evaluate.
         selection: What executes it.
         baselines: Other ways to execute the network, timed beside it.
+        processes: Those that share the accuracy run.
 
     Returns:
-        The report, without the per-layer parts, and the predictions of each precision.
+        The report, without the per-layer parts, and the predictions of each precision; None in all processes but the
+        first, which have done their part then.
 
     Raises:
         InputError: the engine cannot run FP32, or the images or outputs are unusable.
@@ -87,9 +94,12 @@ def evaluate(
         compiled, skipped = compile_precisions(selection, subject, options.precisions)
     networks = list(compiled.values())
     with watch.part("accuracy"):
-        labels, predictions = measure(
-            networks, subject.images, classes, options.batch_size, options.start, options.batches
+        found = measure_shared(
+            networks, subject.images, classes, options.batch_size, options.start, options.batches, processes
         )
+    if found is None:
+        return None
+    labels, predictions = found
     with watch.part("latency"):
         latency = measure_latency(
             [*networks, *baselines],

@@ -1,0 +1,171 @@
+"""Several processes train and evaluate with the figures of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from common.config import EngineConfig
+from common.errors import InputError
+from evaluation.processes import ALONE, Processes, joined
+
+ROOT = Path(__file__).resolve().parents[2]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("batches", [7, 8, 100])
+def test_shares_are_all_batches_in_order(count: int, batches: int) -> None:
+    shares = [Processes(rank, count).share(batches) for rank in range(count)]
+
+    assert [batch for share in shares for batch in share] == list(range(batches))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_fewer_batches_than_processes_are_refused() -> None:
+    with pytest.raises(InputError, match="2 batches cannot be shared by 3 processes: lower --batch-size"):
+        Processes(0, 3).share(2)
+
+
+def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with joined() as processes:
+        assert processes is ALONE
+        assert processes.gather("value") == ["value"]
+
+
+def test_incomplete_variables_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="not all that torchrun sets: 'RANK'"), joined():
+        pass
+
+
+def test_processes_of_a_machine_share_its_cores() -> None:
+    engine, given = EngineConfig(), EngineConfig(threads=3)
+    for config in (engine, given):
+        Processes(1, 4, 1, 2).divide(config)
+
+    assert engine.threads == max(1, len(os.sched_getaffinity(0)) // 2)
+    assert given.threads == 3
+
+
+def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run ``evaluate.py`` in several processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, str(ROOT / "evaluate.py"), *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def figures(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
+    """Everything that a report says of accuracy."""
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    return [{key: row[key] for key in ("precision", "accuracy", "paired", "skipped")} for row in report["rows"]]
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[Path, dict[str, Any]]:
+    """A run that two processes trained, calibrated, and what training printed."""
+    artifacts = tmp_path_factory.mktemp("artifacts")
+    common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", artifacts)
+    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu")
+    trained = command("train.py", *common, *ddp, "--epochs", "2", "--trainer.precision", "32-true", "--json")
+    assert trained.returncode == 0, trained.stderr
+    calibrated = command("quantize.py", *common, "--engine", "torch")
+    assert calibrated.returncode == 0, calibrated.stderr
+    return artifacts, json.loads(trained.stdout)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_two_processes_train_with_the_metrics_of_one(digits: tuple[Path, dict[str, Any]]) -> None:
+    from models.checkpoint import load_checkpoint
+    from models.reopen import reopen_data
+
+    artifacts, summary = digits
+    checkpoint = load_checkpoint(artifacts / "lenet_digits" / "model.ckpt")
+    data = reopen_data(checkpoint.meta, checkpoint.meta.data)
+    images, labels = data.test.images(slice(None)), data.test.labels
+    with torch.no_grad():
+        logits = checkpoint.network.logits(images)  # type: ignore[operator]
+
+    metrics = summary["metrics"]
+    assert metrics["test_top1"] == pytest.approx(float((logits.argmax(1) == labels).double().mean()), abs=1e-6)
+    assert metrics["test_loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), abs=1e-5)
+    with torch.no_grad():
+        predicted = checkpoint.network(data.validation.images(slice(None))).argmax(1)
+    top1 = float((predicted == data.validation.labels).double().mean())
+    assert metrics["val_top1"] == pytest.approx(top1, abs=1e-6)
+    assert metrics["test_top1"] > 0.5
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_processes_evaluate_with_the_figures_of_one(digits: tuple[Path, dict[str, Any]], command: Command) -> None:
+    options = (
+        *("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", digits[0], "--json", "--batch-size", "64"),
+        *("--threads", "1", "--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01"),
+    )
+    alone = figures(command("evaluate.py", *options))
+
+    assert [row["precision"] for row in alone] == ["fp32", "fp16", "int8"]
+    assert figures(torchrun(2, *options)) == alone
+    assert figures(torchrun(3, *options)) == alone
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_path: Path, command: Command) -> None:
+    from common.config import DataConfig
+    from data import open_data
+    from models import CheckpointMeta, SmallResNet, save_checkpoint
+
+    for part, count in (("train", 8), ("test", 9)):
+        for label, name in enumerate(("bolt", "nut")):
+            (tmp_path / "images" / part / name).mkdir(parents=True)
+            for number in range(count):
+                color = (100 * label, 10 * number, 200)
+                Image.new("RGB", (30, 32), color).save(tmp_path / "images" / part / name / f"{number}.png")
+    config = DataConfig(dataset="imagefolder", dir=tmp_path / "images", image_size=28, resize=28, validation=2)
+    data = open_data(config, seed=1)
+    torch.manual_seed(0)
+    arguments = {"num_classes": 2, "in_channels": 3}
+    meta = CheckpointMeta("SmallResNet", "models.SmallResNet", arguments, data.info, config, seed=1)
+    save_checkpoint(tmp_path / "lenet_mnist" / "model.ckpt", SmallResNet(2, 3), meta)
+    options = (
+        *("--artifacts", tmp_path, "--data-dir", tmp_path / "images", "--json", "--batch-size", "4"),
+        *("--threads", "1", "--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01"),
+        *("--engine", "torch"),
+    )
+
+    assert figures(torchrun(2, *options)) == figures(command("evaluate.py", *options))
+
+    # The last images are the second process's.
+    broken = tmp_path / "images" / "test" / "nut" / "8.png"
+    broken.write_bytes(bytes(broken.stat().st_size))
+    result = torchrun(2, *options)
+    assert result.returncode != 0
+    assert f"error: {broken} is not a readable image" in result.stderr
+    assert "internal error" not in result.stderr
