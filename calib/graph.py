@@ -101,17 +101,6 @@ _METHODS: Final[Mapping[str, str]] = {
     "dim": "shape",
 }
 
-_IN_PLACE_OPERATORS: Final[Mapping[Callable[..., Any], Callable[..., Any]]] = {
-    operator.iadd: operator.add,
-    operator.isub: operator.sub,
-    operator.imul: operator.mul,
-    operator.itruediv: operator.truediv,
-    operator.ifloordiv: operator.floordiv,
-    operator.imod: operator.mod,
-    operator.ipow: operator.pow,
-    operator.imatmul: operator.matmul,
-}
-
 SHARES_SCALE: Final = frozenset({"maxpool", "view", "concat"})
 """Operations whose output has its input's scale: they only move or choose values."""
 QUANTIZABLE: Final = frozenset({"conv", "linear", "add", "avgpool", "activation"})
@@ -461,8 +450,8 @@ def _purify(node: fx.Node, module: fx.GraphModule) -> bool:
         return True
     if node.op != "call_function" or not callable(node.target):
         return False
-    if node.target in _IN_PLACE_OPERATORS:
-        node.target = _IN_PLACE_OPERATORS[node.target]
+    if node.target is operator.iadd:
+        node.target = operator.add
         return True
     name = getattr(node.target, "__name__", "")
     pure = getattr(torch, name[:-1], None)

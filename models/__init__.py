@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from models.classifier import Classifier
     from models.lenet import LeNet
     from models.network import build_network
+    from models.small_resnet import SmallResNet
 
 _HOME = {
     "Checkpoint": "models.checkpoint",
     "CheckpointMeta": "models.checkpoint",
     "Classifier": "models.classifier",
     "LeNet": "models.lenet",
+    "SmallResNet": "models.small_resnet",
     "build_network": "models.network",
     "load_checkpoint": "models.checkpoint",
     "save_checkpoint": "models.checkpoint",
@@ -29,6 +31,7 @@ __all__ = [
     "CheckpointMeta",
     "Classifier",
     "LeNet",
+    "SmallResNet",
     "build_network",
     "load_checkpoint",
     "save_checkpoint",

@@ -1,0 +1,148 @@
+"""What holds for LeNet holds for every network that torch.fx traces: names, sharing, arithmetic, ONNX files."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calib.calibrator import calibrate
+from calib.explicit import fake_quantize
+from calib.graph import Int8Plan, Network
+from calib.table import CalibrationTable
+from engines.integer import IntegerNetwork
+from engines.onnx_export import float_model, int8_model
+from tests.general import zoo
+
+IMAGES = 8
+
+
+@cache
+def model(name: str) -> nn.Module:
+    return zoo.build(name)
+
+
+@cache
+def network(name: str) -> Network:
+    return zoo.traced(name, model(name))
+
+
+@cache
+def plan(name: str) -> Int8Plan:
+    return zoo.exact_plan(network(name), zoo.images_of(name, 16, seed=1))
+
+
+@cache
+def simulated(name: str) -> Tensor:
+    return IntegerNetwork(plan(name))(zoo.images_of(name, IMAGES))
+
+
+@cache
+def exported(name: str) -> bytes:
+    return float_model(network(name)).SerializeToString()
+
+
+@pytest.fixture(params=list(zoo.ALL))
+def name(request: pytest.FixtureRequest) -> str:
+    value: str = request.param
+    return value
+
+
+def test_the_traced_network_computes_what_the_model_does(name: str) -> None:
+    images = zoo.images_of(name, IMAGES)
+    with torch.no_grad():
+        expected = model(name)(images)
+        found = network(name).run(images, lambda tensor, value: None)
+    is_probability = torch.allclose(expected.sum(1), torch.ones(len(expected)), atol=1e-4) and bool(
+        (expected >= 0).all()
+    )
+    torch.testing.assert_close(found, expected if is_probability else expected.softmax(1), atol=1e-5, rtol=1e-3)
+
+
+def test_names_are_unique_and_those_of_every_trace(name: str) -> None:
+    again = zoo.traced(name, zoo.build(name))
+
+    assert again.tensors == network(name).tensors
+    assert again.layers == network(name).layers
+    assert len(set(again.tensors)) == len(again.tensors)
+    assert (again.tensors[0], again.tensors[-1]) == ("data", "prob")
+    assert len({layer.name for layer in again.layers}) == len(again.layers)
+
+
+def test_the_table_names_every_tensor_and_survives_its_file(name: str, tmp_path: Path) -> None:
+    table = calibrate(network(name), [zoo.images_of(name, 4)])
+    table.write(tmp_path / "table")
+
+    assert tuple(table.scales) == network(name).tensors
+    assert CalibrationTable.read(tmp_path / "table").scales == table.scales
+
+
+def test_operations_that_stay_in_float_are_named(name: str) -> None:
+    assert set(network(name).unsupported.values()) == zoo.UNSUPPORTED.get(name, set())
+    assert network(name).unsupported.keys().isdisjoint(layer.name for layer in network(name).layers)
+    assert not plan(name).kept
+
+
+def test_tensors_that_share_a_scale_do(name: str) -> None:
+    """Max pooling has its input's scale, and all inputs of a concatenation the one of its output."""
+    described, table = network(name), calibrate(network(name), [zoo.images_of(name, 4)])
+    for node in described.module.graph.nodes:
+        inputs = [item.name for item in node.all_input_nodes if item.name in described.tensor_of]
+        if described.kinds.get(node.name) in ("maxpool", "concat") and node.name in described.tensor_of:
+            scales = {table.scales[described.tensor_of[item]] for item in (node.name, *inputs)}
+            assert len(scales) == 1, node.name
+
+
+def test_explicit_quantization_agrees_with_the_simulation(name: str) -> None:
+    found = fake_quantize(plan(name))(zoo.images_of(name, IMAGES))
+
+    assert torch.equal(found, simulated(name))
+
+
+def test_int8_differs_from_float(name: str) -> None:
+    """The comparisons above would hold for a network that nothing was done to."""
+    reference = plan(name).network.run(zoo.images_of(name, IMAGES), lambda tensor, value: None)
+
+    assert float((simulated(name) - reference).abs().max()) > 1e-5
+
+
+def test_the_float_onnx_file_has_the_names_of_the_table_and_the_outputs_of_the_network(name: str) -> None:
+    images = zoo.images_of(name, IMAGES)
+
+    graph = onnx.load_model_from_string(exported(name)).graph
+    values = {value.name for value in graph.input} | {output for node in graph.node for output in node.output}
+    assert values >= set(network(name).tensors)
+    found = _run(exported(name), images)
+    torch.testing.assert_close(found, network(name).run(images, lambda *_: None), atol=2e-5, rtol=1e-3)
+
+
+def test_every_named_value_of_the_onnx_file_is_the_tensor_of_that_name(name: str) -> None:
+    model = onnx.load_model_from_string(exported(name))
+    expected: dict[str, Tensor] = {}
+    images = zoo.images_of(name, 2)
+    network(name).run(images, lambda tensor, value: expected.update({tensor: value.clone()}))
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in expected if tensor != "data")
+
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    found = session.run(None, {"data": images.numpy()})
+    for output, value in zip(session.get_outputs(), found, strict=True):
+        largest = float(expected[output.name].abs().max())
+        torch.testing.assert_close(torch.from_numpy(value), expected[output.name], atol=1e-4 * largest + 1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("for_cpu", [False, True], ids=["portable", "for_cpu"])
+def test_onnx_runtime_agrees_with_the_simulation_in_int8(name: str, for_cpu: bool) -> None:
+    found = _run(int8_model(plan(name), for_cpu).SerializeToString(), zoo.images_of(name, IMAGES))
+
+    torch.testing.assert_close(found, simulated(name), atol=1e-6, rtol=1e-5)
+
+
+def _run(content: bytes, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"data": images.numpy()})[0])

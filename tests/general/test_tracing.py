@@ -1,0 +1,145 @@
+"""What users' networks do that tracing could get wrong: refused in one line, or right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from calib.calibrator import calibrate
+from calib.graph import trace
+from common.errors import InputError
+
+SHAPE = (3, 6, 6)
+
+
+class Body(nn.Module):
+    """A convolution, a function on its output, a linear layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], features: int = 4 * 6 * 6) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.function = function
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.fc = nn.Linear(features, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.function(self.conv(x)).flatten(1))
+
+
+def statement(change: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
+    """What changes its argument in place, its own result unused."""
+
+    def function(x: Tensor) -> Tensor:
+        change(x)
+        return x
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        statement(lambda x: x.mul_(2)),
+        statement(lambda x: x.clamp_(-0.1, 0.1)),
+        statement(lambda x: F.relu(x, True)),
+        statement(lambda x: F.hardswish(x, inplace=True)),
+        statement(torch.sigmoid_),
+    ],
+)
+def test_what_works_in_place_is_not_lost(function: Callable[[Tensor], Tensor]) -> None:
+    model = Body(function).eval()
+    images = torch.randn(2, *SHAPE)
+    with torch.no_grad():
+        expected = model(images).softmax(1)
+        torch.testing.assert_close(trace(model, input_shape=SHAPE).module(images), expected)
+        assert not torch.allclose(expected, Body(lambda x: x).eval()(images).softmax(1))
+
+
+def test_a_value_changed_through_a_view_is_refused() -> None:
+    model = Body(statement(lambda x: x.view(-1).mul_(2)))
+    with pytest.raises(InputError, match=r"Body computes something else once traced: .*through a view"):
+        trace(model, input_shape=SHAPE)
+
+
+def test_a_random_network_is_refused() -> None:
+    with pytest.raises(InputError, match="Body computes something else once traced: random"):
+        trace(Body(lambda x: x * torch.rand(1)), input_shape=SHAPE)
+
+
+def test_batch_normalisation_of_another_axis_is_not_folded_in_silence() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+            self.norm = nn.BatchNorm1d(6)  # of the rows, not of the linear layer's features
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.linear(x[:, 0])).flatten(1)
+
+    model = Rows()
+    nn.init.uniform_(model.norm.weight)
+    with pytest.raises(InputError, match="computes something else once traced"):
+        trace(model, input_shape=SHAPE)
+
+
+def test_in_place_without_a_pure_counterpart_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="copy_, which works in place"):
+        trace(Body(lambda x: x.copy_(x + 1)))
+
+
+def test_images_that_the_model_does_not_take_are_refused_with_the_place() -> None:
+    with pytest.raises(InputError, match=r"network Body does not take images of shape \(2, 3, 8, 8\): .*test_tracing"):
+        trace(Body(lambda x: x), input_shape=(3, 8, 8))
+
+
+def test_assignment_to_a_part_is_refused_with_the_place() -> None:
+    def function(x: Tensor) -> Tensor:
+        x[:, 0] = 0
+        return x
+
+    with pytest.raises(InputError, match=r"Body cannot be traced: .*item assignment.*test_tracing\.py:\d+: x\[:, 0\]"):
+        trace(Body(function))
+
+
+def test_masks_and_indices_have_no_range(caplog: pytest.LogCaptureFixture) -> None:
+    network = trace(Body(lambda x: torch.where(x > 0, x, -x)), input_shape=SHAPE)
+    table = calibrate(network, [torch.rand(2, *SHAPE)])
+
+    assert table.scales["gt"] == 0
+    assert set(table.unusable) == {"gt"}
+    assert "gt" not in caplog.text
+
+
+def test_attention_gives_several_values() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 1)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.fc = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.conv(x).flatten(2).transpose(1, 2)
+            mixed, _ = self.attention(tokens, tokens, tokens)
+            return self.fc(mixed.mean(1))
+
+    network = trace(Attention(), input_shape=SHAPE)
+    calibrate(network, [torch.rand(2, *SHAPE)])
+    assert network.unsupported == {"attention": "MultiheadAttention", "mean": "mean"}
+
+
+def test_stochastic_depth_is_nothing() -> None:
+    from torchvision.ops import StochasticDepth
+
+    network = trace(Body(StochasticDepth(0.5, "row")), input_shape=SHAPE)
+    assert network.tensors == ("data", "conv", "fc", "prob")
+    assert not network.unsupported
+
+
+def test_a_concatenation_that_a_relu_overwrites_gives_its_inputs_no_scale() -> None:
+    network = trace(Body(lambda x: F.relu(torch.cat([x, -x], 1), inplace=True), 8 * 6 * 6), input_shape=SHAPE)
+    assert all(network.scale_source[name] == name for name in network.tensors)
