@@ -1,7 +1,7 @@
 """Calibration: histograms -> thresholds -> scales -> calibration table.
 
-``from calib import calibrate, trace, CalibrationTable``. The first two need torch and are imported when asked for,
-so that the table tools (``python -m calib``) start at once.
+``from calib import CalibrationTable, calibrate, plan_int8, trace``. All but the table need torch and are imported when
+asked for, so that the table tools (``python -m calib``) start at once.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from calib.table import CalibrationTable
 
 if TYPE_CHECKING:
     from calib.calibrator import calibrate
-    from calib.graph import trace
+    from calib.graph import plan_int8, trace
 
-__all__ = ["CalibrationTable", "calibrate", "trace"]
+__all__ = ["CalibrationTable", "calibrate", "plan_int8", "trace"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from calib.calibrator import calibrate
 
         return calibrate
-    if name == "trace":
-        from calib.graph import trace
+    if name in ("plan_int8", "trace"):
+        from calib import graph
 
-        return trace
+        return getattr(graph, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

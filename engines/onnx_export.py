@@ -95,7 +95,7 @@ def export(
     return Exported(fp32, int8, int8_cpu, beside)
 
 
-def export_fp32(network: Network, path: Path, provenance: Mapping[str, str]) -> None:
+def export_fp32(network: Network, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
     """Write the float network to ``path`` as ONNX, atomically.
 
     Args:
@@ -106,10 +106,12 @@ def export_fp32(network: Network, path: Path, provenance: Mapping[str, str]) -> 
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
     """
-    _write(float_model(network), path, provenance)
+    _write(float_model(network), Path(path), provenance or {})
 
 
-def export_int8(plan: Int8Plan, path: Path, provenance: Mapping[str, str], for_cpu: bool = False) -> None:
+def export_int8(
+    plan: Int8Plan, path: str | Path, provenance: Mapping[str, str] | None = None, for_cpu: bool = False
+) -> None:
     """Write the network with explicit quantization to ``path`` as ONNX, atomically.
 
     Args:
@@ -121,7 +123,7 @@ def export_int8(plan: Int8Plan, path: Path, provenance: Mapping[str, str], for_c
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
     """
-    _write(int8_model(plan, for_cpu), path, provenance)
+    _write(int8_model(plan, for_cpu), Path(path), provenance or {})
 
 
 def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) -> None:
