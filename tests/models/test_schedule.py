@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -24,8 +26,8 @@ def test_onecycle_rises_for_a_quarter_then_falls_to_nothing():
     assert factors[0] == pytest.approx(0.04)
     assert factors[100] == max(factors) == pytest.approx(1)
     assert factors[400] == pytest.approx(0)
-    assert all(a < b for a, b in zip(factors[:100], factors[1:101], strict=True))
-    assert all(a > b for a, b in zip(factors[100:400], factors[101:], strict=True))
+    assert all(a < b for a, b in itertools.pairwise(factors))
+    assert all(a > b for a, b in itertools.pairwise(factors))
 
 
 def test_cosine_and_constant():
@@ -34,9 +36,7 @@ def test_cosine_and_constant():
     assert learning_rate_factor(OptimizerConfig(schedule="constant"), 12345, None) == 1
 
 
-@given(
-    st.sampled_from(["onecycle", "inv", "cosine", "constant"]), st.integers(1, 10_000), st.integers(0, 20_000)
-)
+@given(st.sampled_from(["onecycle", "inv", "cosine", "constant"]), st.integers(1, 10_000), st.integers(0, 20_000))
 def test_factors_are_in_range(schedule, total, iteration):
     assert 0 <= learning_rate_factor(OptimizerConfig(schedule=schedule), iteration, total) <= 1
 
