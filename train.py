@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from common.cli import Parser, config_parser, parse, run_command
 from common.config import Config, DatasetName
-from common.console import print_table, start_logging
+from common.console import print_table, start_logging, stdout_to_stderr
 from common.errors import ExitCode, InputError
 from common.run import Run
 
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = is_first_process()
     start_logging(logging.INFO if first else logging.WARNING)
     run = Run(config.run, config.artifacts)
-    with run.locked() if first else nullcontext():
+    with run.locked() if first else nullcontext(), stdout_to_stderr():
         outcome = train(config, run, flags.resume, first)
     if first:
         summary = summarize(run, outcome)
@@ -114,7 +114,9 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
     except OSError as error:
         raise InputError(f"cannot go on training in {run.folder}: {error.strerror or error}") from error
     # Metrics are float32: further digits are noise.
-    metrics = {key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if key.startswith("test_")}
+    metrics = {
+        key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if key.startswith("test_")
+    }
     if fitting.checkpoints.best_score is not None:
         metrics["val_top1"] = round(fitting.checkpoints.best_score, 6)
     meta = CheckpointMeta(

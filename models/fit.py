@@ -146,7 +146,8 @@ class Checkpoints(Checkpoint):
         self.best_score: float | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != TrainerFn.FITTING:
+        trial: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
+        if trainer.sanity_checking or trial or trainer.state.fn != TrainerFn.FITTING:
             return
         # The same in every process: the metric is synchronised.
         score = float(trainer.callback_metrics["val_top1"])

@@ -3,15 +3,17 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import sys
 
 import pytest
 import torch
 from lightning.pytorch import Callback, seed_everything
 from torch import nn
 
-from common.config import Config, OptimizerConfig
+from common.cli import config_parser, parse
+from common.config import OptimizerConfig
 from common.errors import InputError
-from models import Classifier, fit
+from models import Classifier, fit, progress
 from models.archive import load_archive
 from tests.models.small import Auxiliary, Lively, Scores, ToNaN
 
@@ -149,7 +151,13 @@ def test_resuming_equals_not_having_stopped(run, average, step):
 
 def test_resuming_between_the_validations_of_an_epoch(run):
     """As in Caffe's configuration, which validates every 500 steps."""
-    often = {"val_check_interval": 5, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": 30, "network": Lively}
+    often = {
+        "val_check_interval": 5,
+        "check_val_every_n_epoch": None,
+        "max_epochs": -1,
+        "max_steps": 30,
+        "network": Lively,
+    }
     optimizer = OptimizerConfig(lr=0.05, schedule="inv")
     whole, _ = run("whole", optimizer=optimizer, **often)
     with pytest.raises(CrashError):
@@ -272,9 +280,7 @@ def test_every_optimizer_with_every_schedule(run, name, schedule):
     assert rate == pytest.approx(lr * end, abs=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(143), SystemExit)]
-)
+@pytest.mark.parametrize(("error", "raised"), [(KeyboardInterrupt(), KeyboardInterrupt), (SystemExit(143), SystemExit)])
 def test_signals_come_through(run, error, raised):
     with pytest.raises(raised) as caught:
         run(callbacks=(StopAt(5, error),))
@@ -333,12 +339,7 @@ def test_users_callbacks_and_loggers_come_on_top(tmp_path):
 
 
 def test_record_tells_what_decides_the_result(info):
-    config = Config.__new__(Config)
-    for field in dataclasses.fields(Config):
-        setattr(config, field.name, None)
-    from common.config import DataConfig, ModelConfig
-
-    config.seed, config.data, config.model, config.optimizer = 7, DataConfig(), ModelConfig(), OPTIMIZER
+    config, _ = parse(config_parser("train.py", "", {}), ["--seed=7", "--optimizer.lr=0.05"])
     record = fit.training_record(config, info, fit.check_trainer({"max_epochs": 3}))
     assert json.loads(json.dumps(record)) == record
     assert record["run"] == {"seed": 7}
@@ -347,20 +348,18 @@ def test_record_tells_what_decides_the_result(info):
     assert record["optimizer"]["lr"] == 0.05
 
 
-def test_progress_tells_each_epoch(run, caplog):
-    with caplog.at_level("INFO", logger="models.progress"):
-        run(max_epochs=2, enable_progress_bar=True)
-    lines = [record.message for record in caplog.records if record.name == "models.progress"]
+def test_progress_tells_each_epoch(run, monkeypatch):
+    lines = []
+    monkeypatch.setattr(progress.logger, "info", lambda text, *values: lines.append(text % values))
+    run(max_epochs=2, enable_progress_bar=True)
     assert len(lines) == 2
     for number, line in enumerate(lines, start=1):
-        assert line.startswith(f"epoch {number}/2: loss 0.") or line.startswith(f"epoch {number}/2: loss 1.")
+        assert line.startswith((f"epoch {number}/2: loss 0.", f"epoch {number}/2: loss 1."))
         assert "validation top-1" in line
         assert line.endswith(" s")
 
 
 def test_progress_bar_on_a_terminal(run, monkeypatch, capsys):
-    import sys
-
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(max_epochs=2, enable_progress_bar=True)
     assert capsys.readouterr().out == ""

@@ -1,0 +1,285 @@
+"""train.py as a user runs it, on the bundled digits and on MNIST."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from common.errors import InputError
+from common.run import Run
+from models import load_checkpoint
+
+DIGITS = ("--config", "configs/lenet_digits.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true")
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, capsys, root):
+    """Runs the command in this process, on the digits, and gives what it prints."""
+    monkeypatch.chdir(root)
+
+    def run(*arguments: str) -> dict:
+        capsys.readouterr()
+        code = train.main([*DIGITS, "--artifacts", str(tmp_path), "--json", *arguments])
+        assert code == 0
+        summary: dict = json.loads(capsys.readouterr().out)
+        return summary
+
+    return run
+
+
+def test_trains_tests_and_keeps_what_later_commands_need(trained, tmp_path):
+    summary = trained("--epochs=6")
+    assert summary["metrics"]["test_top1"] > 0.9
+    assert summary["metrics"]["val_top1"] > 0.9
+    assert summary["dataset"] == "digits"
+    assert any("not MNIST" in note for note in summary["notes"])
+    assert {path.name for path in (tmp_path / "lenet_digits").iterdir()} == {
+        *(".lock", "checkpoints", "logs", "model.ckpt"),
+    }
+    checkpoint = load_checkpoint(tmp_path / "lenet_digits" / "model.ckpt")
+    meta = checkpoint.meta
+    assert (meta.network, meta.class_path, meta.init_args) == ("LeNet", "models.LeNet", {"num_classes": 10})
+    assert (meta.data.dataset, meta.seed, meta.epochs) == ("digits", 1, summary["epochs"])
+    assert meta.metrics == summary["metrics"]
+    assert meta.versions.keys() == {"torch", "torchvision", "lightning"}
+
+    from models.reopen import reopen_data
+
+    test = reopen_data(meta, meta.data).test
+    with torch.no_grad():
+        found = checkpoint.network(test.images(slice(None))).argmax(1)
+    assert (found == test.labels).float().mean().item() == pytest.approx(summary["metrics"]["test_top1"], abs=1e-6)
+
+
+def test_same_seed_same_checkpoint_and_resuming_changes_nothing(trained, tmp_path):
+    trained("--epochs=2", "--run=one")
+    trained("--epochs=2", "--run=two")
+    one, two = (tmp_path / name / "model.ckpt" for name in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+    two.unlink()
+    trained("--epochs=2", "--run=two", "--resume")
+    assert one.read_bytes() == two.read_bytes()
+    trained("--epochs=2", "--run=two", "--seed=2")
+    assert one.read_bytes() != two.read_bytes()
+
+
+def test_shown_to_people(tmp_path, monkeypatch, capsys, root):
+    monkeypatch.chdir(root)
+    assert train.main([*DIGITS, "--artifacts", str(tmp_path), "--epochs=1"]) == 0
+    shown = capsys.readouterr()
+    assert "test top-1" in shown.out
+    assert "model.ckpt" in shown.out
+    assert "epoch 1/1: loss" in shown.err
+    assert "not MNIST" in shown.err
+    assert "epoch" not in shown.out.partition("LeNet on digits")[0]
+
+
+def test_averaged_weights(trained):
+    assert trained("--epochs=8", "--optimizer.average=0.9")["metrics"]["test_top1"] > 0.85
+
+
+def test_weights_to_start_from(trained, tmp_path):
+    trained("--epochs=4", "--run=first")
+    first = tmp_path / "first" / "model.ckpt"
+    started = trained("--epochs=1", "--run=second", f"--model.weights={first}", "--optimizer.lr=1e-6")
+    before = load_checkpoint(first).meta.metrics["test_top1"]
+    assert started["metrics"]["test_top1"] == pytest.approx(before, abs=0.02)
+
+
+def test_users_own_network(trained, tmp_path, monkeypatch, root):
+    (tmp_path / "users_own_network.py").write_text(
+        "from torch import nn\n"
+        "class Tiny(nn.Sequential):\n"
+        "    def __init__(self, num_classes, width):\n"
+        "        super().__init__(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, num_classes))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    summary = trained(
+        "--epochs=2", "--model.class_path=users_own_network:Tiny", '--model.init_args={"width": 20}', "--run=own"
+    )
+    assert summary["network"] == "Tiny"
+    path = tmp_path / "own" / "model.ckpt"
+    with pytest.raises(InputError, match="--model.class_path"):
+        load_checkpoint(path)
+    assert load_checkpoint(path, trusted="users_own_network:Tiny").meta.init_args == {"num_classes": 10, "width": 20}
+
+
+def test_caffes_solver(trained, tmp_path, root):
+    """The policy and the validations between epochs of lenet_caffe.yaml, shortened."""
+    summary = trained(
+        *("--config=configs/lenet_caffe.yaml", "--run=caffe", "--data.dataset=digits"),
+        *("--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.log_every_n_steps=10"),
+    )
+    assert summary["metrics"]["test_top1"] > 0.3
+    (log,) = (tmp_path / "caffe" / "logs").glob("version_0/metrics.csv")
+    with open(log, newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    rates = {int(row["step"]): float(row["lr"]) for row in rows if row["lr"]}
+    assert rates == {step: pytest.approx(0.01 * (1 + 1e-4 * step) ** -0.75) for step in (9, 19, 29, 39)}
+    assert [int(row["step"]) for row in rows if row["val_top1"]] == [19, 39]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--trainer.max_epoch=3",), "lightning.Trainer has no argument 'max_epoch'"),
+        (("--trainer.max_epochs=many",), "max_epochs"),
+        (("--trainer.accelerator=abacus",), "abacus"),
+        (("--resume",), "there is no checkpoint to resume from"),
+        (("--model.class_path=models.LeNot",), "has no 'LeNot'"),
+        (("--model.class_path=torchvision.models.resnet18",), "resnet18 does not take images of 1x28x28"),
+        (("--model.weights=no-such-file.pt",), "there is no file no-such-file.pt"),
+        (("--batch-size=5000",), "do not fill one batch"),
+        (("--optimizer.lr=1e9", "--optimizer.schedule=constant"), "the training loss became"),
+        (("--run=../elsewhere",), "run name"),
+        (("--data.dataset=mnist", "--data-dir=no-such-folder"), "no-such-folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_the_checkpoint(trained, tmp_path, arguments, message):
+    kept = tmp_path / "lenet_digits" / "model.ckpt"
+    kept.parent.mkdir()
+    kept.write_bytes(b"an earlier checkpoint")
+    with pytest.raises(InputError, match=message) as caught:
+        trained(*arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    assert kept.read_bytes() == b"an earlier checkpoint"
+
+
+@pytest.mark.parametrize("arguments", [("--epochs=many",), ("--optimizer.lr=fast",), ("--colour=red",)])
+def test_wrong_options(trained, capsys, arguments):
+    with pytest.raises(SystemExit) as caught:
+        trained(*arguments)
+    assert caught.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_wrong_input_before_training_keeps_the_earlier_training(trained, tmp_path):
+    trained("--epochs=1")
+    last = tmp_path / "lenet_digits" / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    with pytest.raises(InputError):
+        trained("--epochs=1", "--trainer.devices=0")
+    assert last.read_bytes() == before
+
+
+def test_one_training_at_a_time(trained, tmp_path):
+    with Run("lenet_digits", tmp_path).locked(), pytest.raises(InputError, match="another command"):
+        trained("--epochs=1")
+
+
+def test_full_disk(trained, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    from lightning.pytorch.loggers import CSVLogger
+
+    monkeypatch.setattr(CSVLogger, "save", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        trained("--epochs=1")
+    assert not (tmp_path / "lenet_digits" / "model.ckpt").exists()
+
+
+def test_first_process(monkeypatch):
+    for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert train.is_first_process()
+    monkeypatch.setenv("RANK", "0")
+    assert train.is_first_process()
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert not train.is_first_process()
+
+
+def test_help_does_not_import_torch(root):
+    script = (
+        "import sys, train\n"
+        "try: train.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'lightning', 'torchvision', 'numpy'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for option in ("--data-dir", "--batch-size", "--epochs", "--resume", "--trainer", "--seed", "--json"):
+        assert option in result.stdout
+
+
+def test_help_of_the_trainer(capsys):
+    assert train.main(["--trainer.help"]) == 0
+    assert "--trainer.max_epochs" in capsys.readouterr().out
+
+
+@pytest.mark.e2e
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_end_the_command_and_it_resumes(command, tmp_path, root, number, code):
+    arguments = [*DIGITS, "--artifacts", str(tmp_path), "--epochs=40", "--trainer.limit_train_batches=4"]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "train.py"), *arguments],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    last = tmp_path / "lenet_digits" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not last.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "lenet_digits" / "model.ckpt").exists()
+    resumed = command("train.py", *arguments, "--resume", "--json")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "epoch 1/40" not in resumed.stderr
+    assert json.loads(resumed.stdout)["metrics"]["test_top1"] > 0.5
+
+
+@pytest.mark.e2e
+def test_two_processes(command, tmp_path):
+    """Data-parallel on the CPU through gloo: the figures are those of all images, and one process alone writes."""
+    common = (*DIGITS, "--artifacts", str(tmp_path), "--json", "--epochs=6", "--data.augment=false")
+    two = command("train.py", *common, "--run=two", "--batch-size=32", "--trainer.strategy=ddp", "--trainer.devices=2")
+    assert two.returncode == 0, two.stderr
+    summary = json.loads(two.stdout)
+    assert summary["metrics"]["test_top1"] > 0.8
+    assert two.stderr.count("epoch 1/6") == 1
+    one = command("train.py", *common, "--run=one", "--batch-size=64")
+    assert one.returncode == 0, one.stderr
+    # The same global batches: the gradients are the same but for rounding.
+    states = [load_checkpoint(tmp_path / name / "model.ckpt").network.state_dict() for name in ("one", "two")]
+    assert json.loads(one.stdout)["metrics"]["test_top1"] == pytest.approx(summary["metrics"]["test_top1"], abs=0.03)
+    for name, value in states[0].items():
+        assert value.shape == states[1][name].shape
+    # Evaluated by one process, the weights get the very figure that two found together.
+    checkpoint = load_checkpoint(tmp_path / "two" / "model.ckpt")
+
+    from models.reopen import reopen_data
+
+    test = reopen_data(checkpoint.meta, checkpoint.meta.data).test
+    with torch.no_grad():
+        right = checkpoint.network(test.images(slice(None))).argmax(1) == test.labels
+    assert right.float().mean().item() == pytest.approx(summary["metrics"]["test_top1"], abs=1e-6)
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_mnist(command, tmp_path, mnist_dir):
+    """One epoch of the default configuration."""
+    result = command("train.py", "--artifacts", tmp_path, "--epochs=1", "--json", env={"MNIST_DIR": str(mnist_dir)})
+    assert result.returncode == 0, result.stderr
+    summary = json.loads(result.stdout)
+    assert summary["dataset"] == "mnist"
+    assert summary["notes"] == []
+    assert summary["metrics"]["test_top1"] > 0.97
+    assert Path(summary["checkpoint"]) == tmp_path / "lenet_mnist" / "model.ckpt"
