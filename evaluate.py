@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from common.cli import Parser, config_parser, parse, run_command
 from common.config import Config
-from common.console import start_logging
+from common.console import start_logging, stdout_to_stderr
 from common.errors import ExitCode, InputError
 from common.run import Run
 
@@ -68,7 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     target = run.folder if flags.report == RUN_FOLDER else flags.report
     # Who only reads needs no lock: every file of the run is either old or new, never torn.
     with run.locked() if first and target == run.folder else nullcontext():
-        report = evaluated(config, run, flags.cache, target)
+        with stdout_to_stderr():
+            report = evaluated(config, run, flags.cache, target)
     if report is None:
         return ExitCode.PASSED
     if flags.json:

@@ -65,6 +65,8 @@ class Classifier(LightningModule):
         self.train_loss = MeanMetric()
         self.val_metrics = metrics.clone("val_")
         self.test_metrics = metrics.clone("test_")
+        self.val_loss = MeanMetric()
+        self.test_loss = MeanMetric()
         self.seconds = 0.0
         self._start = 0.0
         self._generators: list[Tensor] = []
@@ -142,16 +144,18 @@ class Classifier(LightningModule):
             self.log_dict(self.train_metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("val", self.val_metrics, batch)
+        self._evaluate("val_loss", self.val_loss, self.val_metrics, batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        self._evaluate("test", self.test_metrics, batch)
+        self._evaluate("test_loss", self.test_loss, self.test_metrics, batch)
 
-    def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch) -> None:
+    def _evaluate(self, name: str, loss: MeanMetric, metrics: MetricCollection, batch: Batch) -> None:
         images, labels = batch
         logits = logits_of(self.network)(images).float()
         metrics.update(logits, labels)
-        self.log(f"{stage}_loss", F.cross_entropy(logits, labels), batch_size=len(labels), sync_dist=True)
+        # Weighted by the images, so that neither batches nor processes of unequal size shift the mean.
+        loss.update(F.cross_entropy(logits, labels), len(labels))
+        self.log(name, loss, batch_size=len(labels))
         self.log_dict(metrics, batch_size=len(labels))
 
     def configure_optimizers(self) -> OptimizerLRScheduler:

@@ -79,8 +79,8 @@ def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[
 
 
 def figures(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
-    """Everything that a report says of accuracy."""
-    assert result.returncode == 0, result.stderr
+    """Everything that a report says of accuracy; the verdict may be negative (1), as it is without INT8."""
+    assert result.returncode in (0, 1), result.stderr
     report = json.loads(result.stdout)
     return [{key: row[key] for key in ("precision", "accuracy", "paired", "skipped")} for row in report["rows"]]
 
