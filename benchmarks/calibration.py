@@ -66,7 +66,7 @@ def run(setting: Setting) -> Findings:
             skipped[MODELOPT] = problem
         else:
             calibrators[MODELOPT] = modelopt
-            slow[MODELOPT] = setting.rounds(3)
+            slow[MODELOPT] = setting.rounds(2)
         outcomes: dict[str, list[Outcome]] = {name: [] for name in calibrators}
 
         def measured(name: str) -> Callable[[], float]:

@@ -45,11 +45,11 @@ def run(setting: Setting) -> Findings:
 def _by_images(setting: Setting) -> tuple[Table, list[Target]]:
     network, source = setting.network, setting.data.train_file
     counts = TRIAL_COUNTS if setting.quick else COUNTS
-    rounds = setting.rounds(10)
+    rounds = setting.rounds(5)
     seconds = in_turns(
         {str(count): timed(_calibration(network, source, count)) for count in counts},
         rounds,
-        {str(counts[-1]): min(3, rounds)},
+        {str(counts[-1]): min(2, rounds)},
     )
     entries, per_image = [], []
     peaks = [_peak_in_a_process_of_its_own(setting, count) for count in counts]
@@ -105,7 +105,7 @@ def _by_tensors(setting: Setting) -> tuple[Table, Target]:
 
         return measure
 
-    rounds = setting.rounds(10)
+    rounds = setting.rounds(5)
     seconds = in_turns({str(count): calibration(count) for count in TENSORS}, rounds)
     entries, per_tensor = [], []
     for count in TENSORS:

@@ -24,7 +24,7 @@ SHOWN = 12
 def run(setting: Setting) -> Findings:
     """See the module."""
     setting.command("quantize.py", "--precision", "int8")
-    rounds = 1 if setting.quick else 3
+    rounds = 1 if setting.quick else 2
     with tempfile.TemporaryDirectory() as folder:
         seconds: list[float] = []
         for _ in range(rounds):

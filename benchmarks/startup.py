@@ -27,11 +27,11 @@ def run(setting: Setting) -> Findings:
         "quantize.py, calibrating": ["quantize.py", *setting.arguments, "--recalibrate"],
         "quantize.py, with the cached table": ["quantize.py", *setting.arguments],
     }
-    rounds = setting.rounds(15)
+    rounds = setting.rounds(11)
     seconds = in_turns(
         {name: timed(_start(arguments)) for name, arguments in {**helps, **tools, **whole}.items()},
         rounds,
-        dict.fromkeys(whole, setting.rounds(5)),
+        dict.fromkeys(whole, setting.rounds(3)),
     )
     measured = {name: spread(figures) for name, figures in seconds.items()}
     tables = [

@@ -32,7 +32,7 @@ OURS = "this project: train.py's Lightning run"
 BARE = "bare PyTorch loop over the same tensor"
 USUAL = "torchvision Dataset, transforms, DataLoader with 2 workers, under the same Lightning run"
 BATCH_SIZES = (64, 256)
-IMAGES = 25600
+IMAGES = 12800
 WORKERS = 2
 
 METHOD = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
-SPINS = "5000"
-"""About 0.2 ms: longer than the pauses between the operations of a network."""
+SPINS = "1000"
+"""About 0.05 ms: longer than the pauses between the operations of a network."""
 
 
 def share_cores() -> None:
