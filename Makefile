@@ -56,8 +56,9 @@ contract-latest: $(VENV)/.installed-dev ## Run the contract tests against the cu
 	@$(BIN)/python tests/contract/environment.py --latest --strict .contract-latest
 	@CONTRACT_DIR=.contract-latest $(BIN)/python -m pytest tests/contract $(PYTEST_ARGS)
 
-soak: $(VENV)/.installed-dev ## Run the fault suite with SOAK_KILLS (200) faults of each kind for each command
-	@SOAK_KILLS=$(SOAK_KILLS) $(BIN)/python -m pytest tests/faults -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+soak: $(VENV)/.installed-dev ## Run the fault and fuzzing tests for hours: SOAK_KILLS (200) faults of each kind per command
+	@$(BIN)/python -m pip install --quiet --only-binary :all: atheris </dev/null 2>/dev/null || true
+	@$(BIN)/python tests/soak.py --kills $(SOAK_KILLS) --jobs $(JOBS) $(SOAK_ARGS)
 
 bench: $(VENV)/.installed-bench ## Measure speed against other tools and write docs/benchmarks.md (let nothing else run)
 	@$(BIN)/python -m benchmarks $(BENCH_ARGS)

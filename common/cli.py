@@ -136,6 +136,9 @@ def parse(parser: Parser, argv: Sequence[str] | None) -> tuple[Config, Namespace
         raise
     except Exception as error:  # noqa: BLE001 - whatever YAML and jsonargparse let through comes from the user's values
         parser.error(f"the configuration cannot be read: {type(error).__name__}: {error}")
+    for action in parser._actions:
+        if action.dest in namespace and action.default is not None and namespace[action.dest] is None:
+            raise InputError(f"{action.dest} must not be empty")
     sections = {name: _section(parser, kind, name, getattr(namespace, name)) for name, kind in SECTIONS.items()}
     config = Config(
         run=namespace.run,
