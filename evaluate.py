@@ -67,9 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise InputError(f"there is no checkpoint {run.checkpoint}: run train.py first")
     target = run.folder if flags.report == RUN_FOLDER else flags.report
     # Who only reads needs no lock: every file of the run is either old or new, never torn.
-    with run.locked() if first and target == run.folder else nullcontext():
-        with stdout_to_stderr():
-            report = evaluated(config, run, flags.cache, target)
+    with run.locked() if first and target == run.folder else nullcontext(), stdout_to_stderr():
+        report = evaluated(config, run, flags.cache, target)
     if report is None:
         return ExitCode.PASSED
     if flags.json:
