@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
@@ -176,8 +177,8 @@ class Classifier(LightningModule):
 
     def _optimizer(self) -> Optimizer:
         config, parameters = self.config, self.network.parameters()
-        # One kernel for all parameters; where a device lacks it, PyTorch's own choice.
-        fused = self.device.type in ("cpu", "cuda") or None
+        # One kernel for all parameters, where the device has it. Under a gradient scaler it could not be clipped.
+        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed" or None
         if config.name == "adamw":
             return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         return SGD(
@@ -188,6 +189,20 @@ class Classifier(LightningModule):
             weight_decay=config.weight_decay,
             fused=fused,
         )
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as Lightning does, which refuses fused optimisers also for bfloat16, where nothing is scaled."""
+        if self.trainer.precision != "bf16-mixed" or gradient_clip_val is None:
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_algorithm == "value":
+            clip_grad_value_(self.network.parameters(), gradient_clip_val)
+        else:
+            clip_grad_norm_(self.network.parameters(), gradient_clip_val)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the states of the random generators, from which dropout draws."""

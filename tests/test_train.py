@@ -84,6 +84,22 @@ def test_shown_to_people(tmp_path, monkeypatch, capsys, root):
     assert "epoch" not in shown.out.partition("LeNet on digits")[0]
 
 
+@pytest.mark.parametrize("seed", [1, 3])
+def test_default_configuration_without_mnist(monkeypatch, tmp_path, capsys, seed):
+    """Goes on with the digits, says so, and does not diverge in the few steps that they make."""
+    for name in ("MNIST_DIR", "TRT_DATADIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    arguments = ("--data.download=false", "--trainer.accelerator=cpu", f"--artifacts={tmp_path}", f"--seed={seed}")
+    assert train.main([*arguments, "--json"]) == 0
+    shown = capsys.readouterr()
+    summary = json.loads(shown.out)
+    assert summary["dataset"] == "digits"
+    assert any("stand in for MNIST" in note for note in summary["notes"])
+    assert "stand in for MNIST" in shown.err
+    assert summary["metrics"]["test_top1"] > 0.97
+
+
 def test_averaged_weights(trained):
     assert trained("--epochs=8", "--optimizer.average=0.9")["metrics"]["test_top1"] > 0.85
 

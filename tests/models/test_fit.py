@@ -264,6 +264,24 @@ def test_auxiliary_outputs_are_refused(run):
         run(network=Auxiliary, num_sanity_val_steps=0)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_gradients_are_clipped(run, precision, algorithm):
+    """With a fused optimiser in either precision: a step moves the weights by the rate times the clip, no more."""
+    plain = OptimizerConfig(lr=1.0, schedule="constant", momentum=0.0, weight_decay=0.0, label_smoothing=0.0)
+    before = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer, module) -> None:
+            before.update(weights(module))
+
+    clip = {"gradient_clip_val": 0.001, "gradient_clip_algorithm": algorithm, "precision": precision}
+    classifier, _ = run(optimizer=plain, callbacks=(Start(),), limit_train_batches=1, max_epochs=1, **clip)
+    moved = torch.cat([(value - before[name]).flatten() for name, value in weights(classifier).items()])
+    size = moved.norm() if algorithm == "norm" else moved.abs().max()
+    assert 0.0009 < size < 0.0011
+
+
 @pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
 def test_schedules_that_need_an_end(run, schedule):
     with pytest.raises(InputError, match=f"{schedule} needs an end"):
