@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,22 +19,36 @@ from machinery import COMMANDS, Scene, Template, shim
 
 
 @pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template]:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """Makes folders, in memory where there is room: hundreds of flushed files would wait for the disk."""
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free > 1 << 30
+    root = Path(tempfile.mkdtemp(prefix="faults", dir=memory)) if roomy else tmp_path_factory.mktemp("faults")
+
+    def make(name: str) -> Path:
+        return Path(tempfile.mkdtemp(prefix=name, dir=root))
+
+    yield make
+    shutil.rmtree(root)
+
+
+@pytest.fixture(scope="session")
+def template(place: Callable[[str], Path]) -> Iterator[Template]:
     """Forks the commands, with the file-system faults preloaded."""
     if not sys.platform.startswith("linux"):
         pytest.skip("faults are injected with LD_PRELOAD, on Linux")
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler (cc) for the library that injects faults")
-    scratch = tmp_path_factory.mktemp("template")
+    scratch = place("template")
     process = Template(shim(scratch), scratch)
     yield process
     process.close()
 
 
 @pytest.fixture(scope="session")
-def finished(template: Template, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(template: Template, place: Callable[[str], Path]) -> Path:
     """A folder with ``artifacts/run``: trained, quantized and evaluated."""
-    folder = tmp_path_factory.mktemp("finished")
+    folder = place("finished")
     for argv in COMMANDS.values():
         ended = template.run(argv, folder)
         assert ended.code == 0, ended.stderr
@@ -42,9 +57,11 @@ def finished(template: Template, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session", params=tuple(COMMANDS))
 def scene(
-    request: pytest.FixtureRequest, template: Template, finished: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Scene:
-    return Scene(template, finished, tmp_path_factory.mktemp(request.param), request.param)
+    request: pytest.FixtureRequest, template: Template, finished: Path, place: Callable[[str], Path]
+) -> Iterator[Scene]:
+    folder = place(request.param)
+    yield Scene(template, finished, folder, request.param)
+    shutil.rmtree(folder)
 
 
 @pytest.fixture

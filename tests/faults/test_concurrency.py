@@ -66,13 +66,14 @@ def test_reading_while_another_writes(scene, moments, tried):
         tried("reader")
 
 
-def test_runs_side_by_side(template, finished, tmp_path, tried):
+def test_runs_side_by_side(template, finished, place, tried):
     """Two runs in one artifacts folder do not disturb each other."""
+    folder = place("side")
     ends = []
     for name in ("one", "two"):
         argv = [argument.replace("--run=run", f"--run={name}") for argument in COMMANDS["train"]]
-        ends.append(template.start(argv, tmp_path))
+        ends.append(template.start(argv, folder))
     assert [running.wait().code for running in ends] == [0, 0]
-    one, two = (digests(tmp_path / "artifacts" / name)["model.ckpt"] for name in ("one", "two"))
+    one, two = (digests(folder / "artifacts" / name)["model.ckpt"] for name in ("one", "two"))
     assert one == two == digests(finished / "artifacts" / "run")["model.ckpt"]
     tried("side by side")

@@ -64,9 +64,9 @@ def assert_stopped(ended: Ended, number: int, note: str) -> None:
     assert "Traceback" not in ended.stderr or ended.code == -number, f"{note}: {ended.stderr}"
 
 
-def test_killed_training_resumes(template, finished, tmp_path, moments, tried):
+def test_killed_training_resumes(template, finished, place, moments, tried):
     """Killed at any operation of a training, --resume ends in the very checkpoint of an undisturbed training."""
-    scene = Scene(template, finished, tmp_path, "train")
+    scene = Scene(template, finished, place("resume"), "train")
     resumed = 0
     for at in moments(scene.operations, 5):
         note = f"train: kill at operation {at} of {scene.operations}"
