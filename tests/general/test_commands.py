@@ -1,0 +1,153 @@
+"""Networks and images of a user's own go through the three commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from calib import CalibrationTable
+
+pytestmark = pytest.mark.e2e
+ROOT = Path(__file__).resolve().parents[2]
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+NETWORKS = '''
+"""A user's module."""
+
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self, width, num_classes):
+        super().__init__()
+        self.conv = nn.Conv2d(1, width, 5, stride=2)
+        self.norm = nn.BatchNorm2d(width)
+        self.act = nn.SiLU()
+        self.pool = nn.AdaptiveAvgPool2d(2)
+        self.fc = nn.Linear(4 * width, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.pool(self.act(self.norm(self.conv(x)))).flatten(1))
+
+
+class Branching(Net):
+    def forward(self, x):
+        if x.mean() > 0.5:
+            x = 1 - x
+        return super().forward(x)
+'''
+CONFIG = """
+run: own
+data: {dataset: digits}
+model:
+  class_path: shop.networks:Net
+  init_args: {width: 8}
+evaluation: {latency_batch_sizes: [1], latency_seconds: 0.01, tolerance: 100}
+trainer: {max_epochs: 1, precision: 32-true}
+"""
+
+
+def passed(result: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str]:
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    return result
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """A folder of small images of three classes that differ in brightness."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 16), ("val", 4)):
+        for label, name in enumerate(("bolt", "nut", "washer")):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 120, (68, 72, 3), generator=generator) + 45 * label
+                Image.fromarray(pixels.byte().numpy()).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "unsupported"),
+    [("resnet18", set()), ("mobilenet_v3_small", {"Hardsigmoid", "mul"})],
+)
+def test_a_folder_of_images(config: str, unsupported: set[str], images: Path, tmp_path: Path, command: Command) -> None:
+    run = f"{config}_imagefolder"
+    common: tuple[Any, ...] = (
+        *("--config", ROOT / "configs" / f"{run}.yaml", "--artifacts", tmp_path, "--data-dir", images),
+        *("--data.image_size", "64", "--data.resize", "72", "--data.batch_size", "8"),
+    )
+    passed(command("train.py", *common, "--epochs", "1", "--trainer.precision", "32-true"))
+    calibration = ("--calibration.batches", "2", "--calibration.batch_size", "12")
+    passed(command("quantize.py", *common, *calibration, "--export", "onnx"))
+    quick = ("--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01", "--tolerance", "100")
+    result = passed(command("evaluate.py", *common, *quick, "--report", "--json"))
+
+    report = json.loads(result.stdout)
+    folder = tmp_path / run
+    assert report["data"]["images"] == 12
+    assert set(report["model"]["unsupported"].values()) == unsupported
+    assert (folder / "report.html").stat().st_size > 10_000
+    table = CalibrationTable.read(folder / f"CalibrationTable{config}")
+    assert {tensor["name"] for tensor in report["tensors"]} == set(table.scales)
+    session = onnxruntime.InferenceSession(folder / f"{config}_int8.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["prob"], {"data": torch.rand(3, 3, 64, 64).numpy()})
+    assert found.shape == (3, 3)
+
+
+@pytest.fixture
+def shop(tmp_path: Path) -> Path:
+    """A user's folder: a package with networks, a configuration, weights in both formats."""
+    (tmp_path / "shop").mkdir()
+    (tmp_path / "shop" / "__init__.py").touch()
+    (tmp_path / "shop" / "networks.py").write_text(NETWORKS, encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(CONFIG, encoding="utf-8")
+    scope: dict[str, Any] = {}
+    exec(NETWORKS, scope)
+    torch.manual_seed(5)
+    state = scope["Net"](8, 10).state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    save_file(state, tmp_path / "weights.safetensors")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_a_class_of_the_users_own(shop: Path, command: Command) -> None:
+    passed(command("train.py", "--config", "own.yaml", cwd=shop))
+    passed(command("quantize.py", "--config", "own.yaml", "--export", "onnx", cwd=shop))
+    result = passed(command("evaluate.py", "--config", "own.yaml", "--report", "--json", cwd=shop))
+
+    assert [row["precision"] for row in json.loads(result.stdout)["rows"]] == ["fp32", "fp16", "int8"]
+    lines = (shop / "artifacts" / "own" / "CalibrationTableNet").read_text(encoding="ascii").splitlines()
+    assert [line.partition(":")[0] for line in lines[1:]] == ["data", "conv", "act", "pool", "fc", "prob"]
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "weights.safetensors"])
+def test_trained_weights_are_taken_as_they_are(name: str, shop: Path, command: Command) -> None:
+    """No epoch of training: the checkpoint is the user's weights, with what later commands need to know."""
+    passed(command("train.py", "--config", "own.yaml", "--model.weights", name, "--epochs", "0", cwd=shop))
+
+    content = torch.load(shop / "artifacts" / "own" / "model.ckpt", weights_only=True)
+    expected = torch.load(shop / "weights.pt", weights_only=True)
+    assert all(torch.equal(content["state_dict"][key], value) for key, value in expected.items())
+
+
+def test_a_network_that_cannot_be_traced_is_one_line(shop: Path, command: Command) -> None:
+    own = ("--config", "own.yaml", "--model.class_path", "shop.networks.Branching")
+    passed(command("train.py", *own, "--epochs", "0", cwd=shop))
+    result = command("quantize.py", *own, cwd=shop)
+
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: network Branching cannot be traced: ")
+    assert line.endswith("networks.py:23: if x.mean() > 0.5:)")
