@@ -33,6 +33,7 @@ BENCHMARKS = {
     "inference": "Inference on the CPU",
     "accuracy": "Evaluation",
     "startup": "Start-up",
+    "networks": "Other networks",
     "report": "The report",
 }
 """Module of this package -> title, in the order of the page."""

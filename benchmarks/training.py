@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -39,8 +40,8 @@ METHOD = (
     f"LeNet's training on {IMAGES:,} images a turn, without augmentation, from the first step to the last, validation "
     "left out, in one precision and without torch.compile for all three. The Lightning runs log to CSV and "
     "TensorBoard, keep metrics and write their checkpoints; the usual one gets the same images from torchvision's "
-    "MNIST class (a PIL image each, ToTensor). The bare loop has the same optimiser, schedule and memory format, "
-    "shuffles, and does nothing else."
+    "MNIST class (a PIL image each, ToTensor). The bare loop has the same optimiser, schedule, clipping and memory "
+    "format, shuffles, and does nothing else."
 )
 
 
@@ -139,6 +140,7 @@ def _lightning(setting: Setting, folder: Path, steps: int, precision: str, **dat
         {
             "max_epochs": 1,
             "precision": precision,
+            "gradient_clip_val": setting.config.trainer["gradient_clip_val"],
             "limit_train_batches": steps,
             "limit_val_batches": 2,
             "num_sanity_val_steps": 0,
@@ -175,6 +177,7 @@ def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, precision:
             loss = F.cross_entropy(scores, images.labels[index], label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()
+        clip_grad_norm_(network.parameters(), setting.config.trainer["gradient_clip_val"])
         optimizer.step()
         schedule.step()
     return time.perf_counter() - begin

@@ -11,10 +11,15 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+from common.command import fail, missing, run_command
 
-from common.command import run_command
+try:
+    import yaml
+    from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings
+except ModuleNotFoundError as error:
+    # Too early for run_command, which the commands import from here.
+    raise SystemExit(fail(missing(error))) from error
+
 from common.config import (
     CalibrationConfig,
     Config,

@@ -9,6 +9,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -43,7 +44,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         code = main(argv)
         sys.stdout.flush()
     except InputError as error:
-        code = _fail(str(error))
+        code = fail(str(error))
     except KeyboardInterrupt:
         code = _interrupted()
     except SystemExit:
@@ -57,12 +58,14 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         code = ExitCode.NO_READER
     except Exception as error:
         refused = _refusal(error)
-        if refused is not None:
-            code = _fail(f"{refused.filename or 'cannot write the output'}: {refused.strerror}")
+        if isinstance(error, ModuleNotFoundError) and is_foreign(error):
+            code = fail(missing(error))
+        elif refused is not None:
+            code = fail(f"{refused.filename or 'cannot write the output'}: {refused.strerror}")
             if refused.filename is None:
                 _discard_output()
         elif _out_of_memory(error):
-            code = _fail(f"not enough memory: {error}".removesuffix(": "))
+            code = fail(f"not enough memory: {error}".removesuffix(": "))
         else:
             code = _defect()
     finally:
@@ -71,6 +74,19 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             if signal.getsignal(number) in (interrupt, _terminate):
                 signal.signal(number, signal.SIG_DFL)
     raise SystemExit(int(code))
+
+
+def is_foreign(error: ModuleNotFoundError) -> bool:
+    """Whether what is not installed is a dependency, not a part of this project."""
+    top = (error.name or "").partition(".")[0]
+    root = Path(__file__).resolve().parents[1]
+    return bool(top) and not any((root / name).exists() for name in (top, f"{top}.py"))
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """The line for a dependency that is not installed."""
+    package = (error.name or "").partition(".")[0]
+    return f"Python package {package} is not installed: pip install -c constraints.txt -e . (or make demo)"
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
@@ -82,7 +98,8 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(failure)
 
 
-def _fail(message: str) -> ExitCode:
+def fail(message: str) -> ExitCode:
+    """Print the line of an error on stderr; the exit code that goes with it."""
     print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
     return ExitCode.BAD_INPUT
 

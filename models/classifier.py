@@ -178,7 +178,7 @@ class Classifier(LightningModule):
     def _optimizer(self) -> Optimizer:
         config, parameters = self.config, self.network.parameters()
         # One kernel for all parameters, where the device has it. Under a gradient scaler it could not be clipped.
-        fused = self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed" or None
+        fused = (self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed") or None
         if config.name == "adamw":
             return AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
         return SGD(

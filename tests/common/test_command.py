@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -40,6 +41,11 @@ def end(body: str, **options) -> subprocess.CompletedProcess[str]:
             2,
             "error: a: Input/output error\n",
         ),
+        (
+            "raise ModuleNotFoundError(name='torch.cuda')",
+            2,
+            "error: Python package torch is not installed: pip install -c constraints.txt -e . (or make demo)\n",
+        ),
         ("raise MemoryError('array of 8 TB')", 2, "error: not enough memory: array of 8 TB\n"),
         ("raise MemoryError", 2, "error: not enough memory\n"),
         (
@@ -58,12 +64,30 @@ def test_codes_and_words(body, code, error):
     assert (ended.returncode, ended.stderr, ended.stdout) == (code, error, "")
 
 
-@pytest.mark.parametrize("raised", ["ValueError(1)", "OSError(1)", "FileNotFoundError(2, 'x')", "RuntimeError(1)"])
+@pytest.mark.parametrize(
+    "raised",
+    [
+        "ValueError(1)",
+        "OSError(1)",
+        "FileNotFoundError(2, 'x')",
+        "ModuleNotFoundError(name='calib.x')",
+        "RuntimeError(1)",
+    ],
+)
 def test_a_defect_shows_its_traceback(raised):
     ended = end(f"raise {raised}")
     assert ended.returncode == 3
     assert ended.stderr.startswith("Traceback")
     assert ended.stderr.endswith("internal error: please report the lines above\n")
+
+
+@pytest.mark.parametrize("command", ["train.py", "quantize.py", "evaluate.py"])
+def test_nothing_is_installed(command):
+    """-S leaves the installed packages out."""
+    line = [sys.executable, "-S", command]
+    ended = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert ended.returncode == 2
+    assert re.fullmatch(r"error: Python package \w+ is not installed: .*\n", ended.stderr), ended.stderr
 
 
 def test_lightnings_exit_after_an_interrupt_is_no_verdict():

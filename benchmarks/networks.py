@@ -1,0 +1,179 @@
+"""Other networks through the three commands: accuracy of a residual one, time and memory of two from torchvision."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from benchmarks.results import Entry, Findings, Table, Target
+from benchmarks.setting import Setting, top1
+from calib.graph import trace
+from calib.table import CalibrationTable
+from common.cli import ROOT, config_parser, parse
+from common.errors import InputError
+from common.run import Run
+from engines import make_engine
+from models.checkpoint import load_checkpoint
+from models.reopen import reopen_data
+
+FOLDERS = {"ResNet-18": "resnet18_imagefolder", "MobileNetV3-small": "mobilenet_v3_small_imagefolder"}
+RESIDUAL = "small_resnet_mnist"
+CLASSES, TRAIN, TEST = 10, 60, 10
+"""Of the synthetic image folder: classes, images of each for training and for the test."""
+
+METHOD = (
+    "Each command as a process of its own, in its shipped configuration, once. The image folder is synthetic: "
+    f"{CLASSES} classes of {TRAIN} training and {TEST} test images of 320 x 256 pixels, as JPEG; these networks are "
+    "trained for one epoch from random weights, so that their accuracy means nothing. Peak memory is the largest "
+    "resident set of the process, PyTorch's libraries included. The small residual network is trained in full."
+)
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """A command that was run: seconds, peak memory in MiB, and what it printed."""
+
+    seconds: float
+    peak: float
+    stdout: str
+
+
+def run(setting: Setting) -> Findings:
+    """See the module."""
+    with tempfile.TemporaryDirectory() as folder:
+        images = _image_folder(Path(folder, "images"), setting)
+        entries = []
+        for title, name in FOLDERS.items():
+            arguments = _arguments(name, Path(folder), "--data-dir", str(images))
+            train = ["--epochs", "1", "--data.augment", "false"]
+            evaluate = ["--tolerance", "100"]
+            if setting.quick:
+                arguments += [
+                    "--data.batch_size",
+                    "16",
+                    "--data.image_size",
+                    "64",
+                    "--data.resize",
+                    "72",
+                    "--calibration.batches",
+                    "1",
+                ]
+                evaluate += ["--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01"]
+            entries += _commands(title, arguments, train, evaluate)
+        costs = Table("the three commands on 224 x 224 images", "", entries)
+    residual, targets = _residual(setting)
+    return Findings(METHOD, [costs, residual], targets)
+
+
+def _arguments(name: str, artifacts: Path, *more: str) -> list[str]:
+    return ["--config", str(ROOT / "configs" / f"{name}.yaml"), "--artifacts", str(artifacts.absolute()), *more]
+
+
+def _image_folder(folder: Path, setting: Setting) -> Path:
+    """Smooth images: noise of 16 x 20 pixels, enlarged, brighter from class to class."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", setting.images(TRAIN)), ("test", setting.images(TEST))):
+        for label in range(CLASSES):
+            place = folder / part / f"class{label}"
+            place.mkdir(parents=True)
+            for number in range(count):
+                pixels = torch.randint(0, 160, (16, 20, 3), generator=generator) + 9 * label
+                image = Image.fromarray(pixels.byte().numpy()).resize((320, 256), Image.Resampling.BILINEAR)
+                image.save(place / f"{number}.jpg")
+    return folder
+
+
+def _commands(title: str, arguments: Sequence[str], train: Sequence[str], evaluate: Sequence[str]) -> list[Entry]:
+    """Run the three commands; an entry for each."""
+    commands = {
+        "train.py": ["train.py", *arguments, *train],
+        "quantize.py": ["quantize.py", *arguments, "--precision", "int8", "--export", "onnx"],
+        "evaluate.py --report": ["evaluate.py", *arguments, *evaluate, "--report", "--json"],
+    }
+    entries = []
+    for name, line in commands.items():
+        ran = _measured(line)
+        figures = {"s": round(ran.seconds, 1), "peak memory, MiB": round(ran.peak)}
+        if name.startswith("evaluate"):
+            rows = json.loads(ran.stdout)["rows"]
+            figures |= {"through": ", ".join(dict.fromkeys(f"{row['precision']} {row['engine']}" for row in rows))}
+        entries.append(Entry(f"{title}: {name}", figures=figures))
+    return entries
+
+
+def _measured(line: Sequence[str]) -> _Ran:
+    """Run a command of this project and wait for it.
+
+    Raises:
+        InputError: it failed; the message ends with the last line on its stderr.
+    """
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        begin = time.perf_counter()
+        command = [sys.executable, *line]
+        process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=out, stderr=err)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - begin
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        if process.returncode not in (0, 1):
+            last = (err.read().strip().splitlines() or ["no message"])[-1]
+            raise InputError(f"{line[0]} ended with exit code {process.returncode}: {last}")
+        # Linux counts in KiB, macOS in bytes.
+        unit = 1024 if sys.platform.startswith("linux") else 1
+        return _Ran(seconds, usage.ru_maxrss * unit / 2**20, out.read())
+
+
+def _residual(setting: Setting) -> tuple[Table, list[Target]]:
+    """The small residual network: trained, calibrated, and evaluated by both engines that need no GPU."""
+    arguments = _arguments(RESIDUAL, setting.artifacts, "--run", f"{setting.run.name}-residual")
+    if setting.quick:
+        arguments += ["--data.dataset", "digits", "--trainer.max_epochs", "1"]
+    train = _measured(["train.py", *arguments])
+    quantize = _measured(["quantize.py", *arguments, "--precision", "int8", "--recalibrate"])
+    config = parse(config_parser("benchmarks", "", {}), arguments)[0]
+    run = Run(config.run, config.artifacts)
+    checkpoint = load_checkpoint(run.checkpoint)
+    network = trace(checkpoint.network, checkpoint.meta.network, checkpoint.meta.dataset.preprocessing.shape)
+    table = CalibrationTable.read(run.table(network.name))
+    test = reopen_data(checkpoint.meta, config.data).test
+    images = test.images(slice(0, len(test)))
+    right: dict[str, float] = {}
+    classes: dict[str, Tensor] = {}
+    for name in ("torch", "onnxruntime"):
+        engine = make_engine(name, config.engine, config.quantization, run.folder)
+        for precision in ("fp32", "int8"):
+            compiled = engine.compile(network, precision, table)
+            found = torch.cat([compiled.run(part) for part in images.split(500)])
+            classes[f"{precision}, {name}"] = found.argmax(1)
+            right[f"{precision}, {name}"] = top1(lambda part: part, found, test.labels)
+    agree = 100 * float((classes["int8, torch"] == classes["int8, onnxruntime"]).float().mean())
+    reference = "fp32, torch"
+    entries = [
+        Entry(name, figures={"top-1, %": share, "to FP32, points": round(share - right[reference], 4)})
+        for name, share in right.items()
+    ]
+    costs = ", ".join(
+        f"{name} took {ran.seconds:.1f} s and {ran.peak:.0f} MiB"
+        for name, ran in (("train.py", train), ("quantize.py", quantize))
+    )
+    notes = [f"{costs}. INT8, torch is the exact integer simulation."]
+    lost = max(right[reference] - share for name, share in right.items() if name.startswith("int8"))
+    targets = [
+        Target("small residual network on MNIST: FP32 top-1", "at least", 99.4, "%", right[reference]),
+        Target("small residual network: what INT8 loses in the worse engine", "at most", 0.15, "points", lost),
+        Target("small residual network: images on which both engines' INT8 agree", "at least", 99.9, "%", agree),
+    ]
+    title = f"{checkpoint.meta.network} on {checkpoint.meta.dataset.title}, trained in full"
+    return Table(title, "", entries, notes=notes), targets
