@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -104,7 +105,7 @@ def _commands(title: str, arguments: Sequence[str], train: Sequence[str], evalua
     entries = []
     for name, line in commands.items():
         ran = _measured(line)
-        figures = {"s": round(ran.seconds, 1), "peak memory, MiB": round(ran.peak)}
+        figures: dict[str, Any] = {"s": round(ran.seconds, 1), "peak memory, MiB": round(ran.peak)}
         if name.startswith("evaluate"):
             rows = json.loads(ran.stdout)["rows"]
             figures |= {"through": ", ".join(dict.fromkeys(f"{row['precision']} {row['engine']}" for row in rows))}

@@ -25,7 +25,7 @@ from benchmarks.timing import in_turns, ratio, spread
 from data.base import ImageSet
 from data.module import ImageData
 from models import fit
-from models.classifier import Classifier
+from models.classifier import Classifier, parameter_groups
 from models.network import logits_of
 from models.schedule import learning_rate_factor
 
@@ -161,7 +161,7 @@ def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, precision:
     network = setting.new_network().train()
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = SGD(
-        network.parameters(),
+        parameter_groups(network, config),
         lr=config.lr,
         momentum=config.momentum,
         nesterov=config.nesterov,

@@ -91,6 +91,7 @@ class OptimizerConfig:
         momentum: Momentum of SGD (with Nesterov where ``nesterov``).
         nesterov: Whether SGD uses Nesterov's momentum.
         weight_decay: L2 penalty.
+        bias_weight_decay: The same of the biases; None: as ``weight_decay``.
         schedule: Learning-rate policy, stepped every batch; ``inv`` is Caffe's
             lr * (1 + gamma * iteration) ** -power.
         gamma: Of ``inv``.
@@ -105,6 +106,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4
+    bias_weight_decay: float | None = None
     schedule: Literal["onecycle", "inv", "cosine", "constant"] = "onecycle"
     gamma: float = 1e-4
     power: float = 0.75
@@ -115,6 +117,10 @@ class OptimizerConfig:
         _require(self.lr > 0, f"optimizer.lr must be positive, not {self.lr}")
         _require(0 <= self.momentum < 1, f"optimizer.momentum must be in [0, 1), not {self.momentum}")
         _require(self.weight_decay >= 0, f"optimizer.weight_decay must not be negative, not {self.weight_decay}")
+        _require(
+            (self.bias_weight_decay or 0) >= 0,
+            f"optimizer.bias_weight_decay must not be negative, not {self.bias_weight_decay}",
+        )
         _require(self.gamma >= 0, f"optimizer.gamma must not be negative, not {self.gamma}")
         _require(0 <= self.average < 1, f"optimizer.average must be in [0, 1), not {self.average}")
         _require(

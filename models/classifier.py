@@ -28,6 +28,16 @@ _LOOK_EVERY = 50
 """Steps between looks at the loss where nothing is logged by steps."""
 
 
+def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """A network's parameters for an optimiser: the biases have their own weight decay."""
+    decay = config.weight_decay if config.bias_weight_decay is None else config.bias_weight_decay
+    parameters = list(network.named_parameters())
+    return [
+        {"params": [value for name, value in parameters if not name.endswith("bias")]},
+        {"params": [value for name, value in parameters if name.endswith("bias")], "weight_decay": decay},
+    ]
+
+
 class Classifier(LightningModule):
     """Trains a network with cross entropy; top-1 and top-5 of training, validation and test.
 
@@ -176,7 +186,8 @@ class Classifier(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _optimizer(self) -> Optimizer:
-        config, parameters = self.config, self.network.parameters()
+        config = self.config
+        parameters = parameter_groups(self.network, config)
         # One kernel for all parameters, where the device has it. Under a gradient scaler it could not be clipped.
         fused = (self.device.type in ("cpu", "cuda") and self.trainer.precision != "16-mixed") or None
         if config.name == "adamw":

@@ -177,6 +177,14 @@ def test_a_layer_that_gives_zeros(commands):
     assert all(row["accuracy"]["non_finite"] == 0 for row in report["rows"] if row["accuracy"])
 
 
+@pytest.mark.parametrize(("percentile", "warned"), [("90", True), ("99.9", False)])
+def test_a_threshold_that_cuts_off_much(commands, percentile, warned):
+    commands.save()
+    _, _, err = commands.quantize("--algorithm=percentile", f"--calibration.percentile={percentile}")
+    assert ("warning: percentile clips " in err) == warned
+    assert ("% of conv1, " in err) == warned
+
+
 def test_a_channel_that_gives_zeros_is_no_problem(commands):
     with torch.no_grad():
         commands.network.conv1.weight[3].zero_()

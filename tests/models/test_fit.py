@@ -264,6 +264,28 @@ def test_auxiliary_outputs_are_refused(run):
         run(network=Auxiliary, num_sanity_val_steps=0)
 
 
+def test_biases_have_their_own_weight_decay(run):
+    """Without gradients, a step takes lr * decay of each value away."""
+    plain = OptimizerConfig(
+        lr=0.5, schedule="constant", momentum=0.0, nesterov=False, weight_decay=0.0, bias_weight_decay=0.4
+    )
+    before = {}
+
+    class Start(Callback):
+        def on_train_start(self, trainer, module) -> None:
+            torch.nn.init.ones_(module.network[1].bias)
+            before.update(weights(module))
+
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+            for parameter in module.parameters():
+                parameter.grad.zero_()
+
+    classifier, _ = run(optimizer=plain, callbacks=(Start(),), limit_train_batches=1, max_epochs=1)
+    after = weights(classifier)
+    assert torch.equal(after["1.weight"], before["1.weight"])
+    assert torch.allclose(after["1.bias"], torch.tensor(0.8))
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("algorithm", ["norm", "value"])
 def test_gradients_are_clipped(run, precision, algorithm):

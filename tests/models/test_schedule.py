@@ -48,6 +48,7 @@ def test_factors_are_in_range(schedule, total, iteration):
         {"lr": float("nan")},
         {"momentum": 1.0},
         {"weight_decay": -1.0},
+        {"bias_weight_decay": -1.0},
         {"gamma": -1.0},
         {"average": 1.0},
         {"label_smoothing": 1.0},
