@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in options.names:
         if name not in BENCHMARKS:
             raise InputError(f"unknown benchmark {name!r}: take some of {', '.join(BENCHMARKS)}")
+    if options.names and options.no_run:
+        raise InputError("--no-run shows all of the last results: leave the names out")
     if options.page and options.quick:
         raise InputError("--page goes with a full run, not with --quick: its figures mean nothing")
     start_logging(logging.WARNING)

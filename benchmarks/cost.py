@@ -18,6 +18,7 @@ from benchmarks.timing import in_turns, spread, timed
 from calib.calibrator import collect, find_thresholds
 from calib.graph import Network, trace
 from common.cli import ROOT
+from common.errors import InputError
 from data.base import ImageSet
 
 COUNTS = (50, 500, 5000, 50000)
@@ -26,6 +27,8 @@ TENSORS = (10, 20, 40, 60)
 CHANNELS, SIDE = 8, 14
 LINEAR = 1.25
 """Cost grows linearly where the cost of one does not grow by more than this factor."""
+RESET = Path("/proc/self/clear_refs")
+"""Writing 5 lets Linux count a process's peak memory anew (proc(5))."""
 
 METHOD = (
     f"Images come in batches of {BATCH}, gathered from the training file as they are needed, and repeat where there "
@@ -141,18 +144,28 @@ def chain(tensors: int) -> Network:
 
 
 def _peak_in_a_process_of_its_own(setting: Setting, count: int) -> float | None:
-    """MiB by which calibration raises the peak memory of a process that holds network and data alone."""
+    """MiB by which calibration raises the peak memory of a process that holds network and data alone.
+
+    None where the system has no ``/proc`` to tell it.
+
+    Raises:
+        InputError: the process failed.
+    """
+    if not RESET.exists():
+        return None
     line = [sys.executable, "-m", __name__, str(setting.artifacts.absolute()), str(int(setting.quick)), str(count)]
     done = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    return float(done.stdout) if done.returncode == 0 else None
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise InputError(f"the calibration of {count} images in a process of its own failed: {last}")
+    return float(done.stdout)
 
 
 def main(artifacts: str, quick: str, count: str) -> None:
     """Print what :func:`_peak_in_a_process_of_its_own` returns."""
     setting = Setting(Path(artifacts), bool(int(quick)))
     run_calibration = _calibration(setting.network, setting.data.train_file, int(count))
-    # From here on, the peak is counted anew (proc(5)).
-    Path("/proc/self/clear_refs").write_text("5")
+    RESET.write_text("5")
     before = _status("VmRSS")
     run_calibration()
     print((_status("VmHWM") - before) / 1024)

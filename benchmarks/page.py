@@ -56,10 +56,11 @@ def markdown(results: Results) -> str:
 
 def _environment(results: Results) -> str:
     here = results.environment
-    cores = f"{here.cores} core{'s' if here.cores > 1 else ''}, {here.threads} threads in PyTorch"
+    cores = f"{here.cores} core{'s' if here.cores > 1 else ''}"
+    threads = f"{here.threads} thread{'s' if here.threads > 1 else ''} in PyTorch"
     rows = [
         ("network and data", results.subject),
-        ("processor", f"{here.processor}, {cores}"),
+        ("processor", f"{here.processor}, {cores}, {threads}"),
         ("instructions", ", ".join(here.instructions) or "not known"),
         ("memory", "not known" if here.memory is None else f"{here.memory / 2**30:.0f} GiB"),
         ("system", here.system),
@@ -77,7 +78,9 @@ def _section(benchmark: Benchmark) -> list[str]:
     parts.append(f"{when}; load average before and after: {load}.\n" if load else f"{when}.\n")
     for table in benchmark.findings.tables:
         columns, rows = _cells(table)
-        parts += [f"### {table.title[0].upper()}{table.title[1:]}\n", _table(columns, rows)]
+        file = ".py" in table.title.split()[0]
+        title = table.title if file else table.title[0].upper() + table.title[1:]
+        parts += [f"### {title}\n", _table(columns, rows)]
         parts += [f"{note}\n" for note in table.notes]
     parts += [f"Skipped: {what}: {why}.\n" for what, why in benchmark.findings.skipped.items()]
     return parts
@@ -124,7 +127,7 @@ def _measured(spread: Spread | None) -> list[str]:
 
 def _target_cells(target: Target) -> tuple[str, str, str, str]:
     unit = f" {target.unit}" if target.unit else ""
-    figure = "not measured" if target.figure is None else f"{number(target.figure, 3)}{unit}"
+    figure = "not measured" if target.figure is None else f"{number(target.figure, 4)}{unit}"
     verdict = {True: "yes", False: "**no**", None: "-"}[target.met]
     return target.what, f"{target.kind} {number(target.bound)}{unit}", figure, verdict
 

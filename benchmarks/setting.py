@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from calib.table import CalibrationTable
 from common.cli import ROOT, config_parser, parse
 from common.config import Config
 from common.errors import InputError
+from common.files import write_text
 from common.run import Run
 from data import Splits
 from models.checkpoint import Checkpoint, load_checkpoint
@@ -73,10 +75,18 @@ class Setting:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The run's network, trained now if it was not before."""
-        if not self.run.checkpoint.exists():
+        """The run's network, trained now if it was not before, or was with another configuration."""
+        epochs = 1 if self.quick else EPOCHS
+        config = {
+            "epochs": epochs,
+            **{key: asdict(getattr(self.config, key)) for key in ("data", "model", "optimizer")},
+        }
+        wanted = json.dumps({**config, "trainer": self.config.trainer}, sort_keys=True, default=str)
+        record = self.run.folder / "trained.json"
+        if not (self.run.checkpoint.exists() and record.exists() and record.read_text(encoding="utf-8") == wanted):
             logger.info("training the network that the benchmarks run")
-            self.command("train.py", "--epochs", "1" if self.quick else str(EPOCHS))
+            self.command("train.py", "--epochs", str(epochs))
+            write_text(record, wanted)
         return load_checkpoint(self.run.checkpoint)
 
     @cached_property

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ USUAL = "torchvision Dataset, transforms, DataLoader with 2 workers, under the s
 BATCH_SIZES = (64, 256)
 IMAGES = 12800
 WORKERS = 2
+ACCURACY_EPOCHS = 5
 
 METHOD = (
     f"LeNet's training on {IMAGES:,} images a turn, without augmentation, from the first step to the last, validation "
@@ -81,7 +84,48 @@ def run(setting: Setting) -> Findings:
                     ratio(rates[OURS], rates[BARE]),
                 ),
             ]
-    return Findings(METHOD, tables, targets)
+    return Findings(METHOD, [*tables, _options(setting), _accuracy(setting, default)], targets)
+
+
+def _options(setting: Setting) -> Table:
+    """What precision, memory format and compilation give, in the bare loop."""
+    batch = max(BATCH_SIZES)
+    steps = setting.images(IMAGES) // batch
+    images = setting.data.train
+    variants = {
+        "32-true": _Variant("32-true", channels_last=False),
+        "32-true, channels-last": _Variant("32-true"),
+        "32-true, channels-last, torch.compile": _Variant("32-true", compiled=True),
+        "bf16-mixed": _Variant("bf16-mixed", channels_last=False),
+        "bf16-mixed, channels-last": _Variant("bf16-mixed"),
+        "bf16-mixed, channels-last, torch.compile": _Variant("bf16-mixed", compiled=True),
+    }
+    seconds = in_turns(
+        {name: partial(_bare, setting, images, batch, steps, variant) for name, variant in variants.items()},
+        setting.rounds(4),
+        {name: setting.rounds(2) for name, variant in variants.items() if variant.compiled},
+    )
+    rates = {name: [steps * batch / figure for figure in figures] for name, figures in seconds.items()}
+    reference = "32-true"
+    entries = [Entry(name, spread(rates[name]), ratio(rates[name], rates[reference])) for name in rates]
+    note = (
+        "train.py uses channels-last throughout, and bf16-mixed where the CPU has instructions for it. It does not "
+        "compile: that takes a compiler and, once, longer than the training may save (not in these figures)."
+    )
+    return Table(f"what the options give, bare loop, batch {batch}", "images/s", entries, reference, [note])
+
+
+def _accuracy(setting: Setting, default: str) -> Table:
+    """Test top-1 of train.py, with the precision that it chooses and with float32."""
+    epochs = 1 if setting.quick else ACCURACY_EPOCHS
+    entries = []
+    for precision in dict.fromkeys([default, "32-true"]):
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = ["--artifacts", folder, "--epochs", str(epochs), "--trainer.precision", precision, "--json"]
+            summary = json.loads(setting.command("train.py", *arguments).stdout)
+        figures = {"test top-1, %": 100 * summary["metrics"]["test_top1"], "training, s": round(summary["seconds"], 1)}
+        entries.append(Entry(precision, figures=figures))
+    return Table(f"accuracy after {epochs} epoch{'s' if epochs > 1 else ''} of train.py, by precision", "", entries)
 
 
 def _race(setting: Setting, batch: int, steps: int, precision: str, rounds: int) -> dict[str, list[float]]:
@@ -98,7 +142,7 @@ def _race(setting: Setting, batch: int, steps: int, precision: str, rounds: int)
 
     contestants: dict[str, Callable[[], float]] = {
         OURS: lambda: lightning(datamodule=module),
-        BARE: lambda: _bare(setting, splits.train, batch, steps, precision),
+        BARE: lambda: _bare(setting, splits.train, batch, steps, _Variant(precision)),
         USUAL: lambda: lightning(train_dataloaders=usual, val_dataloaders=module.val_dataloader()),
     }
     seconds = in_turns(contestants, rounds)
@@ -155,11 +199,28 @@ def _lightning(setting: Setting, folder: Path, steps: int, precision: str, **dat
     return clock.seconds
 
 
-def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, precision: str) -> float:
+@dataclass(frozen=True)
+class _Variant:
+    """How the bare loop computes."""
+
+    precision: str
+    channels_last: bool = True
+    compiled: bool = False
+
+
+def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, variant: _Variant) -> float:
     """Seconds of so many steps of the loop that one would write by hand."""
     config = setting.config.optimizer
     network = setting.new_network().train()
-    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if variant.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    scores_of = logits_of(network)
+    mixed = variant.precision == "bf16-mixed"
+    if variant.compiled:
+        torch._dynamo.reset()  # after eight networks it would go on uncompiled
+        scores_of = torch.compile(scores_of)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            scores_of(images.images(torch.arange(batch))).sum().backward()
     optimizer = SGD(
         parameter_groups(network, config),
         lr=config.lr,
@@ -169,11 +230,10 @@ def _bare(setting: Setting, images: ImageSet, batch: int, steps: int, precision:
         fused=True,
     )
     schedule = LambdaLR(optimizer, lambda step: learning_rate_factor(config, step, steps))
-    mixed = precision == "bf16-mixed"
     begin = time.perf_counter()
     for index in torch.randperm(len(images))[: batch * steps].split(batch):
-        with torch.autocast("cpu", torch.bfloat16) if mixed else contextlib.nullcontext():
-            scores = logits_of(network)(images.images(index))
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            scores = scores_of(images.images(index))
             loss = F.cross_entropy(scores, images.labels[index], label_smoothing=config.label_smoothing)
         optimizer.zero_grad()
         loss.backward()

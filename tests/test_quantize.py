@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -12,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
+from calib.table import CalibrationTable
 from common.cli import run_command
 from common.config import DataConfig
 from data import open_data
-from models import CheckpointMeta, LeNet, save_checkpoint
+from models import CheckpointMeta, LeNet, load_checkpoint, save_checkpoint
 from quantize import main
 
 pytestmark = pytest.mark.e2e
@@ -157,6 +160,20 @@ def test_layers_kept_in_float_are_recorded_for_the_evaluation(in_process: Run, a
     assert record["quantization"]["keep_fp"] == ["ip2", "conv1"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "warned"),
+    [
+        (["--keep-fp", "conv1,conv2,ip1,ip2"], True),
+        (["--keep-fp", "conv1,conv2,ip1"], False),
+        (["--keep-fp", "conv1,conv2,ip1,ip2", "--quantize-output", "true"], False),
+    ],
+)
+def test_int8_without_a_layer_in_int8_is_pointed_out(in_process: Run, arguments: list[str], warned: bool) -> None:
+    result = in_process("--json", *arguments)
+    assert result.returncode == 0, result.stderr
+    assert ("warning: no layer of LeNet is left in INT8" in result.stderr) is warned
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_other_precisions_need_no_calibration(in_process: Run, artifacts: Path, precision: str) -> None:
     assert summary(in_process("--json", "--precision", precision))["precision"] == precision
@@ -169,6 +186,29 @@ def test_studies_leave_the_run_as_it_was(quantize: Run, artifacts: Path) -> None
     assert list(found["algorithms"]) == ["entropy2", "minmax"]
     assert [point["images"] for point in found["sweep"]] == [50, 100]
     assert {path.name for path in (artifacts / "lenet_mnist").iterdir()} == {path.name for path in before} | {".lock"}
+
+
+def test_studies_for_people(in_process: Run) -> None:
+    result = in_process("--compare-algorithms", "entropy2,minmax", "--sweep-images", "50,100")
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"^ +minmax +\d+\.\d\d % +[+-]\d\.\d\d +\d+\.\d\d % +\d+\.\d dB", result.stdout, re.M)
+    assert re.search(r"^ +100 +\d+\.\d\d % +\d+\.\d\d to \d+\.\d\d %", result.stdout, re.M)
+    assert "images" in result.stdout
+
+
+def test_mixed_precision_is_recorded(in_process: Run, artifacts: Path) -> None:
+    """With a table that ruins conv2, it finds that conv2 has to stay in float."""
+    assert summary(in_process("--json"))["keep_fp"] == []
+    path = artifacts / "lenet_mnist" / TABLE
+    table = CalibrationTable.read(path)
+    scales = {**table.scales, "pool1": table.scales["pool1"] * 400, "conv1": table.scales["conv1"] * 400}
+    named = artifacts / "ruined"
+    dataclasses.replace(table, scales=scales).write(named)
+    result = in_process("--json", "--cache", str(named), "--auto-mixed", "--tolerance", "2")
+    assert "conv2" in summary(result)["keep_fp"]
+    assert "mixed precision: " in result.stderr
+    record = json.loads((artifacts / "lenet_mnist" / "quantization.json").read_text())
+    assert "conv2" in record["quantization"]["keep_fp"]
 
 
 def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> None:
@@ -184,3 +224,20 @@ def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> Non
         outputs.append(torch.from_numpy(session.run(["prob"], {"data": images.numpy()})[0]))
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.2, rtol=0)
     torch.testing.assert_close(outputs[1], outputs[2], atol=1e-3, rtol=0)
+
+
+def test_int8_files_of_other_weights_are_pointed_out(in_process: Run, artifacts: Path) -> None:
+    folder = artifacts / "lenet_mnist"
+    assert in_process("--json", "--export", "onnx").returncode == 0
+    assert "stale" not in in_process("--json", "--precision", "fp32", "--export", "onnx").stderr
+
+    checkpoint = load_checkpoint(folder / "model.ckpt")
+    torch.nn.init.ones_(checkpoint.network.get_parameter("ip2.bias"))
+    save_checkpoint(folder / "model.ckpt", checkpoint.network, checkpoint.meta)
+    (folder / "LeNet_int8_cpu.onnx").write_bytes(b"no network")
+    result = in_process("--json", "--precision", "fp32", "--export", "onnx")
+    (warning,) = [line for line in result.stderr.splitlines() if "stale" in line]
+    assert warning.startswith(
+        f"warning: {folder / 'LeNet_int8.onnx'} and {folder / 'LeNet_int8_cpu.onnx'} are stale, exported from other"
+    )
+    assert result.returncode == 0

@@ -74,6 +74,8 @@ def test_unknown_names_and_a_page_of_a_trial_are_refused(tmp_path):
         main(["speed", "--artifacts", str(tmp_path)])
     with pytest.raises(InputError, match="--page goes with a full run"):
         main(["--quick", "--page", "--artifacts", str(tmp_path)])
+    with pytest.raises(InputError, match="leave the names out"):
+        main(["cost", "--no-run", "--artifacts", str(tmp_path)])
     with pytest.raises(InputError, match=r"bench\.json"):
         main(["--no-run", "--artifacts", str(tmp_path)])
 

@@ -150,4 +150,4 @@ def test_a_network_that_cannot_be_traced_is_one_line(shop: Path, command: Comman
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert line.startswith("error: network Branching cannot be traced: ")
-    assert line.endswith("networks.py:23: if x.mean() > 0.5:)")
+    assert line.endswith("networks.py:22: if x.mean() > 0.5:)")
