@@ -82,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report | None:
     """Evaluate, and write the report into ``target`` if there is one; None in all processes but the first."""
+    from calib.tensorrt_rules import mode_for_named_table
     from engines import EngineError, select_engine
     from engines.cuda import baselines
     from evaluation.pipeline import evaluate, explain
@@ -91,6 +92,8 @@ def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None)
     from evaluation.tensorboard import log_report
 
     options = config.evaluation
+    if cache is not None:
+        config.quantization.mode = mode_for_named_table(config.quantization.mode)
     with joined() as processes:
         processes.divide(config.engine)
         subject = open_subject(config, run, cache)

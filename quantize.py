@@ -122,6 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from calib.cache import weights_fingerprint
     from calib.graph import trace
+    from calib.tensorrt_rules import mode_for_named_table
     from engines import select_engine
     from models.checkpoint import load_checkpoint
 
@@ -139,6 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             summary = studied(job, flags.compare_algorithms, flags.sweep_images, flags.sweep_seeds)
             print(json.dumps(summary, indent=2)) if flags.json else show_studies(summary)
             return ExitCode.PASSED
+        if flags.cache is not None and flags.precision == "int8":
+            config.quantization.mode = mode_for_named_table(config.quantization.mode)
+            logger.info("--cache names the table: through TensorRT it goes as explicit quantization")
         table = calibrated(job, flags.cache, flags.recalibrate) if flags.precision == "int8" else None
         if flags.auto_mixed:
             mix(job, table)
@@ -146,6 +150,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("engine %s: %s", selection.engine.name, selection.reason)
         by_tensorrt = calibrated_by_tensorrt(job, selection.engine, table, flags.recalibrate) if table else None
         compiled = prepared(job, selection, flags.precision, table)
+        if table is not None:
+            warn_of_no_int8(job)
         files = exported(job, table) if flags.export else []
     summary = summarize(job, table, by_tensorrt, compiled, selection.reason, files)
     if flags.json:
@@ -258,8 +264,10 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
 
     if not isinstance(engine, TorchTensorRTEngine):
         return None
+    # The table's own, as the engine asks for it, whatever the configuration says.
+    algorithm: AlgorithmName = table.table.algorithm  # type: ignore[assignment]
     try:
-        mode, why = engine.mode(job.config.calibration.algorithm)
+        mode, why = engine.mode(algorithm)
     except EngineError as error:
         raise InputError(str(error)) from error
     logger.info("INT8 through TensorRT is %s: %s", mode, why)
@@ -271,7 +279,8 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
         return data.train_file, draw(data, len(data.info.classes), job.config.calibration, job.config.seed)
 
     path = job.run.tensorrt_table(job.network.name)
-    result = tensorrt.calibrate(job.network, images, path, wanted_provenance(job), job.config.engine, recalibrate)
+    provenance = dataclasses.replace(wanted_provenance(job), algorithm=algorithm)
+    result = tensorrt.calibrate(job.network, images, path, provenance, job.config.engine, recalibrate)
     if result.calibrated:
         logger.info("TensorRT calibrated in %.3f s and wrote %s", result.seconds, path)
     else:
@@ -296,6 +305,14 @@ def prepared(job: Job, selection: Selection, precision: PrecisionName, table: Ta
         relative = Path(os.path.relpath(table.path, job.run.folder))
         write_record(job.run.folder, QuantizationRecord(relative, job.weights, job.config.quantization))
     return compiled
+
+
+def warn_of_no_int8(job: Job) -> None:
+    """Say so where every layer that could run in INT8 is kept in float."""
+    quantization = job.config.quantization
+    able = {layer.name for layer in job.network.layers if layer.kind != "softmax" or quantization.quantize_output}
+    if able <= set(quantization.keep_fp):
+        logger.warning("no layer of %s is left in INT8: what is prepared as INT8 computes in float", job.network.name)
 
 
 def mix(job: Job, table: Table | None) -> None:
@@ -343,7 +360,34 @@ def exported(job: Job, table: Table | None) -> list[str]:
     if table is not None:
         provenance |= {"calibration": table.table.header, "algorithm": table.table.algorithm}
     written = export(job.network, plan, table.table if table else None, job.run, provenance)
+    stale = [] if table else stale_exports(job)
+    if stale:
+        logger.warning(
+            "%s stale, exported from other weights: run quantize.py --export onnx for INT8 again, or remove %s",
+            f"{stale[0]} is" if len(stale) == 1 else f"{' and '.join(stale)} are",
+            "it" if len(stale) == 1 else "them",
+        )
     return [str(path) for path in written.files]
+
+
+def stale_exports(job: Job) -> list[str]:
+    """The INT8 ONNX files of the run that do not say that they hold the weights of ``job``."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    stale = []
+    for precision in ("int8", "int8_cpu"):
+        path = job.run.onnx(job.network.name, precision)
+        try:
+            model = onnx.load(path, load_external_data=False)
+        except FileNotFoundError:
+            continue
+        except (OSError, DecodeError):  # no file of this export either
+            stale.append(str(path))
+            continue
+        if {entry.key: entry.value for entry in model.metadata_props}.get("weights") != job.weights:
+            stale.append(str(path))
+    return stale
 
 
 def studied(job: Job, algorithms: str | None, counts: str | None, seeds: int) -> dict[str, Any]:

@@ -127,6 +127,23 @@ def strongly_typed(installed: Installed) -> bool:
     return release(installed.torch_tensorrt) >= FIRST_STRONGLY_TYPED
 
 
+def mode_for_named_table(wanted: Literal["auto", "implicit", "explicit"]) -> Mode:
+    """How INT8 goes from a table that the user named with ``--cache``: its scales reach TensorRT explicitly alone.
+
+    Args:
+        wanted: What was asked for.
+
+    Raises:
+        InputError: implicit quantization, which runs from the table that TensorRT makes for itself.
+    """
+    if wanted == "implicit":
+        raise InputError(
+            "--cache names a table, and implicit quantization runs from TensorRT's own alone: "
+            "take --quantization explicit, or leave --cache out"
+        )
+    return "explicit"
+
+
 def quantization_mode(
     wanted: Literal["auto", "implicit", "explicit"],
     installed: Installed,
@@ -155,7 +172,8 @@ def quantization_mode(
     if wanted == "implicit" and needs_explicit:
         raise TensorRTError(f"implicit quantization cannot do this: {needs_explicit}; take --quantization explicit")
     if dla and (wanted == "explicit" or needs_explicit or not calibrator):
-        cause = needs_explicit or ("explicit was asked for" if wanted == "explicit" else f"{version} is installed")
+        asked = "explicit quantization was asked for (--quantization explicit, or a table named by --cache)"
+        cause = needs_explicit or (asked if wanted == "explicit" else f"{version} is installed")
         raise TensorRTError(
             "INT8 on a DLA core needs implicit quantization by DataLoaderCalibrator (Torch-TensorRT 2.8.0 at most), "
             f"and {cause}: use the GPU, or change that"

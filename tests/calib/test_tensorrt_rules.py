@@ -14,12 +14,14 @@ from calib.tensorrt_rules import (
     has_fast_fp16,
     has_int8,
     installation_problem,
+    mode_for_named_table,
     precision_problem,
     quantization_mode,
     release,
     strongly_typed,
     table_problem,
 )
+from common.errors import InputError
 
 
 def installed(torch_tensorrt="2.8.0", tensorrt="10.12.0.36"):
@@ -132,6 +134,13 @@ class TestMode:
     def test_a_dla_core_needs_implicit(self, wanted, version, needs):
         with pytest.raises(TensorRTError, match="DLA core needs implicit"):
             quantization_mode(wanted, installed(version), needs, dla=True)
+
+    def test_a_named_table_goes_explicit(self):
+        assert mode_for_named_table("auto") == mode_for_named_table("explicit") == "explicit"
+
+    def test_a_named_table_and_implicit_are_refused(self):
+        with pytest.raises(InputError, match=r"take --quantization explicit, or leave --cache out$"):
+            mode_for_named_table("implicit")
 
     def test_a_dla_core_with_the_calibrator(self):
         assert quantization_mode("auto", installed(), dla=True)[0] == "implicit"

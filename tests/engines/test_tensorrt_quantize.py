@@ -1,6 +1,7 @@
 """quantize.py with Torch-TensorRT as its engine, over a stand-in, from the command line to the files."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from calib.tensorrt_rules import Gpu, Installed
 from common.config import DataConfig
 from common.errors import InputError
 from data import open_data
+from evaluate import main as evaluate
 from models import CheckpointMeta, LeNet, save_checkpoint
 from quantize import main
 from tests.upstream import INSTALLED, Upstream
@@ -148,3 +150,75 @@ def test_implicit_by_name_on_a_newer_version_is_refused(machine, artifacts):
     machine(installed=Installed("2.14.1", "2.14.0", "11.1.0.106"))
     with pytest.raises(InputError, match=r"2\.8\.0 was the last"):
         main(["--artifacts", str(artifacts), "--quantization", "implicit"])
+
+
+QUICK = ["--precisions", "[int8]", "--latency-batch-sizes", "[]", "--no-analysis", "--tolerance", "100", "--json"]
+
+
+class TestNamedTable:
+    """``--cache`` with a table that no calibration made, where TensorRT has calibrated before."""
+
+    @pytest.fixture
+    def by_hand(self, machine, quantize, artifacts, tmp_path):
+        machine()
+        quantize()
+        table = CalibrationTable.read(artifacts / "lenet_mnist" / "CalibrationTableLeNet")
+
+        def write(algorithm="entropy2"):
+            path = tmp_path / "by_hand"
+            CalibrationTable({**table.scales, "ip1": 5.0}, algorithm).write(path)
+            return str(path)
+
+        return write
+
+    @pytest.fixture
+    def evaluated(self, artifacts, capsys):
+        """Run evaluate.py: its row of INT8."""
+
+        def run(*arguments):
+            capsys.readouterr()
+            assert evaluate(["--artifacts", str(artifacts), *QUICK, *arguments]) == 0
+            (row,) = [row for row in json.loads(capsys.readouterr().out)["rows"] if row["precision"] == "int8"]
+            return row
+
+        return run
+
+    @staticmethod
+    def scales(upstream):
+        """The scales in the last module that TensorRT was given; its calibrator must not come along."""
+        module, arguments = upstream.calls[-1]
+        assert "calibrator" not in arguments
+        return {float(text) for text in re.findall(r"value=([0-9.e-]+)\]", str(module.inlined_graph))}
+
+    @pytest.mark.parametrize("algorithm", ["entropy2", "minmax"])
+    def test_is_what_the_engine_runs_from(self, machine, quantize, by_hand, algorithm):
+        upstream = machine()
+        summary = quantize("--cache", by_hand(algorithm))
+        assert summary["engine"]["quantization"].startswith("explicit")
+        assert "tensorrt" not in summary
+        assert 5.0 in self.scales(upstream)
+
+    def test_is_recorded_for_the_evaluation(self, machine, quantize, by_hand, evaluated):
+        machine()
+        quantize("--cache", by_hand())
+        upstream = machine()
+        assert evaluated()["details"]["quantization"].startswith("explicit")
+        assert 5.0 in self.scales(upstream)
+
+    def test_may_be_named_for_the_evaluation_alone(self, machine, by_hand, evaluated):
+        upstream = machine()
+        assert evaluated("--cache", by_hand())["details"]["quantization"].startswith("explicit")
+        assert 5.0 in self.scales(upstream)
+
+    def test_without_it_tensorrts_own_is_back(self, machine, quantize, by_hand):
+        machine()
+        quantize("--cache", by_hand())
+        assert quantize()["engine"]["quantization"].startswith("implicit")
+
+    @pytest.mark.parametrize("command", [main, evaluate])
+    def test_is_refused_where_implicit_is_asked_for(self, machine, by_hand, artifacts, command):
+        upstream = machine()
+        arguments = ["--artifacts", str(artifacts), "--cache", by_hand(), "--quantization.mode", "implicit"]
+        with pytest.raises(InputError, match="take --quantization explicit, or leave --cache out"):
+            command(arguments)
+        assert upstream.calls == []
