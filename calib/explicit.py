@@ -137,16 +137,18 @@ def fake_quantize(plan: Int8Plan) -> fx.GraphModule:
 
 
 def own_weights(module: fx.GraphModule) -> None:
-    """Give every call of a submodule that is called more than once a submodule of its own."""
-    seen: set[str] = set()
+    """Give every call of a submodule that is called more than once, or whose weights others read, one of its own."""
+    taken = {name for name, _ in module.named_modules(remove_duplicate=False)}
+    seen = {str(node.target).rpartition(".")[0] for node in module.graph.nodes if node.op == "get_attr"}
     for node in module.graph.nodes:
         if node.op != "call_module":
             continue
         target = str(node.target)
         if target in seen:
             number = 1
-            while f"{target}_{number}" in seen:
+            while f"{target}_{number}" in taken:
                 number += 1
+            taken.add(f"{target}_{number}")
             module.add_submodule(f"{target}_{number}", copy.deepcopy(module.get_submodule(target)))
             node.target = f"{target}_{number}"
         seen.add(str(node.target))
@@ -167,7 +169,8 @@ def _quantize_weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     layer = module.get_submodule(target)
     assert isinstance(layer, nn.Conv2d | nn.Linear)  # Int8Plan.weighted holds nothing else
     codes, scales = quantize_weight(layer.weight)
-    layer.weight.data = codes * scales.reshape(-1, *([1] * (codes.dim() - 1)))
+    # A parameter of its own: layers in float may share the one that it had.
+    layer.weight = nn.Parameter(codes * scales.reshape(-1, *([1] * (codes.dim() - 1))), requires_grad=False)
     layer.register_buffer("weight_scale", scales)
     layer.register_buffer("weight_zero_point", torch.zeros_like(scales, dtype=torch.int32))
     graph = module.graph

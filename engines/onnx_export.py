@@ -84,14 +84,15 @@ def export(
         InputError: the network cannot be exported, or a file cannot be written.
     """
     fp32 = run.onnx(network.name, "fp32")
-    export_fp32(network, fp32, provenance)
+    model = float_model(network)
+    _write(model, fp32, provenance)
     if plan is None or table is None:
         return Exported(fp32)
     int8, int8_cpu = run.onnx(network.name, "int8"), run.onnx(network.name, "int8_cpu")
     export_int8(plan, int8, provenance)
     export_int8(plan, int8_cpu, provenance, for_cpu=True)
     beside = run.onnx_table(network.name)
-    onnx_table(network, table).write(beside)
+    onnx_table(network, table, model).write(beside)
     return Exported(fp32, int8, int8_cpu, beside)
 
 
@@ -127,25 +128,57 @@ def export_int8(
 
 
 def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) -> None:
+    """Write a model that the checker accepts and that, where ONNX Runtime is installed, runs."""
     onnx.helper.set_model_props(model, dict(provenance))
     model.producer_name = _PROJECT
     with contextlib.suppress(PackageNotFoundError):
         model.producer_version = version(_PROJECT)
     onnx.checker.check_model(model, full_check=True)
-    write_bytes(path, model.SerializeToString())
+    content = model.SerializeToString()
+    shape = [size.dim_value or 1 for size in model.graph.input[0].type.tensor_type.shape.dim]
+    try:
+        _run_once(content, shape)
+    except Exception as error:  # what ONNX Runtime raises has no base class of its own
+        raise InputError(f"{path} is not written, since ONNX Runtime does not run it: {_first_line(error)}") from error
+    write_bytes(path, content)
 
 
-def onnx_table(network: Network, table: CalibrationTable) -> CalibrationTable:
+def _run_once(content: bytes, shape: list[int]) -> None:
+    """Run a model on one image: an operator that no kernel takes as it is shows neither before nor while loading."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 4  # errors are raised as well
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    session.run(None, {INPUT: np.zeros(shape, np.float32)})
+
+
+def _first_line(error: Exception) -> str:
+    """What an exception says first, for an error of one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def onnx_table(network: Network, table: CalibrationTable, model: onnx.ModelProto) -> CalibrationTable:
     """The calibration table, with an entry for those values of the ONNX file that have none of their own.
 
     TensorRT runs a layer in INT8 from a table only if every tensor that it reads and writes has an entry. A reshaped
     value takes its tensor's scale. A value that an in-place ReLU overwrites takes the scale of what overwrites it:
     TensorRT merges the ReLU into the layer before it.
+
+    Args:
+        network: What ``table`` was made for.
+        table: The calibration table.
+        model: The network as :func:`float_model` exports it.
     """
+    values = {value.name for value in model.graph.input} | {name for node in model.graph.node for name in node.output}
     scales = {}
     for node, name in value_names(network).items():
         tensor = network.tensor_of.get(node) or _overwritten_as(network, node)
-        if tensor in table.scales:
+        if name in values and tensor in table.scales:
             scales[name] = table.scales[tensor]
     return CalibrationTable(scales, table.algorithm, table.tensorrt_version)
 
@@ -218,6 +251,7 @@ def _float_graph(network: Network, leaky: Container[str] = ()) -> tuple[onnx.Mod
     output.args = (tuple(nodes[node] for node in asked),)
     module.recompile()
     model = _exported(module, example, [values[node] for node in asked], network.name)
+    _pad_explicitly(model)
     aliases = keep_output(model, OUTPUT)
     values = {node: aliases.get(value, value) for node, value in values.items()}
     model = onnx.shape_inference.infer_shapes(model)
@@ -255,11 +289,13 @@ def _exported(module: fx.GraphModule, example: Tensor, outputs: list[str], name:
         try:
             return _dynamo_export(module, example, outputs)
         except Exception:  # noqa: BLE001
-            reason = str(first).strip().splitlines()[0] if str(first).strip() else type(first).__name__
-            raise InputError(f"network {name} cannot be exported to ONNX: {reason}") from first
+            raise InputError(f"network {name} cannot be exported to ONNX: {_first_line(first)}") from first
 
 
 def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
+    # TorchScript takes no number for a name, which is what the layers of a plain nn.Sequential have.
+    numbers = {f"#{name}": name for name in outputs if name.isdecimal()}
+    names = [f"#{name}" if name.isdecimal() else name for name in outputs]
     with _quiet(), tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         torch.onnx.export(
@@ -267,23 +303,28 @@ def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[s
             (example,),
             path,
             input_names=[INPUT],
-            output_names=outputs,
+            output_names=names,
             dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
             opset_version=OPSET,
             dynamo=False,
         )
-        return onnx.load(path)
+        model = onnx.load(path)
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [numbers.get(value, value) for value in values]
+    for output in model.graph.output:
+        output.name = numbers.get(output.name, output.name)
+    return model
 
 
 def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
-    argument = next(node.name for node in module.graph.nodes if node.op == "placeholder")
     with _quiet():
         program = torch.onnx.export(
             module,
             (example,),
             input_names=[INPUT],
             output_names=outputs,
-            dynamic_shapes={argument: {0: torch.export.Dim("batch")}},
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
             opset_version=_DYNAMO_OPSET,
             dynamo=True,
         )
@@ -308,6 +349,23 @@ def _quiet() -> Iterator[None]:
         if dump is not None:
             torch._C._jit_onnx_log = dump
         logging.disable(disabled)
+
+
+def _pad_explicitly(model: onnx.ModelProto) -> None:
+    """Give convolutions that pad automatically the numbers: ONNX Runtime takes no ``auto_pad`` with dilation.
+
+    PyTorch's ``padding="same"`` goes with stride 1 alone, so that the size of the input does not matter.
+    """
+    for node in model.graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != "Conv" or "auto_pad" not in attributes or attributes["auto_pad"].s != b"SAME_UPPER":
+            continue
+        kernel = attributes["kernel_shape"].ints
+        dilations = attributes["dilations"].ints if "dilations" in attributes else [1] * len(kernel)
+        totals = [dilation * (size - 1) for dilation, size in zip(dilations, kernel, strict=True)]
+        node.attribute.remove(attributes["auto_pad"])
+        pads = [*(total // 2 for total in totals), *(total - total // 2 for total in totals)]
+        node.attribute.append(onnx.helper.make_attribute("pads", pads))
 
 
 def keep_output(model: onnx.ModelProto, output: str) -> dict[str, str]:

@@ -68,6 +68,11 @@ class OnnxRuntimeEngine:
         run, optimized = open_runner(model, self._threads)
         if precision == "fp16":
             _require_half(optimized)
+        assert network.input_shape is not None  # the export has asked for it
+        try:
+            run(np.zeros((1, *network.input_shape), np.float32))
+        except Exception as error:  # its exceptions share no base class of their own
+            raise EngineError(f"ONNX Runtime does not run the network: {_first_line(error)}") from error
         return Compiled(
             self.name,
             precision,
@@ -121,7 +126,8 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # it warns that the optimised graph, which is only looked at, fits this CPU alone
+    # It warns that the optimised graph, which is only looked at, fits this CPU alone, and prints errors that it raises.
+    options.log_severity_level = 4
     if platform.machine() in ("x86_64", "AMD64") and not dot_products():
         # Without VNNI, sums of two products saturate at 16 bits; this takes slower kernels that do not.
         options.add_session_config_entry("session.x64quantprecision", "1")

@@ -110,6 +110,27 @@ class Tokens(nn.Module):
         return self.fc(F.relu(self.mlp(x)).flatten(1))
 
 
+def sequence() -> nn.Module:
+    """Layers whose names are numbers."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(64, 10))
+
+
+class Tied(nn.Module):
+    """One weight in two convolutions and a function, which stays in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        self.second = nn.Conv2d(3, 3, 3, padding=1)
+        self.second.weight = self.first.weight
+        self.fc = nn.Linear(3 * 6 * 6, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(F.relu(self.first(x)))
+        x = F.relu(F.conv2d(x, self.first.weight))
+        return self.fc(F.avg_pool2d(x, 5, 1).flatten(1))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "lenet": LeNet,
     "residual": Residual,
@@ -117,6 +138,8 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "branches": Branches,
     "mixed": MixedReaders,
     "tokens": Tokens,
+    "tied": Tied,
+    "sequence": sequence,
 }
 
 

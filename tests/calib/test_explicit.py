@@ -229,6 +229,25 @@ def test_the_network_itself_is_left_as_it_is():
     assert torch.equal(network.module(batch), before)
 
 
+class NamedAsASecondCall(nn.Module):
+    """A layer that is called twice, and later another one with the name that its second call would get."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 1)
+        self.conv_1 = nn.Conv2d(3, 3, 1)
+        self.fc = nn.Linear(432, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.conv_1(self.conv(self.conv(x))).flatten(1))
+
+
+def test_a_second_call_takes_no_other_layers_name():
+    network = trace(NamedAsASecondCall(), "mixed", (3, 12, 12))
+    plan, batch = make_plan(network), images("mixed", 4)
+    torch.testing.assert_close(fake_quantize(plan)(batch), IntegerNetwork(plan)(batch), atol=1e-3, rtol=0)
+
+
 def test_a_channel_of_zeros_stays_zero():
     model = LeNet().eval()
     with torch.no_grad():

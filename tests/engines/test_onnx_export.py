@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
+from calib.__main__ import main as check
 from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.int8 import quantize_weight
 from calib.table import CalibrationTable
@@ -115,12 +118,27 @@ def test_names_are_unique():
 def test_a_table_for_the_file_names_every_value():
     plan = make_plan(make_network("residual"))
     table = table_of(plan)
-    extended = onnx_table(plan.network, table)
-    assert set(extended.scales) == produced(float_model(plan.network))
+    model = float_model(plan.network)
+    extended = onnx_table(plan.network, table, model)
+    assert set(extended.scales) == produced(model)
     assert {name: extended.scales[name] for name in table.scales} == table.scales
     assert extended.scales["conv1/before_relu"] == table.scales["conv1"]
     assert extended.scales["pool/flatten"] == table.scales["pool"]
     assert extended.header == table.header
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_table_for_the_file_passes_the_check(name, tmp_path, capsys):
+    """Without a tensor that the file lacks, and with all that it has but those of the exporter's own making."""
+    network = make_network(name)
+    model, table = float_model(network), CalibrationTable(dict.fromkeys(network.tensors, 0.01))
+    onnx.save(model, tmp_path / "network.onnx")
+    onnx_table(network, table, model).write(tmp_path / "table")
+    assert check(["check", str(tmp_path / "table"), "--onnx", str(tmp_path / "network.onnx")]) == 0
+    warned = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert len(warned) == (name == "tokens")  # a matrix product before its bias
+    table.write(tmp_path / "table")
+    assert check(["check", str(tmp_path / "table"), "--onnx", str(tmp_path / "network.onnx")]) == 0
 
 
 def test_outputs_that_nobody_asked_for_go_but_their_names_stay():
@@ -305,6 +323,23 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
         export_fp32(make_network("lenet"), path, {})
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_that_does_not_run_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_export, "_pad_explicitly", lambda model: None)
+    network = trace(
+        nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3, padding="same", dilation=2), flat=nn.Flatten())),
+        "Same",
+        (1, 6, 6),
+    )
+    path = tmp_path / "network.onnx"
+    with pytest.raises(InputError, match=r"network\.onnx is not written.*Dilation not supported") as error:
+        export_fp32(network, path, {})
+    assert "\n" not in str(error.value)
+    assert not path.exists()
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    export_fp32(network, path, {})
+    assert path.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections import OrderedDict
 
 import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from calib.calibrator import calibrate
 from calib.graph import Network, trace
@@ -159,6 +161,20 @@ def test_a_model_that_onnxruntime_does_not_take_is_one_line():
     with pytest.raises(EngineError, match="ONNX Runtime does not take the network") as error:
         open_session(model, threads=1)
     assert "\n" not in str(error.value)
+
+
+def test_a_model_that_loads_but_does_not_run_is_an_engine_error(monkeypatch, capfd):
+    network = trace(
+        nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3, padding="same", dilation=2), flat=nn.Flatten())),
+        "Same",
+        (1, 6, 6),
+    )
+    make_engine().compile(network, "fp32", None)
+    monkeypatch.setattr("engines.onnx_export._pad_explicitly", lambda model: None)
+    with pytest.raises(EngineError, match="does not run the network.*Dilation not supported") as error:
+        make_engine().compile(network, "fp32", None)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_it_says_that_onnxruntime_is_missing(monkeypatch):

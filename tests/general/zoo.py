@@ -114,6 +114,24 @@ class Tuples(nn.Module):
         return self.fc(x.flatten(2).max(dim=2)[0])
 
 
+class SamePadding(nn.Module):
+    """Padding by name, with dilation and with kernels of even size, for which it is not the same on both sides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.valid = nn.Conv2d(3, 8, (1, 2), padding="valid", dilation=2)
+        self.dilated = nn.Conv2d(8, 8, 3, padding="same", dilation=2)
+        self.even = nn.Conv2d(8, 8, 4, padding="same", groups=2)
+        self.both = nn.Conv2d(8, 8, (4, 3), padding="same", dilation=(3, 1))
+        self.weight = nn.Parameter(torch.randn(8, 8, 2, 2) * 0.2)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.even(F.relu(self.dilated(self.valid(x))))
+        x = F.conv2d(self.both(x), self.weight, padding="same", dilation=3)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
 class NormThenRelu(nn.BatchNorm2d):
     """What derives from a layer, and computes something else."""
 
@@ -165,6 +183,7 @@ HAND_MADE: dict[str, Callable[[], nn.Module]] = {
     "pools": Pools,
     "tuples": Tuples,
     "derived": Derived,
+    "same_padding": SamePadding,
     "small_resnet": SmallResNet,
 }
 TORCHVISION = ("resnet18", "mobilenet_v2", "mobilenet_v3_small", "shufflenet_v2_x0_5", "squeezenet1_1")
@@ -176,11 +195,13 @@ GIVE_PROBABILITIES = {"lenet", "mobile", "branches"}
 UNSUPPORTED: dict[str, set[str]] = {
     "mobile": {"sigmoid", "mul", "mean"},
     "mixed": {"tanh", "sub", "mul", "amax"},
+    "tied": {"conv2d"},
     "norm_first": {"BatchNorm2d"},
     "collisions": {"mean"},
     "functional": {"conv2d", "mul", "add", "log_softmax"},
     "tuples": {"gt", "mul", "max"},
     "derived": {"EdgePadded", "NormThenRelu", "Conv2d"},
+    "same_padding": {"conv2d"},
     "mobilenet_v3_small": {"Hardsigmoid", "mul"},
     "shufflenet_v2_x0_5": {"mean"},
 }
