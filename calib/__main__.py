@@ -14,12 +14,15 @@ from calib import formats
 from calib.table import HEADER_NAMES, LEVELS, CalibrationTable, parse, scale_to_hex
 from common.command import run_command
 from common.errors import ExitCode, InputError
-from common.files import read_text
+from common.files import read_bytes, read_text
 
 DESCRIPTION = """\
 Tools for TensorRT's calibration tables (artifacts/<run>/CalibrationTable<NetworkName>).
 
 Exit codes: 0 done, or nothing found; 1 the tables differ, or the table is not valid; 2 bad input."""
+
+_NAMED = 5
+"""How many tensors a warning about several names."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,9 +99,12 @@ def _add_replacements(parser: argparse.ArgumentParser) -> None:
 
 
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number from 0 up, not {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 up, not {text!r}")
     return value
 
 
@@ -126,28 +132,29 @@ def _show(arguments: argparse.Namespace) -> int:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    table, other = formats.read(arguments.table), formats.read(arguments.other)
+    scales, header = formats.read_scales(arguments.table)
+    others, other_header = formats.read_scales(arguments.other)
     missing = {
-        str(arguments.table): [name for name in other.scales if name not in table.scales],
-        str(arguments.other): [name for name in table.scales if name not in other.scales],
+        str(arguments.table): [name for name in others if name not in scales],
+        str(arguments.other): [name for name in scales if name not in others],
     }
     changed = [
-        (name, scale, other.scales[name])
-        for name, scale in table.scales.items()
-        if name in other.scales and not math.isclose(scale, other.scales[name], rel_tol=arguments.tolerance)
+        (name, scale, others[name])
+        for name, scale in scales.items()
+        if name in others and not math.isclose(scale, others[name], rel_tol=arguments.tolerance)
     ]
     differ = bool(changed or any(missing.values()))
     if arguments.json:
         content = {
-            "headers": [table.header, other.header],
+            "headers": [header, other_header],
             "missing": missing,
             "changed": {name: {"scales": [a, b], "ratio": _ratio(a, b)} for name, a, b in changed},
             "equal": not differ,
         }
         print(json.dumps(content, indent=2))
         return ExitCode.FAILED if differ else ExitCode.PASSED
-    if table.header != other.header:
-        print(f"line 1 differs: {table.header} and {other.header}")
+    if header and other_header and header != other_header:
+        print(f"line 1 differs: {header} and {other_header}")
     for path, names in missing.items():
         for name in names:
             print(f"not in {path}: {name}")
@@ -157,7 +164,7 @@ def _diff(arguments: argparse.Namespace) -> int:
     ]
     if rows:
         _print_rows(("tensor", "scale", "other scale", "other / this"), rows)
-    both = len(table.scales.keys() & other.scales.keys())
+    both = len(scales.keys() & others.keys())
     print(f"{both - len(changed)} of {both} tensors in both tables have the same scale")
     return ExitCode.FAILED if differ else ExitCode.PASSED
 
@@ -167,6 +174,7 @@ def _ratio(scale: float, other: float) -> float | None:
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    _require_text(arguments.table)
     text = read_text(arguments.table)
     table, problems = parse(text)
     findings = [problem.text(str(arguments.table)) for problem in problems]
@@ -176,7 +184,9 @@ def _check(arguments: argparse.Namespace) -> int:
     if table is not None:
         warnings += [f"tensor {name!r}: {reason}" for name, reason in table.unusable.items()]
         if arguments.onnx:
-            findings += _compare_with_network(table.scales, arguments.onnx)
+            differences, advice = _compare_with_network(table.scales, arguments.onnx)
+            findings += differences
+            warnings += advice
     for finding in findings:
         print(finding)
     for warning in warnings:
@@ -189,37 +199,39 @@ def _check(arguments: argparse.Namespace) -> int:
     return ExitCode.PASSED
 
 
-def _compare_with_network(scales: Mapping[str, float], path: Path) -> list[str]:
+def _compare_with_network(scales: Mapping[str, float], path: Path) -> tuple[list[str], list[str]]:
+    """What is wrong with the names of a table for the network in ``path``, and what may be."""
     from calib.onnx_names import network_tensors
 
     names = network_tensors(path)
     unknown = [f"tensor {name!r}: the network {path} has no such tensor" for name in scales if name not in names]
     lacking = [
         f"tensor {name!r} of the network {path} has no scale here"
-        for name, computed in names.items()
-        if computed and name not in scales
+        for name, need in names.items()
+        if need == "required" and name not in scales
     ]
-    return unknown + lacking
+    advised = [repr(name) for name, need in names.items() if need == "advised" and name not in scales]
+    if not advised:
+        return unknown + lacking, []
+    named = ", ".join(advised[:_NAMED]) + (f" and {len(advised) - _NAMED} more" if len(advised) > _NAMED else "")
+    return unknown + lacking, [
+        f"without a scale for {named} of the network {path}, TensorRT may run what reads or writes them in float"
+    ]
 
 
 def _convert(arguments: argparse.Namespace) -> int:
     table = formats.read(arguments.table, algorithm=arguments.algorithm, tensorrt_version=arguments.tensorrt_version)
     suffixes: dict[str, formats.Format] = {".json": "json", ".flatbuffers": "onnxruntime"}
     to: formats.Format = arguments.to or suffixes.get(arguments.output.suffix, "table")
-    if arguments.output.suffix == ".json" and arguments.output.with_suffix("").is_file():
-        raise InputError(
-            f"{arguments.output} is the name of the side file of {arguments.output.with_suffix('')}: choose another"
-        )
-    formats.write(arguments.output, table, to)
-    print(f"wrote {arguments.output}" + (f" ({table.header})" if to == "table" else ""))
-    if to == "table":
-        _mention_side_file(arguments.output)
+    _write(arguments.output, table, to)
     return ExitCode.PASSED
 
 
 def _set(arguments: argparse.Namespace) -> int:
+    _require_text(arguments.table)
     table = CalibrationTable.read(arguments.table)
     scales = dict(table.scales)
+    given: dict[str, str] = {}
     for item in arguments.values:
         name, _, text = item.rpartition("=")
         if not name:
@@ -232,18 +244,34 @@ def _set(arguments: argparse.Namespace) -> int:
             raise InputError(f"tensor {name!r}: {text!r} is not a number") from None
         if not 0 < value < math.inf:
             raise InputError(f"tensor {name!r}: the value must be a positive number, not {text}")
-        scales[name] = value if arguments.scale else value / LEVELS
-    output = arguments.output or arguments.table
+        scales[name], given[name] = value if arguments.scale else value / LEVELS, text
     changed = CalibrationTable(scales, table.algorithm, table.tensorrt_version)
-    changed.write(output)
-    print(f"wrote {output}")
-    _mention_side_file(output)
+    for name, text in given.items():
+        if name in changed.unusable:
+            reason = changed.unusable[name] if changed.scales[name] else "its scale rounds to 0"
+            raise InputError(f"tensor {name!r}: {text} cannot be used: {reason}")
+    _write(arguments.output or arguments.table, changed, "table")
     return ExitCode.PASSED
 
 
-def _mention_side_file(table: Path) -> None:
-    side_file = table.with_name(f"{table.name}.json")
-    if side_file.is_file():
+def _require_text(path: Path) -> None:
+    """Refuse other formats than TensorRT's, for tools that are about its lines."""
+    found = formats.format_of(read_bytes(path))
+    if found != "table":
+        what = "JSON" if found == "json" else "no text"
+        raise InputError(
+            f"{path} is {what}, and this tool takes TensorRT's text alone: python -m calib convert FILE TABLE writes it"
+        )
+
+
+def _write(output: Path, table: CalibrationTable, to: formats.Format) -> None:
+    """Write a table and say so; the side file of another table is not overwritten, and one beside it is mentioned."""
+    if output.suffix == ".json" and output.with_suffix("").is_file():
+        raise InputError(f"{output} is the name of the side file of {output.with_suffix('')}: choose another")
+    formats.write(output, table, to)
+    print(f"wrote {output}" + (f" ({table.header})" if to == "table" else ""))
+    side_file = output.with_name(f"{output.name}.json")
+    if to == "table" and side_file.is_file():
         print(
             f"note: {side_file} describes the table as it was calibrated and fits it no longer, so that quantize.py "
             "would calibrate again. To use this table, copy it elsewhere and name the copy: quantize.py --cache PATH",

@@ -37,24 +37,47 @@ def read(path: Path, *, algorithm: str | None = None, tensorrt_version: str | No
     Raises:
         InputError: unreadable or malformed, or the algorithm is neither in the file nor given.
     """
-    content = read_bytes(path)
-    if content.lstrip()[:1] == b"{":
-        found = _from_json(content, str(path))
-    elif b"\0" in content[:32]:
-        found = {"scales": _from_onnxruntime(content, str(path))}
-    else:
-        table = CalibrationTable.read(path)
-        found = {
-            "scales": table.scales,
-            "algorithm": table.algorithm,
-            "tensorrt_version": table.tensorrt_version,
-        }
+    found = _found(path)
     if algorithm:
         found["algorithm"] = algorithm
     if tensorrt_version:
         found["tensorrt_version"] = tensorrt_version
     if "algorithm" not in found:
         raise InputError(f"{path} does not say which algorithm made it: give --algorithm")
+    return _table(found, path)
+
+
+def read_scales(path: Path) -> tuple[Mapping[str, float], str | None]:
+    """The scales of a table in any of the formats, and its line 1, or None where the file does not say enough for it.
+
+    Raises:
+        InputError: unreadable or malformed.
+    """
+    found = _found(path)
+    table = _table(found, path)
+    return table.scales, table.header if "algorithm" in found else None
+
+
+def format_of(content: bytes) -> Format:
+    """The format that a file's content looks like."""
+    if content.lstrip()[:1] == b"{":
+        return "json"
+    return "onnxruntime" if b"\0" in content[:32] else "table"
+
+
+def _found(path: Path) -> dict[str, Any]:
+    """What a file says, as arguments of ``CalibrationTable``."""
+    content = read_bytes(path)
+    form = format_of(content)
+    if form == "json":
+        return _from_json(content, str(path))
+    if form == "onnxruntime":
+        return {"scales": _from_onnxruntime(content, str(path))}
+    table = CalibrationTable.read(path)
+    return {"scales": table.scales, "algorithm": table.algorithm, "tensorrt_version": table.tensorrt_version}
+
+
+def _table(found: Mapping[str, Any], path: Path) -> CalibrationTable:
     try:
         return CalibrationTable(**found)
     except InputError as error:

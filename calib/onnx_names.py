@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from common.errors import InputError
 
-_NEEDS_NONE = frozenset(
+Need = Literal["required", "advised", "none"]
+"""Whether a table should have a tensor: TensorRT runs a layer in INT8 only if all that it reads and writes has a scale.
+
+``advised`` are the tensors that it can do without where it merges the operator with another one, or leaves it out.
+"""
+
+_MOVES = frozenset(
     {
-        "Cast",
-        "Constant",
-        "ConstantOfShape",
         "Dropout",
         "Expand",
         "Flatten",
@@ -19,8 +23,6 @@ _NEEDS_NONE = frozenset(
         "MaxPool",
         "Pad",
         "Reshape",
-        "Shape",
-        "Sigmoid",
         "Slice",
         "Split",
         "Squeeze",
@@ -28,18 +30,23 @@ _NEEDS_NONE = frozenset(
         "Unsqueeze",
     }
 )
-"""Operators whose output TensorRT needs no scale for: they move or describe values, or are one half of a SiLU."""
+"""Operators that only move or choose values."""
+
+_NEEDS_NONE = frozenset({"Cast", "Sigmoid"})
+"""Operators whose output needs no scale: what changes the type of values, and what is one half of a SiLU."""
 
 _FUSED = frozenset({"BatchNormalization", "Clip", "LeakyRelu", "Relu"})
-"""Operators that TensorRT makes one with the layer before, whose own output then needs no scale."""
+"""Operators that TensorRT makes one with the layer before, whose own output then can do without a scale."""
+
+_WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
 _QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 
-def network_tensors(path: Path) -> dict[str, bool]:
-    """Names of the float tensors of the network in ``path``, in its order -> whether the table should have them.
+def network_tensors(path: Path) -> dict[str, Need]:
+    """Names of the tensors of the network in ``path``, in its order -> whether the table should have them.
 
-    The table may also have those that TensorRT needs no scale for.
+    The table may also have those that need no scale.
 
     Raises:
         InputError: not an ONNX file, or one that is quantized already.
@@ -62,16 +69,24 @@ def network_tensors(path: Path) -> dict[str, bool]:
     constants = weights | {name for node in graph.node if node.op_type == "Constant" for name in node.output}
     readers: dict[str, list[str]] = {value.name: ["output"] for value in graph.output}
     for node in graph.node:
-        for name in node.input:
-            readers.setdefault(name, []).append(node.op_type)
-    tensors = {value.name: True for value in graph.input if value.name not in weights}
+        for name in node.input if node.op_type != "Shape" else ():
+            biased = node.op_type == "Add" and not constants.isdisjoint(node.input)
+            readers.setdefault(name, []).append("bias" if biased else node.op_type)
+    tensors: dict[str, Need] = {value.name: "required" for value in graph.input if value.name not in weights}
+    shapes: set[str] = set()
     for node in graph.node:
-        # What is computed from constants alone (shapes, mostly) is a constant.
+        # What is computed from constants alone is a constant.
         if all(name in constants for name in node.input):
             constants |= set(node.output)
             continue
+        if node.op_type == "Shape" or all(name in constants | shapes for name in node.input):
+            shapes |= set(node.output)
         for name in filter(None, node.output):
             used_by = readers.get(name, [])
             fused = len(used_by) == 1 and used_by[0] in _FUSED
-            tensors[name] = bool(used_by) and not fused and node.op_type not in _NEEDS_NONE
+            fused = fused or (used_by == ["bias"] and node.op_type in _WEIGHTED)
+            if name in shapes or not used_by or node.op_type in _NEEDS_NONE:
+                tensors[name] = "none"
+            else:
+                tensors[name] = "advised" if fused or node.op_type in _MOVES else "required"
     return tensors

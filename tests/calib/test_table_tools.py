@@ -1,5 +1,6 @@
 """``python -m calib``: show, diff, check, convert and set; their formats, messages and exit codes."""
 
+import itertools
 import json
 import math
 import os
@@ -108,7 +109,39 @@ def test_diff_with_a_scale_of_zero(table, tmp_path, capsys):
     assert '"ratio": null' in capsys.readouterr().out
 
 
+def test_diff_compares_what_holds_scales_alone(table, tmp_path, capsys):
+    ranges, json_file = tmp_path / "x.flatbuffers", tmp_path / "x.json"
+    run("convert", table, ranges)
+    json_file.write_text(json.dumps({"scales": {**TABLE.scales, "data": 0.02}}))
+    capsys.readouterr()
+    assert run("diff", table, ranges, "--tolerance", "1e-6") == 0
+    assert run("diff", json_file, ranges, "--tolerance", "1e-6") == 1
+    assert "line 1" not in capsys.readouterr().out
+    assert run("diff", table, json_file, "--json") == 1
+    content = json.loads(capsys.readouterr().out)
+    assert content["headers"] == [TABLE.header, None]
+    assert list(content["changed"]) == ["data"]
+
+
+def test_diff_says_what_a_tolerance_is(table, capsys):
+    for text in ("x", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            run("diff", table, table, f"--tolerance={text}")
+        assert f"must be a number from 0 up, not '{text}'" in capsys.readouterr().err
+
+
 # check
+
+
+def test_tools_for_text_refuse_other_formats_in_one_line(table, tmp_path):
+    for name, what in (("x.json", "JSON"), ("x.flatbuffers", "no text")):
+        run("convert", table, tmp_path / name)
+        before = (tmp_path / name).read_bytes()
+        for arguments in (["check", tmp_path / name], ["set", tmp_path / name, "data=1"]):
+            with pytest.raises(InputError, match=f"{name} is {what}, .*convert") as error:
+                run(*arguments)
+            assert_one_line(error.value)
+        assert (tmp_path / name).read_bytes() == before
 
 
 def test_check_of_a_valid_table(table, capsys):
@@ -172,14 +205,46 @@ def lenet_like(tmp_path):
 
 def test_check_against_a_network(lenet_like, tmp_path, capsys):
     path = tmp_path / "table"
-    for names in (["data", "conv1", "ip1", "prob"], ["data", "conv1", "pool1", "flat", "ip1_before", "ip1", "prob"]):
+    moved = ["pool1", "flat", "ip1_before"]
+    for lacking in ([], moved):
+        names = [name for name in ["data", "conv1", *moved, "ip1", "prob"] if name not in lacking]
         CalibrationTable(dict.fromkeys(names, 1.0)).write(path)
         assert run("check", path, "--onnx", lenet_like) == 0
+        assert ("warning: " in capsys.readouterr().out) == bool(lacking)
     CalibrationTable(dict.fromkeys(["data", "conv1", "conv2", "prob", "w"], 1.0)).write(path)
     capsys.readouterr()
     assert run("check", path, "--onnx", lenet_like) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("'")[1] for line in lines[:-1]] == ["conv2", "w", "ip1"]
+    assert [line.split("'")[1] for line in lines[:-2]] == ["conv2", "w", "ip1"]
+    assert lines[-2] == (
+        f"warning: {path}: without a scale for 'pool1', 'flat', 'ip1_before' of the network {lenet_like}, "
+        "TensorRT may run what reads or writes them in float"
+    )
+
+
+def test_a_warning_names_a_few_tensors(tmp_path, capsys):
+    chain = ["data", *(f"t{number}" for number in range(8))]
+    nodes = [("Transpose", [a], [b]) for a, b in itertools.pairwise(chain)]
+    path = network(tmp_path / "network.onnx", *nodes, ("Softmax", ["t7"], ["prob"]))
+    CalibrationTable({"data": 1.0, "prob": 1.0}).write(tmp_path / "table")
+    assert run("check", tmp_path / "table", "--onnx", path) == 0
+    assert "for 't0', 't1', 't2', 't3', 't4' and 3 more of the network" in capsys.readouterr().out
+
+
+def test_sizes_need_no_scale(tmp_path, capsys):
+    path = network(
+        tmp_path / "network.onnx",
+        ("Conv", ["data", "w"], ["conv1"]),
+        ("Shape", ["conv1"], ["shape"]),
+        ("Div", ["shape", "w"], ["half"]),
+        ("Concat", ["half", "w"], ["sizes"]),
+        ("Relu", ["conv1"], ["relu1"]),
+        ("Reshape", ["relu1", "sizes"], ["prob"]),
+        weights=("w",),
+    )
+    CalibrationTable(dict.fromkeys(["data", "conv1", "relu1", "prob"], 1.0)).write(tmp_path / "table")
+    assert run("check", tmp_path / "table", "--onnx", path) == 0
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_check_against_what_is_no_float_network(table, tmp_path):
@@ -255,10 +320,11 @@ def test_damaged_ranges_are_refused(table, tmp_path):
             assert_one_line(error)
 
 
-def test_side_file_is_not_overwritten(table):
+@pytest.mark.parametrize("tool", ["convert", "set"])
+def test_side_file_is_not_overwritten(table, tool):
     side_file = table.with_name("CalibrationTableLeNet.json")
     with pytest.raises(InputError, match="side file"):
-        run("convert", table, side_file)
+        run(tool, table, *([side_file] if tool == "convert" else ["data=1", "--output", side_file]))
     assert not side_file.exists()
 
 
@@ -363,7 +429,20 @@ def test_set_writes_elsewhere(table, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "value", ["data", "=1", "data=", "data=x", "data=0", "data=-1", "data=nan", "data=inf", "data=1e60"]
+    "value",
+    [
+        "data",
+        "=1",
+        "data=",
+        "data=x",
+        "data=0",
+        "data=-1",
+        "data=nan",
+        "data=inf",
+        "data=1e60",
+        "data=1e-60",
+        "data=1e-37",
+    ],
 )
 def test_set_refuses(table, value):
     before = table.read_bytes()
