@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
 def documented_commands() -> list[str]:
@@ -22,10 +22,11 @@ def documented_commands() -> list[str]:
     for page in PAGES:
         for _, block in BLOCK.findall(page.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
-                match = re.match(r"(?:\w+=\S+ )*\$? ?python (?:train|quantize|evaluate)\.py.*", line.strip())
+                match = re.search(r"\b(?:python|torchrun .*) ((?:train|quantize|evaluate)\.py.*)", line.strip())
                 if match:
-                    words = shlex.split(match[0].removeprefix("$ "), comments=True)
-                    found[shlex.join(word for word in words[words.index("python") :])] = None
+                    words = shlex.split(match[1], comments=True)
+                    if "..." not in words:
+                        found[shlex.join(words)] = None
     return list(found)
 
 
@@ -37,7 +38,7 @@ def test_command_lines_of_the_documentation_parse(
     (tmp_path / "parts.yaml").write_text(next(text for kind, text in BLOCK.findall(page) if kind == "yaml"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
-    result = command(*shlex.split(line)[1:], "--print_config", cwd=tmp_path)
+    result = command(*shlex.split(line), "--print_config", cwd=tmp_path)
 
     assert result.returncode == 0, result.stderr
 
@@ -62,9 +63,30 @@ def test_the_library_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pyt
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
-    targets = [link for link in LINK.findall(page.read_text(encoding="utf-8")) if "://" not in link]
+    for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        file = page.parent / target if target else page
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in slugs, f"{target}#{anchor}"
 
-    assert [link for link in targets if not (page.parent / link).exists()] == []
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_tables_are_whole_and_nothing_is_left_to_fill_in(page: Path) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    columns = 0
+    for line in text.splitlines():
+        if not line.startswith("|"):
+            columns = 0
+            assert not re.fullmatch(r"[A-Z]{3,}", line), line
+            continue
+        assert line.endswith("|"), line
+        cells = len(re.findall(r"(?<!\\)\|", line)) - 1
+        columns = columns or cells
+        assert cells == columns, line
 
 
 def test_the_newer_torch_tensorrt_is_the_one_that_int8_builds_on() -> None:
