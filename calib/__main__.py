@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         "values",
         nargs="+",
         metavar="TENSOR=RANGE",
-        help="largest absolute value that INT8 shall represent for this tensor, such as conv1=2.5",
+        help="largest absolute value that INT8 shall represent for this tensor, such as ip1=7.5",
     )
     change.add_argument("--scale", action="store_true", help="values are scales (range / 127)")
     change.add_argument("--add", action="store_true", help="allow tensors that the table does not have yet")
