@@ -105,7 +105,7 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
 
     fitting = fit.make_trainer(options, run.folder, config.optimizer.average, resume)
     trainer = fitting.trainer
-    last = fit.prepare(run.folder, resume, write=first)
+    last = fit.checkpoint_to_resume(run.folder) if resume else None
     classifier = Classifier(network, config.optimizer, classes, fit.training_record(config, data.info, options))
     try:
         fit.interruptible(lambda: trainer.fit(classifier, datamodule=data, ckpt_path=last))

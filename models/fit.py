@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +131,7 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: Where to write.
+        earlier: Files and folders of an earlier training, which go when this one has something in their place.
 
     Attributes:
         best: Path of the best epoch's checkpoint.
@@ -140,21 +141,38 @@ class Checkpoints(Checkpoint):
 
     state_key = "checkpoints"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, earlier: Sequence[Path] = ()) -> None:
         self.best = folder / "best.ckpt"
         self.last = folder / "last.ckpt"
+        self.earlier = earlier
         self.best_score: float | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trial: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
         if trainer.sanity_checking or trial or trainer.state.fn != TrainerFn.FITTING:
             return
+        self._remove_earlier(trainer)
         # The same in every process: the metric is synchronised.
         score = float(trainer.callback_metrics["val_top1"])
         if self.best_score is None or score >= self.best_score:
             self.best_score = score
             trainer.save_checkpoint(self.best)
         trainer.save_checkpoint(self.last)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Also of a training without validation.
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined] # set by a connector
+            self._remove_earlier(trainer)
+
+    def _remove_earlier(self, trainer: Trainer) -> None:
+        """Remove the earlier training, so that its checkpoints and logs are not mixed up with this one's."""
+        if trainer.is_global_zero:
+            for path in self.earlier:
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink(missing_ok=True)
+        self.earlier = ()
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}
@@ -183,7 +201,8 @@ class Fitting:
 def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: bool) -> Fitting:
     """A Trainer that writes ``checkpoints/best.ckpt``, ``checkpoints/last.ckpt`` and ``logs/`` in ``folder``.
 
-    Whatever ``options`` set (loggers, callbacks, plugins) comes on top.
+    Without ``resume``, those of an earlier training go when the first checkpoint is written: a training that ends
+    before has changed nothing. Whatever ``options`` set (loggers, callbacks, plugins) comes on top.
 
     Args:
         options: From :func:`check_trainer`.
@@ -194,7 +213,9 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
     Raises:
         InputError: Lightning refuses a value.
     """
-    checkpoints = Checkpoints(folder / "checkpoints")
+    # last.ckpt goes first, so that no part of it can be resumed.
+    earlier = (last_checkpoint(folder), folder / "checkpoints", *(folder / "logs").glob("*"))
+    checkpoints = Checkpoints(folder / "checkpoints", () if resume else earlier)
     callbacks: list[Callback] = [checkpoints]
     arguments = vars(options.parser.instantiate(options.values).trainer)
     if arguments["enable_progress_bar"] is not False:
@@ -205,7 +226,7 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
     plugins = arguments.pop("plugins") or []
     loggers = arguments.pop("logger")
     if loggers in (None, True):
-        loggers = run_loggers(folder, resume)
+        loggers = run_loggers(folder)
     if arguments["enable_model_summary"] is None:
         arguments["enable_model_summary"] = False
     if arguments["profiler"] is None:
@@ -222,35 +243,29 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
     return Fitting(trainer, checkpoints)
 
 
-def run_loggers(folder: Path, resume: bool) -> list[Logger]:
-    """CSV and TensorBoard logs in ``folder/logs/version_<n>``; a resumed training begins the next version."""
-    version = sum(1 for _ in (folder / "logs").glob("version_*")) if resume else 0
+def run_loggers(folder: Path) -> list[Logger]:
+    """CSV and TensorBoard logs in ``folder/logs/version_<n>``, beside those that are there."""
+    found = [path.name.removeprefix("version_") for path in (folder / "logs").glob("version_*")]
+    version = max((int(number) + 1 for number in found if number.isdecimal()), default=0)
     board = TensorBoardLogger(folder, name="logs", version=version, default_hp_metric=False)
     return [CSVLogger(folder, name="logs", version=version), board]
 
 
-def prepare(folder: Path, resume: bool, write: bool) -> Path | None:
-    """The checkpoint to go on from; without ``resume`` none, and the earlier training's checkpoints and logs go.
+def last_checkpoint(folder: Path) -> Path:
+    """Where a run keeps the checkpoint to resume from."""
+    return folder / "checkpoints" / "last.ckpt"
 
-    The run's ``model.ckpt`` stays until the new one takes its place.
+
+def checkpoint_to_resume(folder: Path) -> Path:
+    """The checkpoint to go on from.
 
     Raises:
-        InputError: there is nothing to resume, or something cannot be removed.
+        InputError: there is none.
     """
-    checkpoints = folder / "checkpoints"
-    if resume:
-        last = checkpoints / "last.ckpt"
-        if not last.is_file():
-            raise InputError(f"there is no checkpoint to resume from in {checkpoints}: train without --resume")
-        return last
-    if write:
-        try:
-            for name in ("checkpoints", "logs"):
-                if (folder / name).exists():
-                    shutil.rmtree(folder / name)
-        except OSError as error:
-            raise InputError(f"cannot write {folder}: {error.strerror or error}") from error
-    return None
+    last = last_checkpoint(folder)
+    if not last.is_file():
+        raise InputError(f"there is no checkpoint to resume from in {last.parent}: train without --resume")
+    return last
 
 
 def load_best(fitting: Fitting, module: LightningModule) -> int:

@@ -180,13 +180,13 @@ def test_wrong_options(trained, capsys, arguments):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_wrong_input_before_training_keeps_the_earlier_training(trained, tmp_path):
+@pytest.mark.parametrize("wrong", ["--trainer.devices=0", "--trainer.max_epochs=-1", "--batch-size=5000"])
+def test_wrong_input_keeps_the_earlier_training(trained, tmp_path, wrong):
     trained("--epochs=1")
-    last = tmp_path / "lenet_digits" / "checkpoints" / "last.ckpt"
-    before = last.read_bytes()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.raises(InputError):
-        trained("--epochs=1", "--trainer.devices=0")
-    assert last.read_bytes() == before
+        trained(wrong)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_one_training_at_a_time(trained, tmp_path):

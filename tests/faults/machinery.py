@@ -266,7 +266,7 @@ def assert_old_or_new(scene: Scene, note: str) -> None:
         # Checkpoints of the epochs in between are whole, and neither the old nor the final ones.
         if scene.settled(name) and not name.startswith("checkpoints/"):
             assert digest in (scene.old.get(name), scene.new.get(name)), f"{note}: {name} is neither old nor new"
-    # A new training removes the old one's checkpoints and logs first, so that they cannot be mixed up.
+    # A new training removes the old one's checkpoints before its first, so that they cannot be mixed up.
     expected = {name for name in scene.old if not name.startswith("checkpoints/")}
     assert expected <= found.keys(), f"{note}: {sorted(expected - found.keys())} got lost"
 

@@ -43,7 +43,7 @@ def run(tmp_path, blobs):
         folder = tmp_path / name
         fitting = fit.make_trainer(options, folder, optimizer.average, resume)
         fitting.trainer.callbacks[:0] = callbacks
-        last = fit.prepare(folder, resume, write=True)
+        last = fit.checkpoint_to_resume(folder) if resume else None
         fit.interruptible(lambda: fitting.trainer.fit(classifier, datamodule=data, ckpt_path=last))
         return classifier, fitting
 
@@ -205,7 +205,25 @@ def test_starting_anew_removes_the_earlier_training(run, tmp_path):
     run(max_epochs=1)
     assert not stale.exists()
     assert (tmp_path / "run" / "model.ckpt").exists()
-    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["version_0"]
+    assert [path.name for path in (tmp_path / "run" / "logs").iterdir()] == ["version_1"]
+
+
+@pytest.mark.parametrize("trainer", [{"limit_val_batches": 0}, {"max_epochs": 0}])
+def test_starting_anew_without_validation_removes_the_earlier_training(run, tmp_path, trainer):
+    run(max_epochs=1)
+    run(**trainer)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "logs" / "version_0").exists()
+
+
+@pytest.mark.parametrize("trainer", [{"network": ToNaN, "log_every_n_steps": 1}, {"network": Auxiliary}])
+def test_the_earlier_training_stays_until_the_first_checkpoint(run, tmp_path, trainer):
+    run()
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert len(before) > 3
+    with pytest.raises(InputError):
+        run(**trainer)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_logs_of_a_resumed_training_come_beside(run, tmp_path):
