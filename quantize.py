@@ -143,11 +143,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if flags.cache is not None and flags.precision == "int8":
             config.quantization.mode = mode_for_named_table(config.quantization.mode)
             logger.info("--cache names the table: through TensorRT it goes as explicit quantization")
+        # Before calibration, which may replace a table.
+        selection = select_engine(config.engine, config.quantization, run.folder)
+        logger.info("engine %s: %s", selection.engine.name, selection.reason)
+        if flags.precision == "int8":
+            check_layers(job)
         table = calibrated(job, flags.cache, flags.recalibrate) if flags.precision == "int8" else None
         if flags.auto_mixed:
             mix(job, table)
-        selection = select_engine(config.engine, config.quantization, run.folder)
-        logger.info("engine %s: %s", selection.engine.name, selection.reason)
         by_tensorrt = calibrated_by_tensorrt(job, selection.engine, table, flags.recalibrate) if table else None
         compiled = prepared(job, selection, flags.precision, table)
         if table is not None:
@@ -159,6 +162,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(table, summary)
     return ExitCode.PASSED
+
+
+def check_layers(job: Job) -> None:
+    """Check the names of the layers to keep in float, which needs no table: any scales do.
+
+    Raises:
+        InputError: one of them is no layer of the network.
+    """
+    from calib.graph import plan_int8
+    from calib.table import CalibrationTable
+
+    plan_int8(job.network, CalibrationTable(dict.fromkeys(job.network.tensors, 1.0)), job.config.quantization.keep_fp)
 
 
 def calibrated(job: Job, cache: Path | None, recalibrate: bool) -> Table:

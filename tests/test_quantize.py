@@ -150,8 +150,19 @@ def test_bad_input_is_one_line_and_nothing_is_lost(
     assert message in errors[0]
     assert "Traceback" not in result.stderr
     assert result.stdout == ""
-    if "--keep-fp" not in arguments:  # the table does not depend on what is kept: it was made before the error
-        assert table.read_text() == "what was here before\n"
+    assert table.read_text() == "what was here before\n"
+
+
+def test_an_engine_that_cannot_be_used_leaves_the_table(in_process: Run, artifacts: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Torch-TensorRT may be usable here")
+    assert in_process().returncode == 0
+    table = artifacts / "lenet_mnist" / TABLE
+    before = table.read_bytes()
+    result = in_process("--algorithm", "minmax", "--engine", "torch-tensorrt")
+    assert result.returncode == 2
+    assert "error: engine torch-tensorrt cannot be used here" in result.stderr
+    assert table.read_bytes() == before
 
 
 def test_layers_kept_in_float_are_recorded_for_the_evaluation(in_process: Run, artifacts: Path) -> None:
