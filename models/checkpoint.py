@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,6 +23,11 @@ from models.network import check_state, construct, load_state, resolve
 FORMAT = 1
 _META_LIMIT = 16 * 1024 * 1024
 _LONGEST_NAME = 100
+_IMPLIED: Mapping[str, dict[str, Any]] = {
+    "googlenet": {"transform_input": True, "aux_logits": False},
+    "inception_v3": {"transform_input": True},
+}
+"""Arguments that torchvision sets where it is given pretrained weights."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ def load_checkpoint(path: Path, trusted: str | None = None) -> Checkpoint:
     """Read a checkpoint of :func:`save_checkpoint`, treating the file as hostile.
 
     The network's class is named in the file. Classes of this project and of torchvision are built; any other is
-    imported only if it is the one that the user's own configuration names.
+    imported only if it is the one that the user's own configuration names. Whatever it is, the network is first made
+    without memory where it can be.
 
     Args:
         path: The file.
@@ -143,37 +149,48 @@ def _read(path: Path) -> Any:
 
 def _construct(path: Path, meta: CheckpointMeta, state: Mapping[str, Any], trusted: str | None) -> nn.Module:
     """Build the network that the file names, if that is safe."""
-    if meta.class_path == trusted:
-        return construct(resolve(meta.class_path), meta.class_path, meta.init_args)
     module = meta.class_path.replace(":", ".").rpartition(".")[0]
-    if module == "models" or module.startswith("models."):
-        factory: Any = resolve(meta.class_path)
-        safe = isinstance(factory, type) and issubclass(factory, nn.Module) and factory.__module__.startswith("models.")
-    elif module.startswith("torchvision.models"):
-        import torchvision
-        from torchvision.models import get_model_builder, list_models
-
-        # Classifiers alone: those that find objects would fetch weights for their inner network.
-        name = meta.class_path.rpartition(".")[2]
-        safe = name in list_models(module=torchvision.models)
-        factory = get_model_builder(name) if safe else None
-    else:
+    factory: Any = None
+    arguments = meta.init_args
+    if known := module.split(".")[0] == "models" or module.startswith("torchvision.models"):
+        factory = _known_factory(meta.class_path)
+        # Pretrained weights that the network started from (torchvision) are not fetched again: the file has its own.
+        implied = _IMPLIED.get(meta.network, {}) if arguments.get("weights") else {}
+        arguments = implied | {key: None if key.startswith("weights") else value for key, value in arguments.items()}
+    if factory is None and meta.class_path == trusted:
+        factory = resolve(meta.class_path)
+    if factory is None and known:
+        raise InputError(f"{path} is damaged: {meta.class_path!r:.100} is not a network")
+    if factory is None:
         raise InputError(
             f"{path} names the class {meta.class_path!r:.100}, which this run's configuration does not: "
             "give --model.class_path with it if you trust it"
         )
-    if not safe:
-        raise InputError(f"{path} is damaged: {meta.class_path!r:.100} is not a network")
-    # Pretrained weights that the network started from (torchvision) are not fetched again: the file has its own.
-    arguments = {key: None if key.startswith("weights") else value for key, value in meta.init_args.items()}
     # First without memory: arguments that ask for more than the file holds do not get it.
     try:
         with torch.device("meta"):
             skeleton = construct(factory, meta.class_path, arguments)
     except InputError as error:
-        # Some of torchvision's networks compute with values while they are made.
-        if not isinstance(error.__cause__, NotImplementedError):
+        # Some of torchvision's networks compute with values while they are made; others may do anything.
+        if known and not isinstance(error.__cause__, NotImplementedError):
             raise
     else:
         check_state(skeleton, state, str(path))
     return construct(factory, meta.class_path, arguments)
+
+
+def _known_factory(class_path: str) -> Callable[..., Any] | None:
+    """The class of this project, or the builder of torchvision, that makes a classifier; None for anything else."""
+    if class_path.startswith("models"):
+        factory = resolve(class_path)
+        own = isinstance(factory, type) and issubclass(factory, nn.Module) and factory.__module__.startswith("models.")
+        return factory if own else None
+    import torchvision
+    from torchvision.models import get_model_builder, list_models
+
+    # Classifiers alone: those that find objects would fetch weights for their inner network.
+    name = class_path.replace(":", ".").rpartition(".")[2]
+    builder: Callable[..., Any] | None = (
+        get_model_builder(name) if name in list_models(module=torchvision.models) else None
+    )
+    return builder

@@ -46,17 +46,49 @@ def test_round_trip(path, meta):
     assert again.read_bytes() == path.read_bytes()
 
 
-def test_torchvision_without_fetching_weights(tmp_path, meta):
+@pytest.mark.parametrize("trusted", [None, "torchvision.models.squeezenet1_1"])
+def test_torchvision_without_fetching_weights(tmp_path, meta, monkeypatch, trusted):
     from torchvision.models import squeezenet1_1
 
     meta = dataclasses.replace(
         meta,
         network="squeezenet1_1",
         class_path="torchvision.models.squeezenet1_1",
+        init_args={"num_classes": 1000, "weights": "IMAGENET1K_V1"},
+    )
+    save_checkpoint(tmp_path / "model.ckpt", squeezenet1_1(), meta)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", lambda url, *_, **__: pytest.fail(f"fetches {url}"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    assert load_checkpoint(tmp_path / "model.ckpt", trusted).network(torch.zeros(1, 3, 64, 64)).shape == (1, 1000)
+
+
+def test_what_torchvision_sets_with_weights_is_set_without_them(tmp_path, meta):
+    """Input that GoogLeNet scales, and no auxiliary heads."""
+    from torchvision.models import googlenet
+
+    network = googlenet(num_classes=4, transform_input=True, aux_logits=False, init_weights=False)
+    meta = dataclasses.replace(
+        meta,
+        network="googlenet",
+        class_path="torchvision.models.googlenet",
         init_args={"num_classes": 4, "weights": "DEFAULT"},
     )
-    save_checkpoint(tmp_path / "model.ckpt", squeezenet1_1(num_classes=4), meta)
-    assert load_checkpoint(tmp_path / "model.ckpt").network(torch.zeros(1, 3, 64, 64)).shape == (1, 4)
+    save_checkpoint(tmp_path / "model.ckpt", network, meta)
+    images = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(load_checkpoint(tmp_path / "model.ckpt").network(images), network.eval()(images))
+
+
+def test_a_class_of_torchvision_that_the_configuration_names(tmp_path, meta):
+    """The builders alone are known to make classifiers."""
+    from torchvision.models import SqueezeNet
+
+    name = "torchvision.models.SqueezeNet"
+    meta = dataclasses.replace(meta, network="SqueezeNet", class_path=name, init_args={"num_classes": 4})
+    save_checkpoint(tmp_path / "model.ckpt", SqueezeNet(num_classes=4), meta)
+    with pytest.raises(InputError, match="is not a network"):
+        load_checkpoint(tmp_path / "model.ckpt")
+    assert load_checkpoint(tmp_path / "model.ckpt", trusted=name).meta == meta
 
 
 class Evil:
@@ -183,6 +215,30 @@ def test_wrong_metadata(path, meta, change, message):
     rewrite(path, meta, **change)
     with pytest.raises(InputError, match=message):
         load_checkpoint(path)
+
+
+@pytest.mark.parametrize("class_path", ["models.LeNet", "large_for_checkpoint:Large"])
+@pytest.mark.parametrize("trusted", [False, True])
+def test_arguments_get_no_memory_that_the_file_does_not_fill(path, meta, tmp_path, monkeypatch, class_path, trusted):
+    (tmp_path / "large_for_checkpoint.py").write_text("from models import LeNet\nclass Large(LeNet): pass\n")
+    monkeypatch.chdir(tmp_path)
+    rewrite(path, meta, class_path=class_path, init_args={"num_classes": 10**12})
+    refused = "of another architecture" if trusted or class_path == "models.LeNet" else "--model.class_path"
+    with pytest.raises(InputError, match=refused):
+        load_checkpoint(path, class_path if trusted else None)
+
+
+def test_users_own_class_that_computes_while_it_is_made(tmp_path, meta, monkeypatch):
+    (tmp_path / "computing_for_checkpoint.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "class Net(nn.Linear):\n"
+        "    def __init__(self): super().__init__(int(torch.ones(3).sum().item()), 2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    name = "computing_for_checkpoint:Net"
+    meta = dataclasses.replace(meta, network="Net", class_path=name, init_args={})
+    save_checkpoint(tmp_path / "model.ckpt", nn.Linear(3, 2), meta)
+    assert load_checkpoint(tmp_path / "model.ckpt", trusted=name).network.in_features == 3
 
 
 def test_another_architecture(path, meta):
