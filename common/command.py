@@ -93,19 +93,24 @@ def _thread_failed(failure: threading.ExceptHookArgs) -> None:
     """What an exception in another thread (TensorBoard's writer) prints."""
     error = failure.exc_value
     if isinstance(error, OSError) and error.errno in _OUTSIDE:
-        print(f"warning: writing in the background failed: {printable(str(error))}", file=sys.stderr)
+        _say(f"warning: writing in the background failed: {printable(str(error))}")
     else:
         threading.__excepthook__(failure)
 
 
 def fail(message: str) -> ExitCode:
     """Print the line of an error on stderr; the exit code that goes with it."""
-    print(f"error: {printable(' '.join(message.split()))}", file=sys.stderr)
+    _say(f"error: {printable(' '.join(message.split()))}")
     return ExitCode.BAD_INPUT
 
 
+def _say(line: str) -> None:
+    """Print a line on stderr in one piece: another thread may print at the same time."""
+    sys.stderr.write(f"{line}\n")
+
+
 def _interrupted() -> ExitCode:
-    print("interrupted; finished files are kept", file=sys.stderr)
+    _say("interrupted; finished files are kept")
     return ExitCode.INTERRUPTED
 
 
