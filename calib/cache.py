@@ -143,13 +143,17 @@ def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = F
     Args:
         path: The table's file, there or not.
         wanted: What a calibration now would record.
-        named: Whether the user named the file (``--cache``): only then is a table without a side file accepted.
+        named: Whether the user named the file (``--cache``), which may be another run's: only then is a table without a
+            side file accepted, and only if asked is one of another network or of other weights replaced.
         recalibrate: Whether calibration was asked for in any case.
 
     Raises:
-        InputError: the user named a file that is not a calibration table.
+        InputError: the user named a file that is not a calibration table, or, without ``recalibrate``, one that was
+            made for another network or other weights.
     """
     if recalibrate:
+        if named and path.exists():
+            _check_replaceable(path)
         return Decision(None, "asked to calibrate again")
     if not path.exists():
         return Decision(None, f"there is no {path} yet")
@@ -164,12 +168,23 @@ def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = F
         if named:
             return Decision(table, f"{path} has no side file: what it was made from is not known", foreign=True)
         return Decision(None, f"{path} has no side file that says what it was made from")
+    if named and (recorded.network, recorded.weights) != (wanted.network, wanted.weights):
+        what = "other weights" if recorded.network == wanted.network else f"another network, {recorded.network}"
+        raise InputError(f"{path} was made for {what}: name another file, or replace it with --recalibrate")
     changes = changed(recorded, wanted)
     if changed_since(path, recorded):
         changes.append("the table was changed since")
     if changes:
         return Decision(None, "; ".join(changes))
     return Decision(_named_algorithm(table, recorded), f"model, data, subset and algorithm are those of {path}")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is not a calibration table."""
+    try:
+        CalibrationTable.read(path)
+    except InputError as error:
+        raise InputError(f"{path} is not replaced, since it is no calibration table: {error}") from error
 
 
 def changed(recorded: Provenance, wanted: Provenance) -> list[str]:

@@ -75,6 +75,40 @@ def test_a_missing_table_and_the_users_wish_calibrate(path: Path) -> None:
     assert decide(path, WANTED, named=False, recalibrate=True).table is None
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": "other"}, "was made for other weights: name another file, or replace it with --recalibrate"),
+        ({"network": "Other", "weights": "other"}, "was made for another network, LeNet: name another file"),
+    ],
+)
+def test_a_named_table_of_another_network_is_replaced_only_if_asked(
+    path: Path, change: dict[str, Any], message: str
+) -> None:
+    write(path, TABLE, WANTED)
+    wanted = dataclasses.replace(WANTED, **change)
+    with pytest.raises(InputError, match=message):
+        decide(path, wanted, named=True)
+    assert decide(path, wanted, named=True, recalibrate=True).table is None
+
+
+def test_a_named_table_is_made_again_where_only_its_making_changed(path: Path) -> None:
+    write(path, TABLE, WANTED)
+    decision = decide(path, dataclasses.replace(WANTED, algorithm="minmax"), named=True)
+    assert decision.table is None
+
+
+@pytest.mark.parametrize("content", [b"", b"notes\n", b"{}", b"PK\x03\x04\xff\x00"])
+def test_a_named_file_that_is_no_table_is_never_replaced(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    for recalibrate in (False, True):
+        with pytest.raises(InputError, match=path.name):
+            decide(path, WANTED, named=True, recalibrate=recalibrate)
+    assert decide(path, WANTED, named=False, recalibrate=True).table is None
+    path.unlink()
+    assert decide(path, WANTED, named=True, recalibrate=True).table is None
+
+
 def test_a_table_that_was_edited_is_not_taken_for_ours(path: Path) -> None:
     write(path, TABLE, WANTED)
     CalibrationTable({"data": 1.0, "conv1": 0.25}).write(path)
