@@ -165,15 +165,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_layers(job: Job) -> None:
-    """Check the names of the layers to keep in float, which needs no table: any scales do.
+    """Check the names of the layers to keep in float.
 
     Raises:
         InputError: one of them is no layer of the network.
     """
     from calib.graph import plan_int8
+
+    plan_int8(job.network, any_scales(job.network), job.config.quantization.keep_fp)
+
+
+def any_scales(network: Network) -> CalibrationTable:
+    """A table for questions whose answer does not depend on the scales."""
     from calib.table import CalibrationTable
 
-    plan_int8(job.network, CalibrationTable(dict.fromkeys(job.network.tensors, 1.0)), job.config.quantization.keep_fp)
+    return CalibrationTable(dict.fromkeys(network.tensors, 1.0))
 
 
 def calibrated(job: Job, cache: Path | None, recalibrate: bool) -> Table:
@@ -248,13 +254,18 @@ def calibrate(job: Job, tensorrt_version: str) -> Calibration:
     )
     logger.info("  post-processing took %.4f s", calibration.post_seconds)
     logger.info("calibration of %d images took %.4f s", histograms.images, time.perf_counter() - start)
-    warn_of_clipping(calibration)
+    warn_of_clipping(calibration, job)
     return calibration
 
 
-def warn_of_clipping(calibration: Calibration) -> None:
-    """Name the tensors of which a threshold cuts off much: entropy can have a narrow minimum far inside the range."""
-    shares = {name: calibration.clipped(name) for name in calibration.thresholds}
+def warn_of_clipping(calibration: Calibration, job: Job) -> None:
+    """Name what INT8 reads and a threshold cuts much off: entropy can have a narrow minimum far inside the range."""
+    from calib.graph import OUTPUT, plan_int8
+
+    quantization = job.config.quantization
+    plan = plan_int8(job.network, any_scales(job.network), quantization.keep_fp, quantization.quantize_output)
+    read = {job.network.tensor_of[node] for node in plan.scales} | ({OUTPUT} if quantization.quantize_output else set())
+    shares = {name: calibration.clipped(name) for name in calibration.thresholds if name in read}
     much = [f"{share:.1%} of {name}" for name, share in shares.items() if share > MUCH_CLIPPED]
     if much:
         logger.warning(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from typing import Any
 
@@ -182,7 +183,22 @@ def test_a_threshold_that_cuts_off_much(commands, percentile, warned):
     commands.save()
     _, _, err = commands.quantize("--algorithm=percentile", f"--calibration.percentile={percentile}")
     assert ("warning: percentile clips " in err) == warned
-    assert ("% of conv1, " in err) == warned
+    assert ("% of pool1, " in err) == warned
+
+
+def test_a_threshold_that_int8_never_uses(commands):
+    """Only what INT8 layers read can lose accuracy, and the output where it is quantized."""
+    commands.save()
+    flags = ("--algorithm=percentile", "--calibration.percentile=90", "--recalibrate")
+    clips = [
+        next((line for line in commands.quantize(*flags, *more)[2].splitlines() if "percentile clips" in line), "")
+        for more in ((), ("--keep-fp=conv2",), ("--quantize-output=true",))
+    ]
+    named = [set(re.findall(r"% of (\w+)", line)) for line in clips]
+    assert "pool1" in named[0]
+    assert named[0] & {"conv1", "conv2", "ip2", "prob"} == set()
+    assert named[1] == named[0] - {"pool1"}
+    assert named[2] == named[0] | {"ip2", "prob"}
 
 
 def test_a_channel_that_gives_zeros_is_no_problem(commands):
@@ -288,10 +304,24 @@ def test_a_table_that_another_run_replaced(commands):
     with torch.no_grad():
         commands.network.ip2.bias[0] += 1
     commands.save()
-    commands.quantize(shared)
+    before = (commands.folder / "shared").read_bytes()
+    with pytest.raises(InputError, match=r"shared was made for other weights: .* --recalibrate"):
+        commands.quantize(shared)
+    assert (commands.folder / "shared").read_bytes() == before
+    commands.quantize(shared, "--recalibrate")
     code, report, _ = commands(evaluate, *QUICK, "--run=first")
     assert code == 1
     assert "was made for other weights since" in str(report["rows"])
+
+
+def test_a_named_file_that_is_no_table_is_kept(commands):
+    commands.save()
+    checkpoint = commands.run / "model.ckpt"
+    before = checkpoint.read_bytes()
+    for arguments in ((), ("--recalibrate",)):
+        with pytest.raises(InputError, match=r"model\.ckpt"):
+            commands.quantize(f"--cache={checkpoint}", *arguments)
+    assert checkpoint.read_bytes() == before
 
 
 @pytest.mark.parametrize("part", ["table", "side file"])
