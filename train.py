@@ -28,10 +28,11 @@ ALIASES = {"--data-dir": "data.dir", "--batch-size": "data.batch_size"}
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished training."""
+    """A finished training; ``written`` unless it was a trial, which leaves no checkpoint."""
 
     meta: CheckpointMeta
     seconds: float
+    written: bool
 
 
 def parser() -> Parser:
@@ -71,7 +72,7 @@ def is_first_process() -> bool:
 
 
 def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
-    """Train, test the best epoch once, and write ``model.ckpt``.
+    """Train, test the best epoch once, and write ``model.ckpt``; nothing under ``trainer.fast_dev_run``.
 
     Args:
         config: Of the run.
@@ -134,10 +135,13 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         metrics=metrics,
         versions=installed_versions("torch", "torchvision", "lightning"),
     )
-    if first:
+    trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set by a connector
+    if trial:
+        logger.info("trainer.fast_dev_run: a trial, which writes nothing; %s stays as it was", run.folder)
+    elif first:
         save_checkpoint(run.checkpoint, classifier.network, meta)
         logger.info("wrote %s", run.checkpoint)
-    return Outcome(meta, classifier.seconds)
+    return Outcome(meta, classifier.seconds, written=not trial)
 
 
 def summarize(run: Run, outcome: Outcome) -> dict[str, Any]:
@@ -145,7 +149,7 @@ def summarize(run: Run, outcome: Outcome) -> dict[str, Any]:
     meta = outcome.meta
     return {
         "run": run.name,
-        "checkpoint": str(run.checkpoint),
+        "checkpoint": str(run.checkpoint) if outcome.written else None,
         "network": meta.network,
         "dataset": meta.dataset.name,
         "notes": list(meta.dataset.notes),
@@ -170,7 +174,8 @@ def show(summary: dict[str, Any]) -> None:
     ]
     rows = [*shown, ("epochs of these weights", str(summary["epochs"])), ("training", f"{summary['seconds']:.1f} s")]
     print_table(f"{summary['network']} on {summary['dataset']}", ("figure", "value"), rows)
-    print(f"checkpoint: {summary['checkpoint']}")
+    if summary["checkpoint"] is not None:
+        print(f"checkpoint: {summary['checkpoint']}")
 
 
 if __name__ == "__main__":

@@ -86,7 +86,8 @@ def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
     ``precision: auto`` is ``bf16-mixed`` on a CPU that multiplies matrices of bfloat16 in hardware, else ``32-true``.
 
     Raises:
-        InputError: an argument that ``lightning.Trainer`` does not have, or a wrong type.
+        InputError: an argument that ``lightning.Trainer`` does not have, a wrong type, or a strategy whose processes
+            do not begin with this command.
     """
     values = dict(options)
     if values.get("precision") == "auto":
@@ -99,9 +100,22 @@ def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
         if name.partition(".")[0] not in names:
             raise InputError(f"lightning.Trainer has no argument {name!r}: train.py --trainer.help lists them")
     try:
-        return TrainerOptions(parser, parser.parse_object({"trainer": values}))
+        checked = TrainerOptions(parser, parser.parse_object({"trainer": values}))
     except Exception as error:
         raise InputError(f"trainer: {_short(str(error))}") from error
+    _check_strategy(checked.values.trainer.strategy)
+    return checked
+
+
+def _check_strategy(strategy: Any) -> None:
+    """Refuse strategies whose training happens in forks alone, where this process would not see its result."""
+    if isinstance(strategy, str):
+        name, forks = strategy, any(start in strategy for start in ("spawn", "fork", "notebook"))
+    else:
+        name = strategy.class_path.rpartition(".")[2]
+        forks = strategy.get("init_args", {}).get("start_method", "popen") != "popen"
+    if forks:
+        raise InputError(f"trainer.strategy {name} keeps the trained weights in processes of its own: take ddp")
 
 
 def _short(message: str) -> str:

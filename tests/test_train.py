@@ -189,6 +189,17 @@ def test_wrong_input_keeps_the_earlier_training(trained, tmp_path, wrong):
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_trial_writes_nothing(trained, tmp_path, capsys):
+    trained("--epochs=1")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert trained("--trainer.fast_dev_run=true")["checkpoint"] is None
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train.main([*DIGITS, "--artifacts", str(tmp_path), "--trainer.fast_dev_run=2"]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.count("trainer.fast_dev_run: a trial, which writes nothing") == 1
+    assert "model.ckpt" not in shown.out
+
+
 def test_one_training_at_a_time(trained, tmp_path):
     with Run("lenet_digits", tmp_path).locked(), pytest.raises(InputError, match="another command"):
         trained("--epochs=1")

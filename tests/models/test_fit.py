@@ -354,6 +354,18 @@ def test_signals_come_through(run, error, raised):
         ({"accelerator": "abacus"}, "trainer: .*abacus"),
         ({"devices": 0}, "trainer: .*devices"),
         ({"strategy": "hope"}, "trainer: .*hope"),
+        ({"strategy": "ddp_spawn"}, r"trainer\.strategy ddp_spawn .*: take ddp"),
+        ({"strategy": "ddp_fork_find_unused_parameters_true"}, "take ddp"),
+        ({"strategy": "ddp_notebook"}, "take ddp"),
+        (
+            {
+                "strategy": {
+                    "class_path": "lightning.pytorch.strategies.DDPStrategy",
+                    "init_args": {"start_method": "spawn"},
+                }
+            },
+            r"trainer\.strategy DDPStrategy .*: take ddp",
+        ),
         ({"max_steps": -5}, "trainer: .*max_steps"),
         ({"limit_train_batches": 1.5}, "trainer: .*limit_train_batches"),
         ({"callbacks": [{"class_path": "no.such.Callback"}]}, "trainer: .*no.such.Callback"),
@@ -363,6 +375,11 @@ def test_wrong_trainer_arguments(tmp_path, wrong, message):
     with pytest.raises(InputError, match=message) as caught:
         fit.make_trainer(fit.check_trainer({"accelerator": "cpu", **wrong}), tmp_path, 0.0, resume=False)
     assert len(str(caught.value)) < 400
+
+
+@pytest.mark.parametrize("strategy", ["ddp", {"class_path": "lightning.pytorch.strategies.DDPStrategy"}])
+def test_strategies_whose_processes_begin_with_the_command(strategy):
+    assert fit.check_trainer({"strategy": strategy}).values.trainer.strategy
 
 
 def test_trainer_defaults():
