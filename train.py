@@ -81,7 +81,8 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         first: Whether this is the process of rank 0, which alone writes.
 
     Raises:
-        InputError: configuration, data or network do not fit, the loss is not finite, or nothing can be written.
+        InputError: configuration, data or network do not fit, the loss is not finite, nothing can be written, or
+            another process of this training ended.
     """
     from lightning.pytorch import seed_everything
 
@@ -114,6 +115,10 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         fit.interruptible(lambda: trainer.test(classifier, datamodule=data, verbose=False))
     except OSError as error:
         raise InputError(f"cannot go on training in {run.folder}: {error.strerror or error}") from error
+    except RuntimeError as error:
+        if trainer.world_size == 1 or not fit.lost_another_process(error):
+            raise
+        raise InputError("another process ended; see its error above") from error
     # Metrics are float32: further digits are noise.
     metrics = {
         key: round(float(value), 6) for key, value in trainer.callback_metrics.items() if key.startswith("test_")

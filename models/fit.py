@@ -327,3 +327,8 @@ def interruptible(step: Callable[[], Any]) -> None:
         if stop.code == 1:
             raise KeyboardInterrupt from None
         raise
+
+
+def lost_another_process(error: RuntimeError) -> bool:
+    """Whether a collective operation (of gloo or NCCL) failed because another process has ended."""
+    return any(sign in str(error) for sign in ("closed by peer", "reset by peer", "Broken pipe", "ncclRemoteError"))

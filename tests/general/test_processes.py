@@ -135,6 +135,39 @@ def test_processes_evaluate_with_the_figures_of_one(digits: tuple[Path, dict[str
     assert figures(torchrun(3, *options)) == alone
 
 
+def write_images(folder: Path) -> Path:
+    """A folder of images of two classes: 16 to train with, 18 to test; returns the last of these."""
+    for part, count in (("train", 8), ("test", 9)):
+        for label, name in enumerate(("bolt", "nut")):
+            (folder / part / name).mkdir(parents=True)
+            for number in range(count):
+                color = (100 * label, 10 * number, 200)
+                Image.new("RGB", (30, 32), color).save(folder / part / name / f"{number}.png")
+    return folder / "test" / "nut" / "8.png"
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_the_training_of_all_in_one_line_each(tmp_path: Path, command: Command) -> None:
+    # The last images are the second process's.
+    broken = write_images(tmp_path / "images")
+    broken.write_bytes(bytes(broken.stat().st_size))
+    result = command(
+        "train.py",
+        *("--artifacts", tmp_path, "--data.dataset", "imagefolder", "--data-dir", tmp_path / "images"),
+        *("--data.image_size", "28", "--data.resize", "28", "--data.validation", "2", "--batch-size", "4"),
+        *("--model.class_path", "models.SmallResNet", "--epochs", "1", "--trainer.precision", "32-true"),
+        *("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu"),
+    )
+
+    assert result.returncode == 2, result.stderr
+    errors = sorted(line for line in result.stderr.splitlines() if "error" in line.lower())
+    assert len(errors) == 2, result.stderr
+    assert errors[0].startswith(f"error: {broken} is not a readable image")
+    assert errors[1] == "error: another process ended; see its error above"
+    assert "Traceback" not in result.stderr
+
+
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_path: Path, command: Command) -> None:
@@ -142,12 +175,7 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_
     from data import open_data
     from models import CheckpointMeta, SmallResNet, save_checkpoint
 
-    for part, count in (("train", 8), ("test", 9)):
-        for label, name in enumerate(("bolt", "nut")):
-            (tmp_path / "images" / part / name).mkdir(parents=True)
-            for number in range(count):
-                color = (100 * label, 10 * number, 200)
-                Image.new("RGB", (30, 32), color).save(tmp_path / "images" / part / name / f"{number}.png")
+    broken = write_images(tmp_path / "images")
     config = DataConfig(dataset="imagefolder", dir=tmp_path / "images", image_size=28, resize=28, validation=2)
     data = open_data(config, seed=1)
     torch.manual_seed(0)
@@ -163,7 +191,6 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_
     assert figures(torchrun(2, *options)) == figures(command("evaluate.py", *options))
 
     # The last images are the second process's.
-    broken = tmp_path / "images" / "test" / "nut" / "8.png"
     broken.write_bytes(bytes(broken.stat().st_size))
     result = torchrun(2, *options)
     assert result.returncode != 0

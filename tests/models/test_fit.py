@@ -438,3 +438,16 @@ def test_progress_bar_on_a_terminal(run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(max_epochs=2, enable_progress_bar=True)
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [127.0.0.1]:33693", True),
+        ("[gloo/transport/tcp/pair.cc:534] Read error [127.0.0.1]:33693: Connection reset by peer", True),
+        ("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv operation", False),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+    ],
+)
+def test_the_end_of_another_process_is_recognised(message, lost):
+    assert fit.lost_another_process(RuntimeError(message)) is lost
