@@ -84,8 +84,10 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         InputError: configuration, data or network do not fit, the loss is not finite, nothing can be written, or
             another process of this training ended.
     """
+    import torch
     from lightning.pytorch import seed_everything
 
+    from calib.graph import trace
     from data import open_data
     from models import fit
     from models.checkpoint import CheckpointMeta, installed_versions, save_checkpoint
@@ -100,6 +102,9 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
     network = build_network(config.model, classes, shape[0])
     name = network_name(config.model.class_path)
     check_network(network, name, shape, classes)
+    # What quantize.py could not use is not trained first; a user's network may draw random numbers here.
+    with torch.random.fork_rng(devices=[]):
+        trace(network, name, shape)
     parameters = sum(parameter.numel() for parameter in network.parameters())
     logger.info("%s with %s parameters on %s; seed %d", name, f"{parameters:,}", data.info.title, config.seed)
     for note in data.info.notes if first else ():
