@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
@@ -61,35 +62,76 @@ def main(argv: Sequence[str] | None = None) -> int:
     # torchrun's variable; without it this is the only process.
     first = os.environ.get("RANK", "0") == "0"
     start_logging(logging.INFO if first else logging.ERROR)
+    config.engine.warn_of_threads()
     config.evaluation.analysis = config.evaluation.analysis and not flags.no_analysis
     run = Run(config.run, config.artifacts)
     if not run.checkpoint.exists():
         raise InputError(f"there is no checkpoint {run.checkpoint}: run train.py first")
     target = run.folder if flags.report == RUN_FOLDER else flags.report
+    if target is not None and first:
+        check_writable(target)
     # Who only reads needs no lock: every file of the run is either old or new, never torn.
     with run.locked() if first and target == run.folder else nullcontext(), stdout_to_stderr():
-        report = evaluated(config, run, flags.cache, target)
-    if report is None:
-        return ExitCode.PASSED
+        report = evaluated(config, run, flags.cache, explained=target is not None)
+        if report is None:
+            return ExitCode.PASSED
+        failure: Exception | None = None
+        try:
+            if target is not None:
+                write(report, target)
+        except (InputError, OSError) as error:
+            # What was measured is not lost.
+            failure = error
     if flags.json:
         print(json.dumps(asdict(report), indent=2, allow_nan=False))
     else:
         from evaluation.terminal import print_report
 
         print_report(report)
+    if failure is not None:
+        raise failure
     return ExitCode.PASSED if report.verdict.passed else ExitCode.FAILED
 
 
-def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None) -> Report | None:
-    """Evaluate, and write the report into ``target`` if there is one; None in all processes but the first."""
+def check_writable(folder: Path) -> None:
+    """Make the report's folder and try it, before anything is measured.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write the report into {folder}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"cannot write the report into {str(folder)!r}: a path must not contain NUL") from error
+
+
+def write(report: Report, target: Path) -> None:
+    """Write the report's files and its figures for TensorBoard into ``target``.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    from evaluation.report import write_report
+    from evaluation.tensorboard import log_report
+
+    for path in write_report(report, target):
+        logger.info("wrote %s", path)
+    log_report(report, target / "logs" / "evaluation")
+
+
+def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) -> Report | None:
+    """Evaluate, with what only a written report shows where ``explained``; None in all processes but the first."""
     from calib.tensorrt_rules import mode_for_named_table
     from engines import EngineError, select_engine
     from engines.cuda import baselines
+    from evaluation.accuracy import check_range
     from evaluation.pipeline import evaluate, explain
     from evaluation.processes import joined
-    from evaluation.report import write_report
     from evaluation.subject import open_subject
-    from evaluation.tensorboard import log_report
 
     options = config.evaluation
     if cache is not None:
@@ -97,6 +139,7 @@ def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None)
     with joined() as processes:
         processes.divide(config.engine)
         subject = open_subject(config, run, cache)
+        check_range(subject.images, options.batch_size, options.start, options.batches)
         sizes = (options.batch_size, *options.latency_batch_sizes)
         selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
         logger.info("engine %s: %s", selection.engine.name, selection.reason)
@@ -109,12 +152,7 @@ def evaluated(config: Config, run: Run, cache: Path | None, target: Path | None)
     if found is None:
         return None
     report, measured = found
-    if target is not None:
-        report = explain(report, measured, config, subject)
-        for path in write_report(report, target):
-            logger.info("wrote %s", path)
-        log_report(report, target / "logs" / "evaluation")
-    return report
+    return explain(report, measured, config, subject) if explained else report
 
 
 if __name__ == "__main__":

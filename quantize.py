@@ -115,7 +115,10 @@ def parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     config, flags = parse(parser(), argv)
+    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun
+        raise InputError("calibration runs in one process: start quantize.py without torchrun")
     start_logging()
+    config.engine.warn_of_threads()
     if flags.keep_fp is not None:
         config.quantization.keep_fp = [name.strip() for name in flags.keep_fp.split(",") if name.strip()]
     run = Run(config.run, config.artifacts)

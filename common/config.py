@@ -6,6 +6,8 @@ checked in ``__post_init__``. The defaults are those of ``configs/lenet_mnist.ya
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,8 @@ PrecisionName = Literal["fp32", "fp16", "int8"]
 PlainValue = bool | int | float | str | list | dict | None  # type: ignore[type-arg]
 EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
 
+
+logger = logging.getLogger(__name__)
 
 MAX_THREADS = 1024
 """Far more make the operating system refuse a thread in the middle of a kernel, which ends the process."""
@@ -218,13 +222,21 @@ class EngineConfig:
         _require(self.timing_iterations >= 1, "engine.timing_iterations must be at least 1")
         _require(self.workspace >= 0, "engine.workspace must not be negative")
 
+    def warn_of_threads(self) -> None:
+        """Say so where there are more threads than cores; to be called when logging has been started."""
+        cores = len(os.sched_getaffinity(0))
+        if self.threads is not None and self.threads > cores:
+            logger.warning(
+                "engine.threads %d is more than the %d cores there are: that may take very long", self.threads, cores
+            )
+
 
 @dataclass
 class EvaluationConfig:
     """What is compared, and when it passes.
 
     Args:
-        precisions: Precisions to compare; FP32 is the reference.
+        precisions: Precisions to compare; FP32 is the reference, and without INT8 there is no PASSED.
         split: Images to evaluate on; ``train`` is the whole training file in its order.
         batch_size: Images per batch of the accuracy run.
         start: Batches to skip.
@@ -252,6 +264,10 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         _require(bool(self.precisions), "evaluation.precisions must name at least one precision")
+        _require(
+            len(set(self.precisions)) == len(self.precisions),
+            f"evaluation.precisions names one twice: {', '.join(self.precisions)}",
+        )
         _require(self.batch_size >= 1, f"evaluation.batch_size must be at least 1, not {self.batch_size}")
         _require(self.start >= 0, f"evaluation.start must not be negative, not {self.start}")
         _require(

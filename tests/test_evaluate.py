@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -147,8 +148,59 @@ def test_bad_input_is_one_line(flags: list[str], artifacts: Path, arguments: lis
     assert not (artifacts / "nothing").exists()
 
 
+@pytest.fixture
+def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        pytest.fail("it was measured")
+
+    monkeypatch.setattr("evaluation.pipeline.evaluate", fail)
+    monkeypatch.setattr("engines.select_engine", fail)
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_start_beyond_the_images_is_noticed_at_once(flags: list[str]) -> None:
+    with pytest.raises(InputError, match="skips all"):
+        main([*flags, "--start", "99"])
+
+
+@pytest.mark.usefixtures("nothing_measured")
+def test_a_report_that_cannot_be_written_is_noticed_at_once(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("kept")
+    for path in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/report"), Path("a\0b")):
+        with pytest.raises(InputError, match="cannot write the report into"):
+            main([*flags, "--report", str(path)])
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_report_that_fails_in_the_end_is_still_printed(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(InputError, match=r"cannot write .*report\.html"):
+        main([*flags, "--report", str(tmp_path), "--no-analysis"])
+    assert "PASSED: FP16 and INT8 are each within" in capsys.readouterr().out
+
+
+def test_more_threads_than_cores_are_pointed_out(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    cores = len(os.sched_getaffinity(0))
+    for threads in (cores, cores + 1):
+        with pytest.raises(InputError, match="skips all"):
+            main([*flags, "--threads", str(threads), "--start", "99"])
+        warned = (
+            f"warning: engine.threads {threads} is more than the {cores} cores there are" in capsys.readouterr().err
+        )
+        assert warned is (threads > cores)
+
+
 @pytest.mark.parametrize(
-    "arguments", [["--tolerance", "-1"], ["--batch-size", "0"], ["--precisions", "[int4]"], ["--no-such-flag"]]
+    "arguments",
+    [
+        ["--tolerance", "-1"],
+        ["--batch-size", "0"],
+        ["--precisions", "[int4]"],
+        ["--precisions", "[fp32,fp32]"],
+        ["--no-such-flag"],
+    ],
 )
 def test_bad_values_exit_with_2(command: Command, flags: list[str], arguments: list[str]) -> None:
     result = command("evaluate.py", *flags, *arguments)

@@ -165,6 +165,21 @@ def test_an_engine_that_cannot_be_used_leaves_the_table(in_process: Run, artifac
     assert table.read_bytes() == before
 
 
+def test_several_processes_are_one_clear_line(
+    in_process: Run, artifacts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = in_process()
+    assert result.returncode == 2
+    assert result.stderr == "error: calibration runs in one process: start quantize.py without torchrun\n"
+    assert not (artifacts / "lenet_mnist" / ".lock").exists()
+
+
+def test_more_threads_than_cores_are_pointed_out(in_process: Run) -> None:
+    result = in_process("--engine.threads", "1000", "--run", "never_trained")  # so many would take for ever
+    assert result.stderr.count("warning: engine.threads 1000 is more than the") == 1
+
+
 def test_layers_kept_in_float_are_recorded_for_the_evaluation(in_process: Run, artifacts: Path) -> None:
     assert summary(in_process("--json", "--keep-fp", "ip2,conv1"))["keep_fp"] == ["ip2", "conv1"]
     record = json.loads((artifacts / "lenet_mnist" / "quantization.json").read_text())
