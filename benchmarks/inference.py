@@ -16,9 +16,9 @@ from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting, top1
 from benchmarks.timing import in_turns, ratio, spread, timed_often
 from calib.graph import INPUT, Int8Plan
+from common.threads import available_cores
 from engines.eager import TorchEngine
 from engines.ort import (
-    available_cores,
     describe_dot_products,
     dot_products,
     integer_operators,

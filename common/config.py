@@ -7,12 +7,12 @@ checked in ``__post_init__``. The defaults are those of ``configs/lenet_mnist.ya
 from __future__ import annotations
 
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError
+from common.threads import available_cores
 
 DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "imagefolder"]
 AlgorithmName = Literal["entropy2", "minmax", "percentile", "entropy", "legacy"]
@@ -224,7 +224,7 @@ class EngineConfig:
 
     def warn_of_threads(self) -> None:
         """Say so where there are more threads than cores; to be called when logging has been started."""
-        cores = len(os.sched_getaffinity(0))
+        cores = available_cores()
         if self.threads is not None and self.threads > cores:
             logger.warning(
                 "engine.threads %d is more than the %d cores there are: that may take very long", self.threads, cores

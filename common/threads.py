@@ -1,4 +1,4 @@
-"""How PyTorch's threads wait for each other on a CPU."""
+"""The cores of this machine, and how PyTorch's threads wait for each other on them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ import os
 
 SPINS = "1000"
 """About 0.05 ms: longer than the pauses between the operations of a network."""
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def share_cores() -> None:

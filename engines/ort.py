@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import tempfile
 from collections import Counter
@@ -20,6 +19,7 @@ from calib.graph import INPUT, Network, plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError
+from common.threads import available_cores
 from engines.base import Compiled, EngineError
 
 if TYPE_CHECKING:
@@ -102,12 +102,6 @@ class OnnxRuntimeEngine:
 
             model = convert_float_to_float16(model, keep_io_types=True)
         return model
-
-
-def available_cores() -> int:
-    """Cores that this process may use."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelProto]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from common.threads import available_cores
 from evaluation.results import Environment
 
 PACKAGES = (
@@ -68,7 +69,7 @@ def environment(device: int = 0) -> Environment:
     return Environment(
         processor=processor,
         instructions=[flag for flag in INSTRUCTIONS if flag in flags],
-        cores=_cores(),
+        cores=available_cores(),
         threads=torch.get_num_threads(),
         memory=_memory(),
         system=f"{platform.system()} {platform.release()}",
@@ -106,12 +107,6 @@ def _processor() -> tuple[str, set[str]]:
         elif key.strip() in ("flags", "Features"):
             flags = set(value.split())
     return name, flags
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

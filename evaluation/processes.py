@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from common.config import EngineConfig
 from common.errors import InputError
+from common.threads import available_cores
 
 T = TypeVar("T")
 
@@ -69,7 +70,7 @@ class Processes:
         gpus = torch.cuda.device_count()
         engine.device = (engine.device + self.local_rank) % gpus if gpus else engine.device
         if engine.threads is None:
-            engine.threads = max(1, len(os.sched_getaffinity(0)) // self.local_count)
+            engine.threads = max(1, available_cores() // self.local_count)
 
 
 ALONE = Processes()

@@ -17,12 +17,12 @@ from calib.graph import Network, trace
 from calib.table import CalibrationTable
 from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
+from common.threads import available_cores
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
 from engines.onnx_export import int8_model
 from engines.ort import (
     OnnxRuntimeEngine,
-    available_cores,
     describe_dot_products,
     dot_products,
     integer_fault,
