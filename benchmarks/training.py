@@ -109,8 +109,8 @@ def _options(setting: Setting) -> Table:
     reference = "32-true"
     entries = [Entry(name, spread(rates[name]), ratio(rates[name], rates[reference])) for name in rates]
     note = (
-        "train.py uses channels-last throughout, and bf16-mixed where the CPU has instructions for it. It does not "
-        "compile: that takes a compiler and, once, longer than the training may save (not in these figures)."
+        "train.py uses channels-last throughout, and bf16-mixed where the CPU has instructions for it; it does not "
+        "compile. Compiling itself is not in these figures."
     )
     return Table(f"what the options give, bare loop, batch {batch}", "images/s", entries, reference, [note])
 
