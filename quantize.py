@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from calib.cache import Provenance
     from calib.calibrator import Calibration
     from calib.counterparts import Pair
-    from calib.graph import Network
+    from calib.graph import Int8Plan, Network
     from calib.subset import Subset
     from calib.table import CalibrationTable
     from calib.tensorrt import TensorRTCalibration
@@ -173,16 +173,17 @@ def check_layers(job: Job) -> None:
     Raises:
         InputError: one of them is no layer of the network.
     """
+    any_plan(job)
+
+
+def any_plan(job: Job) -> Int8Plan:
+    """What runs in INT8, for questions whose answer does not depend on the scales: all are 1."""
     from calib.graph import plan_int8
-
-    plan_int8(job.network, any_scales(job.network), job.config.quantization.keep_fp)
-
-
-def any_scales(network: Network) -> CalibrationTable:
-    """A table for questions whose answer does not depend on the scales."""
     from calib.table import CalibrationTable
 
-    return CalibrationTable(dict.fromkeys(network.tensors, 1.0))
+    quantization = job.config.quantization
+    scales = CalibrationTable(dict.fromkeys(job.network.tensors, 1.0))
+    return plan_int8(job.network, scales, quantization.keep_fp, quantization.quantize_output)
 
 
 def calibrated(job: Job, cache: Path | None, recalibrate: bool) -> Table:
@@ -263,11 +264,10 @@ def calibrate(job: Job, tensorrt_version: str) -> Calibration:
 
 def warn_of_clipping(calibration: Calibration, job: Job) -> None:
     """Name what INT8 reads and a threshold cuts much off: entropy can have a narrow minimum far inside the range."""
-    from calib.graph import OUTPUT, plan_int8
+    from calib.graph import OUTPUT
 
-    quantization = job.config.quantization
-    plan = plan_int8(job.network, any_scales(job.network), quantization.keep_fp, quantization.quantize_output)
-    read = {job.network.tensor_of[node] for node in plan.scales} | ({OUTPUT} if quantization.quantize_output else set())
+    read = {job.network.tensor_of[node] for node in any_plan(job).scales}
+    read |= {OUTPUT} if job.config.quantization.quantize_output else set()
     shares = {name: calibration.clipped(name) for name in calibration.thresholds if name in read}
     much = [f"{share:.1%} of {name}" for name, share in shares.items() if share > MUCH_CLIPPED]
     if much:

@@ -145,7 +145,7 @@ def train(config: Config, run: Run, resume: bool, first: bool) -> Outcome:
         metrics=metrics,
         versions=installed_versions("torch", "torchvision", "lightning"),
     )
-    trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set by a connector
+    trial = fit.is_trial(trainer)
     if trial:
         logger.info("trainer.fast_dev_run: a trial, which writes nothing; %s stays as it was", run.folder)
     elif first:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.process import run_process
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import BATCH, Setting
 from benchmarks.timing import in_turns, spread, timed
 from calib.calibrator import collect, find_thresholds
 from calib.graph import Network, trace
-from common.cli import ROOT
-from common.errors import InputError
 from data.base import ImageSet
 
 COUNTS = (50, 500, 5000, 50000)
@@ -154,11 +152,7 @@ def _peak_in_a_process_of_its_own(setting: Setting, count: int) -> float | None:
     if not RESET.exists():
         return None
     line = [sys.executable, "-m", __name__, str(setting.artifacts.absolute()), str(int(setting.quick)), str(count)]
-    done = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise InputError(f"the calibration of {count} images in a process of its own failed: {last}")
-    return float(done.stdout)
+    return float(run_process(f"the calibration of {count} images in a process of its own", line).stdout)
 
 
 def main(artifacts: str, quick: str, count: str) -> None:

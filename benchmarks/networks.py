@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.process import run_process
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting, top1
 from calib.graph import trace
 from calib.table import CalibrationTable
 from common.cli import ROOT, config_parser, parse
-from common.errors import InputError
 from common.run import Run
 from engines import EngineError, make_engine
 from models.checkpoint import load_checkpoint
@@ -125,12 +124,7 @@ def measured(line: Sequence[str], codes: Sequence[int] = (0,)) -> Ran:
     with tempfile.TemporaryDirectory() as folder:
         figures = Path(folder, "figures.json")
         launcher = [sys.executable, "-S", str(ROOT / "benchmarks" / "peak.py"), str(figures), sys.executable]
-        done = subprocess.run(
-            [*launcher, *line], cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-        )
-        if done.returncode not in codes:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"{line[0]} ended with exit code {done.returncode}: {last}")
+        done = run_process(line[0], [*launcher, *line], codes)
         return Ran(**json.loads(figures.read_text(encoding="ascii")), stdout=done.stdout)
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from benchmarks.process import run_process
 from calib.calibrator import calibrate
 from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.table import CalibrationTable
 from common.cli import ROOT, config_parser, parse
 from common.config import Config
-from common.errors import InputError
 from common.files import write_text
 from common.run import Run
 from data import Splits
@@ -136,11 +136,7 @@ class Setting:
             InputError: another exit code; the message ends with the command's last line.
         """
         line = [sys.executable, *python, str(ROOT / name), *self.arguments, *arguments]
-        done = subprocess.run(line, cwd=ROOT, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode not in codes:
-            last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            raise InputError(f"{name} ended with exit code {done.returncode}: {last}")
-        return done
+        return run_process(name, line, codes)
 
 
 def top1(run: Callable[[Tensor], Tensor], images: Tensor, labels: Tensor) -> float:

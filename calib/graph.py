@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from calib.table import CalibrationTable
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class Network:
                 return _Observed(self, observe).run(images)  # type: ignore[no-any-return]
             except RuntimeError as error:
                 raise InputError(
-                    f"network {self.name} does not take images of shape {tuple(images.shape)}: {_first_line(error)}"
+                    f"network {self.name} does not take images of shape {tuple(images.shape)}: {first_line(error)}"
                 ) from error
 
 
@@ -222,11 +222,11 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
         root = copy.deepcopy(model).eval().requires_grad_(False)
         _bake_parametrizations(root)
     except Exception as error:
-        raise InputError(f"network {name} cannot be copied: {_first_line(error)}") from error
+        raise InputError(f"network {name} cannot be copied: {first_line(error)}") from error
     try:
         graph = _Tracer().trace(root)
     except Exception as error:  # what user code raises under tracing is open-ended
-        raise InputError(f"network {name} cannot be traced: {_first_line(error)}{_where(error)}") from error
+        raise InputError(f"network {name} cannot be traced: {first_line(error)}{_where(error)}") from error
     module = fx.GraphModule(root, graph, class_name=name)
     _check_ends(module, name)
     check = _Check(root, name, input_shape) if input_shape is not None else None
@@ -270,7 +270,7 @@ class _Check:
         except Exception as error:  # what user code raises is open-ended
             shape = tuple(self._images.shape)
             raise InputError(
-                f"network {self._name} does not take images of shape {shape}: {_first_line(error)}{_where(error)}"
+                f"network {self._name} does not take images of shape {shape}: {first_line(error)}{_where(error)}"
             ) from error
 
     def compare(self, module: nn.Module) -> None:
@@ -287,11 +287,6 @@ class _Check:
             f"network {self._name} computes something else once traced: random, or changing a value in place that "
             "other operations see through a view, or branching on something that tracing fixes"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _where(error: BaseException) -> str:

@@ -28,3 +28,9 @@ class InputError(Exception):
 
     The commands print it as ``error: <line>`` on stderr and exit with 2, without a traceback.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says first, for a message of one line; its type if it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -29,7 +29,7 @@ from calib.explicit import Placement, is_plain_relu, place
 from calib.graph import INPUT, OUTPUT, Int8Plan, Network
 from calib.int8 import weight_scales
 from calib.table import CalibrationTable
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
 
@@ -139,7 +139,7 @@ def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) ->
     try:
         _run_once(content, shape)
     except Exception as error:  # what ONNX Runtime raises has no base class of its own
-        raise InputError(f"{path} is not written, since ONNX Runtime does not run it: {_first_line(error)}") from error
+        raise InputError(f"{path} is not written, since ONNX Runtime does not run it: {first_line(error)}") from error
     write_bytes(path, content)
 
 
@@ -154,12 +154,6 @@ def _run_once(content: bytes, shape: list[int]) -> None:
     options.log_severity_level = 4  # errors are raised as well
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     session.run(None, {INPUT: np.zeros(shape, np.float32)})
-
-
-def _first_line(error: Exception) -> str:
-    """What an exception says first, for an error of one line."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 def onnx_table(network: Network, table: CalibrationTable, model: onnx.ModelProto) -> CalibrationTable:
@@ -289,7 +283,7 @@ def _exported(module: fx.GraphModule, example: Tensor, outputs: list[str], name:
         try:
             return _dynamo_export(module, example, outputs)
         except Exception:  # noqa: BLE001
-            raise InputError(f"network {name} cannot be exported to ONNX: {_first_line(first)}") from first
+            raise InputError(f"network {name} cannot be exported to ONNX: {first_line(first)}") from first
 
 
 def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:

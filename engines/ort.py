@@ -18,7 +18,7 @@ import torch
 from calib.graph import INPUT, Network, plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
-from common.errors import InputError
+from common.errors import InputError, first_line
 from common.threads import available_cores
 from engines.base import Compiled, EngineError
 
@@ -72,7 +72,7 @@ class OnnxRuntimeEngine:
         try:
             run(np.zeros((1, *network.input_shape), np.float32))
         except Exception as error:  # its exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime does not run the network: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime does not run the network: {first_line(error)}") from error
         return Compiled(
             self.name,
             precision,
@@ -133,13 +133,8 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
                 model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # its exceptions share no base class of their own
-            raise EngineError(f"ONNX Runtime does not take the network: {_first_line(error)}") from error
+            raise EngineError(f"ONNX Runtime does not take the network: {first_line(error)}") from error
         return session, onnx.load(path)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, first_line
 
 
 def load_archive(path: Path, *, legacy: bool = False) -> Any:
@@ -39,7 +39,7 @@ def load_archive(path: Path, *, legacy: bool = False) -> Any:
         raise
     except Exception as error:
         # torch, zipfile and pickle raise a dozen unrelated types on damaged files.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: {reason:.200}") from error
 
 

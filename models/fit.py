@@ -162,8 +162,7 @@ class Checkpoints(Checkpoint):
         self.best_score: float | None = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trial: bool | int = trainer.fast_dev_run  # type: ignore[attr-defined] # set by a connector
-        if trainer.sanity_checking or trial or trainer.state.fn != TrainerFn.FITTING:
+        if trainer.sanity_checking or is_trial(trainer) or trainer.state.fn != TrainerFn.FITTING:
             return
         self._remove_earlier(trainer)
         # The same in every process: the metric is synchronised.
@@ -175,7 +174,7 @@ class Checkpoints(Checkpoint):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also of a training without validation.
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined] # set by a connector
+        if not is_trial(trainer):
             self._remove_earlier(trainer)
 
     def _remove_earlier(self, trainer: Trainer) -> None:
@@ -327,6 +326,11 @@ def interruptible(step: Callable[[], Any]) -> None:
         if stop.code == 1:
             raise KeyboardInterrupt from None
         raise
+
+
+def is_trial(trainer: Trainer) -> bool:
+    """Whether this is a run of a few batches under ``fast_dev_run``, which writes nothing."""
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined] # set by a connector
 
 
 def lost_another_process(error: RuntimeError) -> bool:
