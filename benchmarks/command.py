@@ -31,6 +31,7 @@ BENCHMARKS = {
     "cost": "Cost of calibration",
     "training": "Training",
     "inference": "Inference on the CPU",
+    "columns": "First layers on the CPU",
     "accuracy": "Evaluation",
     "startup": "Start-up",
     "networks": "Other networks",

@@ -53,10 +53,14 @@ def run(setting: Setting) -> Findings:
     if problem:
         skipped["ONNX Runtime"] = problem
     for name, model in models.items():
-        call, optimized = open_runner(model, threads)
-        runners[ORT + name] = partial(_run, call)
-        operators = ", ".join(f"{count} {kind}" for kind, count in sorted(integer_operators(optimized).items()))
-        details[ORT + name] = {"file, bytes": model.ByteSize(), "integer operators": operators or "none"}
+        runner = open_runner(model, threads)
+        runners[ORT + name] = partial(_run, runner.run)
+        operators = ", ".join(f"{count} {kind}" for kind, count in sorted(integer_operators(runner.optimized).items()))
+        details[ORT + name] = {
+            "file, bytes": model.ByteSize(),
+            "threads for a single image": runner.threads_for_one,
+            "integer operators": operators or "none",
+        }
     if models:
         session, _ = open_session(models[ort.PER_TENSOR], threads)
         runners[ORT + ort.PLAIN] = partial(_run, lambda images: session.run(None, {INPUT: images})[0])

@@ -32,6 +32,7 @@ from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
+from engines.columns import columns_at_once, compute_columns_at_once
 
 OPSET: Final = 17
 """Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
@@ -219,10 +220,11 @@ def float_model(network: Network) -> onnx.ModelProto:
     return _float_graph(network)[0]
 
 
-def _float_graph(network: Network, leaky: Container[str] = ()) -> tuple[onnx.ModelProto, dict[str, str]]:
+def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The float network in ONNX, and fx node -> name of its value there (a tuple of tensors has none).
 
-    A ReLU between two fx nodes of ``leaky`` is exported as a leaky ReLU of slope 0.
+    What lies between two fx nodes of ``quantized`` takes the form that ONNX Runtime's integer kernels want: ReLU
+    becomes a leaky ReLU of slope 0, and convolutions of few channels compute several columns at once.
     """
     if network.input_shape is None:
         raise InputError(f"exporting {network.name} needs the shape of its input: trace(model, input_shape=(C, H, W))")
@@ -235,10 +237,16 @@ def _float_graph(network: Network, leaky: Container[str] = ()) -> tuple[onnx.Mod
     module = copy.deepcopy(network.module)
     nodes = {node.name: node for node in module.graph.nodes}
     for name, node in nodes.items():
+        if name not in quantized or not all(source.name in quantized for source in node.all_input_nodes):
+            continue
         if network.kinds.get(name) == "relu" and is_plain_relu(node, module):
-            (source,) = node.all_input_nodes
-            if name in leaky and source.name in leaky:
-                node.op, node.target, node.args, node.kwargs = "call_function", F.leaky_relu, (source, 0.0), {}
+            node.op, node.target = "call_function", F.leaky_relu
+            node.args, node.kwargs = (*node.all_input_nodes, 0.0), {}
+        elif network.kinds.get(name) == "conv" and node.op == "call_module":
+            height, width = recorder.shapes[name][-2:]
+            columns = columns_at_once(module.get_submodule(str(node.target)), width)
+            if columns > 1:
+                compute_columns_at_once(module, node, (height, width), columns)
     asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     asked.sort(key=lambda node: values[node] != OUTPUT)
     output = next(node for node in module.graph.nodes if node.op == "output")
@@ -258,15 +266,18 @@ class _Recorder(fx.Interpreter):
 
     Attributes:
         same_as: Such a node -> itself, or the earlier one whose value it merely passes on (``contiguous``).
+        shapes: Such a node -> shape of its value.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.same_as: dict[str, str] = {}
+        self.shapes: dict[str, torch.Size] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
+            self.shapes[n.name] = value.shape
             sources = [item for item in n.all_input_nodes if self.env[item] is value or n.target == "contiguous"]
             self.same_as[n.name] = self.same_as.get(sources[0].name, n.name) if sources else n.name
         return value
@@ -403,8 +414,9 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others). For
     ONNX Runtime's CPU kernels, the same numbers can be written in another way: uint8 with zero point 128 (on x86 it
-    has no fast convolution on int8 values, and converts them only where each has a single reader), int32 biases, and
-    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator.
+    has no fast convolution on int8 values, and converts them only where each has a single reader), int32 biases,
+    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, and convolutions of few
+    channels with several columns at once (:mod:`engines.columns`).
 
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
@@ -418,7 +430,7 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
     placement = place(plan, before_relu=True)
-    model, values = _float_graph(plan.network, leaky=placement.scales if for_cpu else ())
+    model, values = _float_graph(plan.network, placement.scales if for_cpu else ())
     computing = _Computing(plan.network, model.graph, values)
     activations = _activations(plan.network, placement, values, computing)
     weights = _weights(plan, model.graph, computing)

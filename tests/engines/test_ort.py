@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 from collections import OrderedDict
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,13 +21,14 @@ from common.errors import InputError
 from common.threads import available_cores
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.onnx_export import int8_model
+from engines.onnx_export import float_model, int8_model
 from engines.ort import (
     OnnxRuntimeEngine,
     describe_dot_products,
     dot_products,
     integer_fault,
     integer_operators,
+    open_runner,
     open_session,
 )
 from models import LeNet
@@ -119,6 +121,36 @@ def test_threads_are_those_asked_for_else_all_cores():
     assert make_engine(1).compile(network, "fp32", None).device == "CPU (1 thread)"
     cores = available_cores()
     assert make_engine(None).compile(network, "fp32", None).device.startswith(f"CPU ({cores} thread")
+
+
+@pytest.mark.parametrize("slow", ["whole", "single"])
+def test_a_single_image_takes_the_faster_way(slow, monkeypatch):
+    """Measured with a clock of its own: the way called slow takes a second by it, the other one half of that."""
+    now, opened = 0.0, []
+
+    def infer(session, images):
+        nonlocal now
+        now += 1.0 if opened.index(session) == ["whole", "single"].index(slow) else 0.5
+        return np.full((len(images), 1), opened.index(session), np.float32)
+
+    def open_one(model, threads):
+        opened.append(object())
+        return opened[-1], model
+
+    monkeypatch.setattr("engines.ort._infer", infer)
+    monkeypatch.setattr("engines.ort.open_session", open_one)
+    monkeypatch.setattr("engines.ort.time", SimpleNamespace(perf_counter=lambda: now))
+    runner = open_runner(float_model(make_network("lenet")), threads=2)
+    used = {size: runner.run(np.zeros((size, 1, 28, 28), np.float32)).max() for size in (1, 2, 3, 4)}
+    faster = 1 if slow == "whole" else 0
+    assert used == {1: faster, 2: 0, 3: 0, 4: 1}
+    assert runner.threads_for_one == (1 if slow == "whole" else 2)
+
+
+def test_the_threads_of_a_single_image_are_told():
+    network = make_network("lenet")
+    assert make_engine(1).compile(network, "fp32", None).details["threads for a single image"] == "1"
+    assert make_engine(2).compile(network, "fp32", None).details["threads for a single image"] in ("1", "2")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
