@@ -57,13 +57,13 @@ def run(setting: Setting) -> Findings:
             for form, for_cpu in (("any reader", False), ("CPU", True))
         }
         seconds = in_turns(
-            {form: timed_often(partial(runner.run, images.numpy())) for form, runner in runners.items()},
+            {form: timed_often(partial(call, images.numpy())) for form, (call, _) in runners.items()},
             setting.rounds(30),
         )
         gains[name] = ratio(seconds["any reader"], seconds["CPU"])
         with torch.no_grad():
             width = conv(images).shape[-1]
-        operators = {form: Counter(integer_operators(runner.optimized)) for form, runner in runners.items()}
+        operators = {form: Counter(integer_operators(graph)) for form, (_, graph) in runners.items()}
         entries.append(
             Entry(
                 name,

@@ -9,7 +9,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -32,6 +31,12 @@ Array = npt.NDArray[np.float32]
 
 _INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
 _WEIGHTED: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
+_TRIAL, _RUNS = 0.03, 4
+"""Seconds and runs, at least, of trying one way to run a batch."""
+
+_LONG = 0.02
+"""Seconds of a run from which on nothing is tried: sharing a batch then costs nothing that counts."""
+
 _DOT_PRODUCTS: Final = {
     "avx512_vnni": "AVX-512 VNNI",
     "avx_vnni": "AVX-VNNI",
@@ -68,16 +73,21 @@ class OnnxRuntimeEngine:
     def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
         """See :meth:`engines.base.Engine.compile`; ``network`` must have been traced with an ``input_shape``."""
         model = self._model(network, precision, table)
-        runner = open_runner(model, self._threads)
+        run, optimized = open_runner(model, self._threads)
         if precision == "fp16":
-            _require_half(runner.optimized)
+            _require_half(optimized)
+        assert network.input_shape is not None  # the export has asked for it
+        try:
+            run(np.zeros((1, *network.input_shape), np.float32))
+        except Exception as error:  # its exceptions share no base class of their own
+            raise EngineError(f"ONNX Runtime does not run the network: {first_line(error)}") from error
         return Compiled(
             self.name,
             precision,
             f"CPU ({self._threads} thread{'s' if self._threads > 1 else ''})",
-            lambda images: torch.from_numpy(runner.run(images.numpy())),
+            lambda images: torch.from_numpy(run(images.numpy())),
             model.ByteSize(),
-            details=_details(runner, precision),
+            details=_details(optimized, precision),
         )
 
     def _model(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> onnx.ModelProto:
@@ -118,6 +128,9 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    # By default its threads wait for the next run spinning, for 30 ms in which they slow down whatever runs then; 1 ms
+    # is as fast in a loop. Versions before 1.26 do not know the option, and ignore it.
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     # It warns that the optimised graph, which is only looked at, fits this CPU alone, and prints errors that it raises.
     options.log_severity_level = 4
     if platform.machine() in ("x86_64", "AMD64") and not dot_products():
@@ -166,68 +179,70 @@ def integer_fault() -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class Runner:
-    """A network that is ready to run on several threads.
+def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array], Array], onnx.ModelProto]:
+    """A function that runs ``model`` on up to ``threads`` threads, and its optimised graph.
 
-    Attributes:
-        run: Images float32 [B, C, H, W] -> float32 [B, classes].
-        optimized: Its graph after ONNX Runtime's optimisation.
-        threads_for_one: Threads that work on a single image.
-    """
-
-    run: Callable[[Array], Array]
-    optimized: onnx.ModelProto
-    threads_for_one: int
-
-
-def open_runner(model: onnx.ModelProto, threads: int) -> Runner:
-    """Open ``model`` so that ``threads`` threads run it.
-
-    The images of a batch are independent: from two for each thread on, each thread takes its share of them through a
-    session of one thread. ONNX Runtime itself would divide the work of one operator on one image after the other,
-    which is too little to divide for integer kernels on small images. For a single image, whether it is, is tried.
+    ONNX Runtime divides the work of one operator on one image after the other, which is too little to divide for
+    integer kernels on small images. But the images of a batch are independent: threads can share them, each through
+    a session of one thread. Which is faster, and on how many threads, depends on the network and the batch, and is
+    tried with the first batch of each size; batches that take long are shared by all threads. The numbers are the same.
 
     Args:
-        model: The network, with images of a fixed size.
+        model: The network.
         threads: Threads of one inference.
 
     Raises:
-        EngineError: ONNX Runtime does not take the model, or does not run it.
+        EngineError: ONNX Runtime does not take the model.
     """
-    image = np.zeros([size.dim_value or 1 for size in model.graph.input[0].type.tensor_type.shape.dim], np.float32)
     whole, optimized = open_session(model, threads)
-    try:
-        _infer(whole, image)
-    except Exception as error:  # its exceptions share no base class of their own
-        raise EngineError(f"ONNX Runtime does not run the network: {first_line(error)}") from error
     if threads == 1:
-        return Runner(partial(_infer, whole), optimized, 1)
+        return partial(_infer, whole), optimized
     single, _ = open_session(model, 1)
-    alone = _faster((whole, single), image)
     others = ThreadPoolExecutor(threads - 1, "onnxruntime")
 
-    def run(images: Array) -> Array:
-        if len(images) < 2 * threads:
-            return _infer(alone if len(images) == 1 else whole, images)
-        first, *parts = np.array_split(images, threads)
-        pending = [others.submit(_infer, single, part) for part in parts]
+    def shared(images: Array, parts: int) -> Array:
+        first, *rest = np.array_split(images, parts)
+        pending = [others.submit(_infer, single, part) for part in rest]
         return np.concatenate([_infer(single, first), *(job.result() for job in pending)])
 
-    return Runner(run, optimized, threads if alone is whole else 1)
+    def choose(images: Array) -> Callable[[Array], Array]:
+        most = min(threads, len(images) // 2)
+        counts = sorted({most, *(2**power for power in range(1, most.bit_length()))} - {0, 1})
+        sharing = [partial(shared, parts=parts) for parts in counts]
+        at_once = partial(_infer, whole)
+        if _seconds(at_once, images) > _LONG:
+            return sharing[-1] if sharing else at_once
+        # The last way's threads keep spinning after it, and would slow down whatever came next.
+        return _fastest([partial(_infer, single), *sharing, at_once], images)
+
+    chosen: dict[int, Callable[[Array], Array]] = {}
+
+    def run(images: Array) -> Array:
+        size = len(images)
+        if size not in chosen:
+            chosen[size] = choose(images)
+        return chosen[size](images)
+
+    return run, optimized
 
 
-def _faster(sessions: Sequence[Any], images: Array) -> Any:
-    """The session with the lower median latency, after a tenth of a second or, for a slow network, two rounds."""
-    times: dict[int, list[float]] = {index: [] for index in range(len(sessions))}
-    end = time.perf_counter() + 0.1
-    while len(times[0]) < 2 or time.perf_counter() < end:
-        for index, session in enumerate(sessions):
-            begin = time.perf_counter()
-            _infer(session, images)
-            times[index].append(time.perf_counter() - begin)
-    # The first round warms up.
-    return sessions[min(times, key=lambda index: statistics.median(times[index][1:]))]
+def _fastest(ways: Sequence[Callable[[Array], Array]], images: Array) -> Callable[[Array], Array]:
+    """The way with the lowest median latency."""
+    medians = []
+    for way in ways:
+        times: list[float] = []
+        end = time.perf_counter() + _TRIAL
+        while len(times) < _RUNS or time.perf_counter() < end:
+            times.append(_seconds(way, images))
+        # The first half warms up.
+        medians.append(statistics.median(times[len(times) // 2 :]))
+    return ways[medians.index(min(medians))]
+
+
+def _seconds(way: Callable[[Array], Array], images: Array) -> float:
+    begin = time.perf_counter()
+    way(images)
+    return time.perf_counter() - begin
 
 
 def _infer(session: Any, images: npt.NDArray[Any]) -> Array:
@@ -241,12 +256,11 @@ def integer_operators(optimized: onnx.ModelProto) -> dict[str, int]:
     return {name: count for name, count in counts.items() if name in _INTEGER or name.startswith("QLinear")}
 
 
-def _details(runner: Runner, precision: PrecisionName) -> dict[str, str]:
+def _details(optimized: onnx.ModelProto, precision: PrecisionName) -> dict[str, str]:
     import onnxruntime
 
-    details = {"version": onnxruntime.__version__, "threads for a single image": str(runner.threads_for_one)}
+    details = {"version": onnxruntime.__version__}
     if precision == "int8":
-        optimized = runner.optimized
         in_float = Counter(node.op_type for node in optimized.graph.node if node.op_type in _WEIGHTED)
         details["integer operators"] = _counted(integer_operators(optimized)) or "none"
         details["convolutions and matrix products in float"] = _counted(in_float) or "none"

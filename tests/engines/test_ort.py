@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import sys
 from collections import OrderedDict
+from collections.abc import Callable
+from threading import Lock
 from types import SimpleNamespace
 
 import numpy as np
@@ -21,7 +23,7 @@ from common.errors import InputError
 from common.threads import available_cores
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.onnx_export import float_model, int8_model
+from engines.onnx_export import int8_model
 from engines.ort import (
     OnnxRuntimeEngine,
     describe_dot_products,
@@ -123,39 +125,75 @@ def test_threads_are_those_asked_for_else_all_cores():
     assert make_engine(None).compile(network, "fp32", None).device.startswith(f"CPU ({cores} thread")
 
 
-@pytest.mark.parametrize("slow", ["whole", "single"])
-def test_a_single_image_takes_the_faster_way(slow, monkeypatch):
-    """Measured with a clock of its own: the way called slow takes a second by it, the other one half of that."""
-    now, opened = 0.0, []
+class FakeSessions:
+    """Stands in for ONNX Runtime's sessions, with a clock of its own: seconds of a run, by threads and images."""
 
-    def infer(session, images):
-        nonlocal now
-        now += 1.0 if opened.index(session) == ["whole", "single"].index(slow) else 0.5
-        return np.full((len(images), 1), opened.index(session), np.float32)
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float]) -> None:
+        self.now, self.seconds, self.lock = 0.0, seconds, Lock()
+        self.runs: list[tuple[int, int]] = []
+        monkeypatch.setattr("engines.ort.open_session", lambda model, threads: (threads, model))
+        monkeypatch.setattr("engines.ort._infer", self.infer)
+        monkeypatch.setattr("engines.ort.time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def open_one(model, threads):
-        opened.append(object())
-        return opened[-1], model
+    def infer(self, threads: int, images: np.ndarray) -> np.ndarray:
+        with self.lock:
+            self.now += self.seconds(threads, len(images))
+            self.runs.append((threads, len(images)))
+        return images[:, 0, 0]
 
-    monkeypatch.setattr("engines.ort._infer", infer)
-    monkeypatch.setattr("engines.ort.open_session", open_one)
-    monkeypatch.setattr("engines.ort.time", SimpleNamespace(perf_counter=lambda: now))
-    runner = open_runner(float_model(make_network("lenet")), threads=2)
-    used = {size: runner.run(np.zeros((size, 1, 28, 28), np.float32)).max() for size in (1, 2, 3, 4)}
-    faster = 1 if slow == "whole" else 0
-    assert used == {1: faster, 2: 0, 3: 0, 4: 1}
-    assert runner.threads_for_one == (1 if slow == "whole" else 2)
+    def way(self, size: int) -> list[tuple[int, int]]:
+        """How a batch is run once it has been seen: the (threads, images) of each session's run."""
+        run, _ = open_runner(onnx.ModelProto(), threads=6)
+        batch = np.arange(size, dtype=np.float32).reshape(size, 1, 1, 1)
+        run(batch)
+        self.runs.clear()
+        np.testing.assert_array_equal(run(batch).ravel(), np.arange(size))
+        return sorted(self.runs)
 
 
-def test_the_threads_of_a_single_image_are_told():
-    network = make_network("lenet")
-    assert make_engine(1).compile(network, "fp32", None).details["threads for a single image"] == "1"
-    assert make_engine(2).compile(network, "fp32", None).details["threads for a single image"] in ("1", "2")
+# The fake's sessions run one after the other, so that a way takes the sum of its runs.
+@pytest.mark.parametrize(
+    ("seconds", "ways"),
+    [
+        pytest.param(
+            lambda threads, images: 1e-4 if threads == 6 else 1e-3,
+            {1: [(6, 1)], 3: [(6, 3)], 12: [(6, 12)]},
+            id="one session on all threads is fastest",
+        ),
+        pytest.param(
+            lambda threads, images: 1e-3 if threads == 6 else 1e-4,
+            {1: [(1, 1)], 3: [(1, 3)], 12: [(1, 12)]},
+            id="one thread is fastest",
+        ),
+        pytest.param(
+            lambda threads, images: 1e-2 if threads == 6 else 1e-4 * (1 + abs(images - 3)),
+            {1: [(1, 1)], 6: [(1, 3), (1, 3)], 12: [(1, 3)] * 4, 100: [(1, 16), (1, 16), *[(1, 17)] * 4]},
+            id="parts of three images are fastest",
+        ),
+        pytest.param(
+            lambda threads, images: 1.0,
+            {1: [(6, 1)], 3: [(6, 3)], 4: [(1, 2), (1, 2)], 30: [(1, 5)] * 6},
+            id="long runs are shared by all threads",
+        ),
+    ],
+)
+def test_a_batch_is_run_in_the_fastest_way(seconds, ways, monkeypatch):
+    sessions = FakeSessions(monkeypatch, seconds)
+    assert {size: sessions.way(size) for size in ways} == ways
+
+
+def test_what_takes_long_is_not_tried(monkeypatch):
+    sessions = FakeSessions(monkeypatch, lambda threads, images: 1.0)
+    run, _ = open_runner(onnx.ModelProto(), threads=2)
+    run(np.zeros((64, 1, 1, 1), np.float32))
+    assert sessions.runs == [(2, 64), (1, 32), (1, 32)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_batches_of_any_size_and_layout(threads):
-    """From two images for each thread on, the threads share the batch: no image may be lost or change its place."""
+@pytest.mark.parametrize("way", [0, 1, -1], ids=["whole", "single", "shared"])
+def test_batches_of_any_size_and_layout(threads, way, monkeypatch):
+    """However the threads share a batch, no image may be lost or change its place."""
+    monkeypatch.setattr("engines.ort._fastest", lambda ways, images: ways[way])
     compiled = make_engine(threads).compile(make_network("residual"), "fp32", None)
     batch = images("residual", 8)
     expected = torch.cat([compiled(image[None]) for image in batch])
