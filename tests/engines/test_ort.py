@@ -186,7 +186,7 @@ def test_what_takes_long_is_not_tried(monkeypatch):
     sessions = FakeSessions(monkeypatch, lambda threads, images: 1.0)
     run, _ = open_runner(onnx.ModelProto(), threads=2)
     run(np.zeros((64, 1, 1, 1), np.float32))
-    assert sessions.runs == [(2, 64), (1, 32), (1, 32)]
+    assert sessions.runs == [(2, 64), (2, 64), (1, 32), (1, 32)]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
