@@ -16,23 +16,23 @@ from calib.graph import plan_int8, trace
 from engines.columns import columns_at_once
 
 STEMS = {
-    "LeNet on MNIST": (nn.Conv2d(1, 20, 5), 28),
-    "LeNet-5": (nn.Conv2d(1, 6, 5, padding=2), 28),
-    "16 channels, 3 x 3, on MNIST": (nn.Conv2d(1, 16, 3, padding=1), 28),
-    "32 channels, 3 x 3, on CIFAR-10": (nn.Conv2d(3, 32, 3, padding=1), 32),
-    "MobileNetV3": (nn.Conv2d(3, 16, 3, stride=2, padding=1), 224),
-    "EfficientNet-B0": (nn.Conv2d(3, 32, 3, stride=2, padding=1), 224),
-    "VGG": (nn.Conv2d(3, 64, 3, padding=1), 224),
-    "ResNet": (nn.Conv2d(3, 64, 7, stride=2, padding=3), 224),
-    "AlexNet": (nn.Conv2d(3, 64, 11, stride=4, padding=2), 224),
+    "LeNet on MNIST": (partial(nn.Conv2d, 1, 20, 5), 28),
+    "LeNet-5": (partial(nn.Conv2d, 1, 6, 5, padding=2), 28),
+    "16 channels, 3 x 3, on MNIST": (partial(nn.Conv2d, 1, 16, 3, padding=1), 28),
+    "32 channels, 3 x 3, on CIFAR-10": (partial(nn.Conv2d, 3, 32, 3, padding=1), 32),
+    "MobileNetV3": (partial(nn.Conv2d, 3, 16, 3, stride=2, padding=1), 224),
+    "EfficientNet-B0": (partial(nn.Conv2d, 3, 32, 3, stride=2, padding=1), 224),
+    "VGG": (partial(nn.Conv2d, 3, 64, 3, padding=1), 224),
+    "ResNet": (partial(nn.Conv2d, 3, 64, 7, stride=2, padding=3), 224),
+    "AlexNet": (partial(nn.Conv2d, 3, 64, 11, stride=4, padding=2), 224),
 }
-"""Whose first convolution -> (the layer, side of its image)."""
+"""Whose first convolution -> (what makes it, side of its image)."""
 
 METHOD = (
     "The first convolution of known networks with random weights, followed by max and average pooling, on one image "
     "and one thread. In the file for a CPU, a convolution of few channels computes several columns of its output at "
-    "once; in the file for any reader it does not. Both give the same numbers, through the same integer operators. "
-    "Latencies are taken as for inference."
+    "once; in the file for any reader it does not. Both give the same numbers. Latencies are taken as for inference. "
+    "The real networks gain less, since what follows takes as long in both."
 )
 
 
@@ -46,7 +46,10 @@ def run(setting: Setting) -> Findings:
     from engines.ort import integer_operators, open_runner
 
     entries, gains = [], {}
-    for name, (conv, side) in STEMS.items():
+    for name, (make, side) in STEMS.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            conv = make()
         shape = conv.in_channels, side, side
         images = torch.rand(1, *shape, generator=torch.Generator().manual_seed(0))
         model = nn.Sequential(conv, nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -60,23 +63,25 @@ def run(setting: Setting) -> Findings:
             {form: timed_often(partial(call, images.numpy())) for form, (call, _) in runners.items()},
             setting.rounds(30),
         )
-        gains[name] = ratio(seconds["any reader"], seconds["CPU"])
+        gain = ratio(seconds["any reader"], seconds["CPU"])
         with torch.no_grad():
-            width = conv(images).shape[-1]
+            columns = columns_at_once(conv, conv(images).shape[-1])
+        if columns > 1:
+            gains[name] = gain
         operators = {form: Counter(integer_operators(graph)) for form, (_, graph) in runners.items()}
         entries.append(
             Entry(
                 name,
                 spread(seconds["CPU"], 1000),
-                gains[name],
+                gain,
                 {
-                    "columns at once": columns_at_once(conv, width),
+                    "columns at once": columns,
                     "any reader, ms": spread(seconds["any reader"], 1000).median,
                     "same operators": "yes" if operators["CPU"] == operators["any reader"] else "no",
                 },
             )
         )
-    slowest = min(gains, key=lambda name: gains[name])
+    least = min(gains, key=lambda name: gains[name])
     return Findings(
         METHOD,
         [Table("first layers, the file for a CPU", "ms", entries)],
@@ -84,10 +89,10 @@ def run(setting: Setting) -> Findings:
             Target(
                 "ONNX Runtime, first layers in the file for a CPU against the one for any reader: times as fast",
                 "at least",
-                0.97,
+                1.0,
                 "",
-                gains[slowest],
-                f"the one that gains least: {slowest}",
+                gains[least],
+                f"the one that gains least: {least}",
             )
         ],
     )

@@ -31,11 +31,11 @@ Array = npt.NDArray[np.float32]
 
 _INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
 _WEIGHTED: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
-_TRIAL, _RUNS = 0.03, 4
-"""Seconds and runs, at least, of trying one way to run a batch."""
+_TRIAL: Final = 0.03
+"""Seconds of trying one way to run a batch."""
 
-_LONG = 0.02
-"""Seconds of a run from which on nothing is tried: sharing a batch then costs nothing that counts."""
+_LONG: Final = 0.02
+"""Seconds of a run from which on nothing is tried: handing out the shares of a batch then costs nothing that counts."""
 
 _DOT_PRODUCTS: Final = {
     "avx512_vnni": "AVX-512 VNNI",
@@ -128,8 +128,8 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    # By default its threads wait for the next run spinning, for 30 ms in which they slow down whatever runs then; 1 ms
-    # is as fast in a loop. Versions before 1.26 do not know the option, and ignore it.
+    # Its threads wait for the next run spinning, by default for some 30 ms on current CPUs, and slow down whatever runs
+    # meanwhile; 1 ms is as fast in a loop. Versions before 1.26 do not have the option.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     # It warns that the optimised graph, which is only looked at, fits this CPU alone, and prints errors that it raises.
     options.log_severity_level = 4
@@ -185,7 +185,8 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
     ONNX Runtime divides the work of one operator on one image after the other, which is too little to divide for
     integer kernels on small images. But the images of a batch are independent: threads can share them, each through
     a session of one thread. Which is faster, and on how many threads, depends on the network and the batch, and is
-    tried with the first batch of each size; batches that take long are shared by all threads. The numbers are the same.
+    tried with the first batch of each size; where one run takes long, all threads share a batch that has two images for
+    each of them. The numbers are the same.
 
     Args:
         model: The network.
@@ -210,10 +211,11 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
         counts = sorted({most, *(2**power for power in range(1, most.bit_length()))} - {0, 1})
         sharing = [partial(shared, parts=parts) for parts in counts]
         at_once = partial(_infer, whole)
-        if min(_seconds(at_once, images) for _ in range(2)) > _LONG:  # the first run is slower
-            return sharing[-1] if sharing else at_once
+        seconds = min(_seconds(at_once, images) for _ in range(2))  # the first run is slower
+        if seconds > _LONG:
+            return sharing[-1] if len(images) >= 2 * threads else at_once
         # The last way's threads keep spinning after it, and would slow down whatever came next.
-        return _fastest([partial(_infer, single), *sharing, at_once], images)
+        return _fastest([partial(_infer, single), *sharing, at_once], images, 2 * seconds)
 
     chosen: dict[int, Callable[[Array], Array]] = {}
 
@@ -226,13 +228,13 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
     return run, optimized
 
 
-def _fastest(ways: Sequence[Callable[[Array], Array]], images: Array) -> Callable[[Array], Array]:
-    """The way with the lowest median latency."""
+def _fastest(ways: Sequence[Callable[[Array], Array]], images: Array, limit: float) -> Callable[[Array], Array]:
+    """The way with the lowest median latency; one whose first run takes more seconds than ``limit`` is run once."""
     medians = []
     for way in ways:
-        times: list[float] = []
         end = time.perf_counter() + _TRIAL
-        while len(times) < _RUNS or time.perf_counter() < end:
+        times = [_seconds(way, images)]
+        while times[0] <= limit and (len(times) < 4 or time.perf_counter() < end):
             times.append(_seconds(way, images))
         # The first half warms up.
         medians.append(statistics.median(times[len(times) // 2 :]))

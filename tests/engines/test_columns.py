@@ -33,6 +33,7 @@ from tests.networks import make_network, make_plan
         pytest.param(nn.Conv2d(3, 64, 11, stride=4), 54, 1, id="AlexNet: 363 terms already"),
         pytest.param(nn.Conv2d(1, 20, 5), 23, 1, id="a prime number of columns"),
         pytest.param(nn.Conv2d(4, 8, 3), 24, 1, id="four channels"),
+        pytest.param(nn.Conv2d(3, 8, 1), 24, 1, id="a pointwise convolution"),
         pytest.param(nn.Conv2d(6, 6, 3, groups=2), 24, 1, id="groups"),
         pytest.param(nn.Conv2d(1, 8, 3, dilation=2), 24, 1, id="dilation"),
         pytest.param(nn.Conv2d(1, 8, 3, padding="same"), 28, 14, id="padding by name"),
@@ -107,6 +108,13 @@ def test_the_float_file_stays_as_it_is():
     network = trace(LeNet().eval(), input_shape=(1, 28, 28))
     shapes = {value.name: tuple(value.dims) for value in float_model(network).graph.initializer}
     assert (20, 1, 5, 5) in shapes.values()
+
+
+def test_exporting_draws_no_random_numbers():
+    plan = make_plan(make_network("lenet"))
+    before = torch.get_rng_state()
+    int8_model(plan, for_cpu=True)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_network_that_already_has_a_module_of_that_name():

@@ -285,4 +285,5 @@ def test_ticks_of_any_range(low: float, span: float) -> None:
     found = ticks(low, low + span)
 
     assert len(found) <= 12
-    assert all(low - 1e-6 * abs(low) - 1e-9 <= tick <= low + span * (1 + 1e-6) + 1e-6 * abs(low) for tick in found)
+    margin = 1e-6 * (abs(low) + span)
+    assert all(low - margin <= tick <= low + span + margin for tick in found)
