@@ -3,6 +3,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -56,6 +57,50 @@ def test_preprocessing_is_torchvisions(tmp_path, size, mode):
     )
     given = FolderImages([path], torch.tensor([0]), SMALL, workers=0).images(slice(0, 1))
     assert torch.allclose(given[0], reference(default_loader(str(path))), atol=1e-5)
+
+
+RAMP = Preprocessing(3, 8, 256)
+
+
+def write_ramp(path: Path, values: np.ndarray) -> Path:
+    Image.fromarray(np.tile(values, (8, 1))).save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("deep.png", np.arange(256, dtype=np.uint16) * 257),
+        ("deep.tiff", np.arange(256, dtype=np.uint16) * 257),
+        ("wide.tiff", np.arange(256, dtype=np.int32) * 257),
+        ("float.tiff", np.arange(256, dtype=np.float32) / 255),
+    ],
+)
+def test_deep_gray_images_keep_their_shades(tmp_path, name, values):
+    pixels = decode(write_ramp(tmp_path / name, values), RAMP)
+    assert torch.equal(pixels, torch.arange(256, dtype=torch.uint8).expand(3, 8, 256))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.linspace(0, 255, 256, dtype=np.float32), r"float\.tiff holds float values from 0 to 255, not from 0 to 1"),
+        (np.full(256, np.nan, dtype=np.float32), r"float\.tiff holds float values from nan to nan"),
+        (np.arange(256, dtype=np.int32) - 9, r"float\.tiff holds integer values from -9 to 246, not from 0 to 65535"),
+    ],
+)
+def test_values_that_have_no_known_white_are_refused(tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        decode(write_ramp(tmp_path / "float.tiff", values), RAMP)
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_dropped_in_silence(tmp_path):
+    image = Image.fromarray(np.tile(np.arange(256, dtype=np.uint8), (8, 1)))
+    palette = image.convert("P")
+    palette.save(tmp_path / "palette.png", transparency=bytes(range(256)))
+    image.convert("RGBA").save(tmp_path / "alpha.png")
+    assert torch.equal(decode(tmp_path / "palette.png", RAMP), decode(tmp_path / "alpha.png", RAMP))
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
