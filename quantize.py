@@ -523,7 +523,7 @@ def summarize(
         "algorithm": table.table.algorithm,
         "calibrated": table.calibration is not None,
         "reason": table.reason,
-        "scales": dict(table.table.scales),
+        "scales": table.table.finite,
     }
     if by_tensorrt is not None:
         summary["tensorrt"] = {

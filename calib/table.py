@@ -1,8 +1,8 @@
 """TensorRT's calibration table: tensor names with the scales of their INT8 values.
 
-The file is text. Line 1 is ``TRT-<version>-<algorithm>``; each further line is a tensor's name, ``": "`` and the
-scale as the 8 hex digits of an IEEE-754 binary32. The scale is threshold / 127, so the dynamic range that TensorRT
-takes for the tensor is [-127 * scale, 127 * scale].
+The file is text. Line 1 is ``TRT-<version>-<algorithm>``, or the parameters of a legacy calibration; each further line
+is a tensor's name, ``": "`` and the scale as the 8 hex digits of an IEEE-754 binary32. The scale is threshold / 127, so
+the dynamic range that TensorRT takes for the tensor is [-127 * scale, 127 * scale].
 
 Imports neither torch nor numpy: the table tools start at once.
 """
@@ -13,9 +13,10 @@ import math
 import re
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from common.errors import InputError
 from common.files import read_text, write_text
@@ -41,11 +42,14 @@ _ALGORITHMS: Mapping[str, str] = {
     header: algorithm for algorithm, header in HEADER_NAMES.items() if algorithm != "percentile"
 }
 _HEADER = re.compile(r"TRT-([0-9]{1,9})-([A-Za-z0-9]+)", re.ASCII)
+_FOREIGN_HEADER = re.compile(r"TRT-(.*)-([A-Za-z0-9]+)", re.ASCII)
+_LEGACY_HEADER = re.compile(r"0 ([0-9a-fA-F]{16}) ([0-9a-fA-F]{16})", re.ASCII)
 _VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?:\.[0-9]{1,6})?", re.ASCII)
-# TensorRT does not pad: a tensor that was zero throughout is written as "0". Any other real scale has 8 digits,
-# so that a shorter number is a line that lost its end.
-_SCALE = re.compile(r"[0-9a-fA-F]{8}|0", re.ASCII)
+_DIGITS = 8
+# TensorRT does not pad: a tensor that was zero is "0", and a scale below 2**-95 has fewer than 8 digits.
+_SCALE = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 _ILLEGAL_IN_NAME = re.compile(r"[\n\r\0]")
+_BLANKS = " \t\r"
 _SMALLEST_NORMAL = 2.0**-126
 _LARGEST = struct.unpack(">f", b"\x7f\x7f\xff\xff")[0]
 
@@ -98,8 +102,14 @@ def scale_to_hex(scale: float) -> str:
 
 def why_unusable(scale: float) -> str | None:
     """Why a scale that a table may hold can nevertheless not quantize anything, or None if it can."""
+    if math.isnan(scale):
+        return "the scale is NaN"
     if scale == 0:
         return "scale 0: the tensor was zero throughout calibration"
+    if scale < 0:
+        return f"the scale is negative ({scale:.9g})"
+    if math.isinf(scale):
+        return "the scale is infinite"
     if scale < _SMALLEST_NORMAL:
         return f"scale {scale:.3g} is subnormal: its inverse is not a number that GPUs compute with"
     if scale > _LARGEST / LEVELS:
@@ -119,23 +129,45 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Legacy:
+    """Parameters of IInt8LegacyCalibrator, which line 1 of its tables holds in place of version and algorithm.
+
+    Attributes:
+        cutoff: Regression cutoff.
+        quantile: Share of the values that stay in range.
+    """
+
+    cutoff: float = 1.0
+    quantile: float = 0.9999
+
+    @property
+    def header(self) -> str:
+        """Line 1: a zero and the two as hex digits of IEEE-754 binary64."""
+        return f"0 {struct.pack('>d', self.cutoff).hex()} {struct.pack('>d', self.quantile).hex()}"
+
+
+@dataclass(frozen=True, eq=False)
 class CalibrationTable:
-    """Scales of a network's tensors.
+    """Scales of a network's tensors. Two tables are equal if algorithm, line 1 and the bits of all scales are.
 
     Attributes:
         scales: Tensor name -> scale, in network order. The constructor rounds them to binary32, as the file does.
-            Zero (a tensor that was zero throughout calibration) is kept: see :attr:`unusable`.
+            What cannot quantize anything (zero, infinity, NaN, negative numbers) is kept: see :attr:`unusable`.
         algorithm: ``entropy2``, ``entropy``, ``minmax``, ``percentile`` (read back as ``minmax``) or ``legacy``.
-        tensorrt_version: Three numbers; a fourth one is dropped.
+        tensorrt_version: Three numbers; a fourth one is dropped. Line 1 of ``legacy`` does not hold it.
+        legacy: Parameters that line 1 of ``legacy`` holds.
+        spelling: Digits that a file had for a scale, where they are others than :func:`scale_to_hex` gives ("0").
 
     Raises:
-        InputError: no scales, a name that the format cannot hold, a scale that is not a finite number >= 0, an
-            unknown algorithm, or a version that has no number.
+        InputError: no scales, a name that the format cannot hold, a finite scale beyond binary32, an unknown algorithm,
+            or a version that has no number.
     """
 
     scales: Mapping[str, float]
     algorithm: str = "entropy2"
     tensorrt_version: str = field(default=TESTED_TENSORRT)
+    legacy: Legacy = field(default=Legacy())
+    spelling: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         if self.algorithm not in HEADER_NAMES:
@@ -144,22 +176,50 @@ class CalibrationTable:
             raise InputError("a calibration table needs at least one tensor")
         rounded = {}
         for name, scale in self.scales.items():
-            problem = _name_problem(name) or _scale_problem(scale)
-            if problem:
+            if problem := _name_problem(name):
                 raise InputError(f"tensor {name!r}: {problem}")
-            rounded[name] = scale_from_hex(scale_to_hex(scale))
+            try:
+                rounded[name] = scale_from_hex(scale_to_hex(scale))
+            except OverflowError as error:
+                raise InputError(f"tensor {name!r}: the scale {scale:.9g} is beyond float32") from error
         object.__setattr__(self, "scales", rounded)
+        kept = {
+            name: digits
+            for name, digits in self.spelling.items()
+            if name in rounded and scale_to_hex(scale_from_hex(digits)) == scale_to_hex(rounded[name])
+        }
+        object.__setattr__(self, "spelling", kept)
         object.__setattr__(self, "tensorrt_version", version_string(version_number(self.tensorrt_version)))
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, CalibrationTable):
+            return NotImplemented
+        return (self.algorithm, self.header, self.bits) == (other.algorithm, other.header, other.bits)
+
+    def __hash__(self) -> int:
+        return hash((self.algorithm, self.header, frozenset(self.bits.items())))
 
     @property
     def header(self) -> str:
-        """Line 1, such as ``TRT-101200-EntropyCalibration2``."""
+        """Line 1, such as ``TRT-101200-EntropyCalibration2``, or ``0 3ff0000000000000 3fefff2e48e8a71e`` (legacy)."""
+        if self.algorithm == "legacy":
+            return self.legacy.header
         return f"TRT-{version_number(self.tensorrt_version)}-{HEADER_NAMES[self.algorithm]}"
+
+    @property
+    def bits(self) -> dict[str, str]:
+        """Tensor name -> the 8 hex digits of its scale; unlike the scale, equal to itself for NaN."""
+        return {name: scale_to_hex(scale) for name, scale in self.scales.items()}
 
     @property
     def dynamic_ranges(self) -> dict[str, float]:
         """Tensor name -> largest absolute value that INT8 represents (127 * scale)."""
         return {name: LEVELS * scale for name, scale in self.scales.items()}
+
+    @property
+    def finite(self) -> dict[str, float]:
+        """Tensor name -> scale, of those that are finite numbers, which alone JSON can hold."""
+        return {name: scale for name, scale in self.scales.items() if math.isfinite(scale)}
 
     @property
     def unusable(self) -> dict[str, str]:
@@ -181,10 +241,14 @@ class CalibrationTable:
             raise InputError(f"the calibration table cannot quantize tensor {name!r}: {reason}")
         return scale
 
+    def replaced(self, scales: Mapping[str, float]) -> CalibrationTable:
+        """This table with other scales: same line 1, and what is the same is written as it was."""
+        return replace(self, scales=scales)
+
     def dumps(self) -> str:
         """The table as TensorRT's text."""
-        lines = [self.header, *(f"{name}: {scale_to_hex(scale)}" for name, scale in self.scales.items())]
-        return "\n".join(lines) + "\n"
+        lines = [f"{name}: {self.spelling.get(name, digits)}" for name, digits in self.bits.items()]
+        return "\n".join([self.header, *lines]) + "\n"
 
     def write(self, path: str | Path) -> None:
         """Write the table to ``path`` atomically.
@@ -201,11 +265,7 @@ class CalibrationTable:
         Raises:
             InputError: naming the first line that is wrong, and how many others are.
         """
-        table, problems = parse(text)
-        if table is None:
-            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-            raise InputError(problems[0].text(source) + more)
-        return table
+        return scan(text).table(source)
 
     @classmethod
     def read(cls, path: str | Path) -> CalibrationTable:
@@ -217,55 +277,163 @@ class CalibrationTable:
         return cls.loads(read_text(Path(path)), source=str(path))
 
 
-def parse(text: str) -> tuple[CalibrationTable | None, list[Problem]]:
-    """The table in ``text`` and everything that is wrong with it; the table is None if anything is.
+@dataclass(frozen=True)
+class Scan:
+    """What the text of a table says, and what is wrong with it.
 
-    Lines may end in CR LF, and empty lines may follow the last entry.
+    Attributes:
+        scales: Tensor name -> scale, of the lines that can be read.
+        spelling: As :attr:`CalibrationTable.spelling`.
+        algorithm: That line 1 names, or None.
+        tensorrt_version: That line 1 names, or None.
+        legacy: Parameters in line 1 of a legacy table, or None.
+        algorithm_problem: Why line 1 names no algorithm, or None.
+        version_problem: Why line 1 names no version, or None.
+        problems: What is wrong with the other lines.
+        oddities: What other readers may stumble over.
     """
-    lines = text.rstrip("\r\n").split("\n")
-    header, problems = _parse_header(lines[0].removesuffix("\r"))
+
+    scales: dict[str, float]
+    spelling: dict[str, str]
+    algorithm: str | None = None
+    tensorrt_version: str | None = None
+    legacy: Legacy | None = None
+    algorithm_problem: Problem | None = None
+    version_problem: Problem | None = None
+    problems: tuple[Problem, ...] = ()
+    oddities: tuple[str, ...] = ()
+
+    def found_problems(self, algorithm: str | None = None, tensorrt_version: str | None = None) -> list[Problem]:
+        """All that is wrong, apart from what the arguments replace in line 1."""
+        first = [
+            None if algorithm else self.algorithm_problem,
+            None if tensorrt_version else self.version_problem,
+        ]
+        # Both are the same where line 1 is missing.
+        return [*dict.fromkeys(filter(None, first)), *self.problems]
+
+    def table(self, source: str, algorithm: str | None = None, tensorrt_version: str | None = None) -> CalibrationTable:
+        """The table, of what line 1 says or the arguments say instead; ``source`` names it in errors.
+
+        Raises:
+            InputError: naming the first line that is wrong, and how many others are.
+        """
+        problems = self.found_problems(algorithm, tensorrt_version)
+        if problems:
+            more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+            raise InputError(problems[0].text(source) + more)
+        return CalibrationTable(
+            self.scales,
+            algorithm or self.algorithm or "",
+            tensorrt_version or self.tensorrt_version or TESTED_TENSORRT,
+            self.legacy or Legacy(),
+            self.spelling,
+        )
+
+
+def parse(text: str) -> tuple[CalibrationTable | None, list[Problem]]:
+    """The table in ``text`` and everything that is wrong with it; the table is None if anything is."""
+    found = scan(text)
+    problems = found.found_problems()
+    return (None if problems else found.table("calibration table")), problems
+
+
+def scan(text: str) -> Scan:
+    """Read the lines of a table, also of one whose line 1 is foreign or missing.
+
+    Lines may end in spaces or CR LF, empty lines may follow the last entry, and its line break may be missing. A scale
+    may have fewer than 8 digits, since TensorRT does not pad; in the last line only if something follows the digits,
+    which else may have been cut off.
+    """
+    body = text.rstrip(_BLANKS + "\n")
+    lines = body.split("\n")
+    whole = len(body) < len(text)
+    header = _scan_header(lines[0].rstrip(_BLANKS))
     scales: dict[str, float] = {}
+    spelling: dict[str, str] = {}
     first_seen: dict[str, int] = {}
-    for number, line in enumerate(lines[1:], start=2):
-        name, separator, digits = line.removesuffix("\r").rpartition(": ")
+    problems: list[Problem] = []
+    short: list[str] = []
+    # Where line 1 is missing, its place is taken by the first tensor.
+    begin = 0 if header is None else 1
+    for number, line in enumerate(lines[begin:], start=begin + 1):
+        name, separator, digits = line.rpartition(": ")
+        digits = digits.strip(_BLANKS)
         if not separator:
             problems.append(Problem(number, f"expected 'name: 8 hex digits', found {_quote(line)}"))
             continue
-        if not _SCALE.fullmatch(digits):
+        cut_off = number == len(lines) and not whole and digits != "0" and len(digits) < _DIGITS
+        if not _SCALE.fullmatch(digits) or cut_off:
             problems.append(Problem(number, f"the scale of {_quote(name)} must be 8 hex digits, not {_quote(digits)}"))
             continue
         if name in first_seen:
             problems.append(Problem(number, f"tensor {_quote(name)} already appeared in line {first_seen[name]}"))
             continue
         first_seen[name] = number
-        scale = scale_from_hex(digits)
-        problem = _name_problem(name) or _scale_problem(scale)
-        if problem:
+        if problem := _name_problem(name):
             problems.append(Problem(number, f"tensor {_quote(name)}: {problem}"))
-        else:
-            scales[name] = scale
-    if len(lines) == 1:
+            continue
+        scales[name] = scale_from_hex(digits)
+        if digits != scale_to_hex(scales[name]):
+            spelling[name] = digits
+        if len(digits) < _DIGITS and digits != "0":
+            short.append(f"the scale of {_quote(name)} has {len(digits)} digits, and so is {scales[name]:.3g}")
+    if len(lines) == begin:
         problems.append(Problem(0, "no tensor after line 1: the file is empty or cut off"))
-    if problems or header is None:
-        return None, problems
-    algorithm, version = header
-    return CalibrationTable(scales, algorithm, version), []
+    oddities = [*_oddities(body, whole), *short]
+    found = Scan(scales, spelling, problems=tuple(problems), oddities=tuple(oddities))
+    return replace(found, **(_no_header(lines[0]) if header is None else header))
 
 
-def _parse_header(line: str) -> tuple[tuple[str, str] | None, list[Problem]]:
-    match = _HEADER.fullmatch(line)
+def _oddities(body: str, whole: bool) -> list[str]:
+    """What of the line ends TensorRT, or another reader, may stumble over."""
+    found = []
+    if "\r" in body:
+        found.append("lines end in CR LF: TensorRT does not recognise line 1; `convert` writes plain line ends")
+    if any(line.rstrip("\r").endswith((" ", "\t")) for line in body.split("\n")[:-1]):
+        found.append("lines end in spaces: TensorRT may not recognise line 1; `convert` writes them without")
+    if not whole:
+        found.append("the last line has no line break: it may be cut off")
+    return found
+
+
+def _scan_header(line: str) -> dict[str, Any] | None:
+    """What line 1 says, as fields of :class:`Scan`; None if it is a tensor's line already."""
+    if match := _LEGACY_HEADER.fullmatch(line):
+        cutoff, quantile = (struct.unpack(">d", bytes.fromhex(digits))[0] for digits in match.groups())
+        return {"algorithm": "legacy", "legacy": Legacy(cutoff, quantile)}
+    match = _FOREIGN_HEADER.fullmatch(line)
     if not match:
-        return None, [Problem(1, f"expected 'TRT-<version>-<algorithm>', found {_quote(line)}")]
-    problems = []
-    version = ""
+        name, separator, digits = line.rpartition(": ")
+        if name and separator and _SCALE.fullmatch(digits):
+            return None
+        return _no_header(line)
+    fields: dict[str, Any] = {"algorithm": _ALGORITHMS.get(match[2])}
+    if fields["algorithm"] is None:
+        problem = f"unknown algorithm {_quote(match[2])}: expected one of {', '.join(_ALGORITHMS)}"
+        fields["algorithm_problem"] = Problem(1, problem)
     try:
-        version = version_string(int(match[1]))
+        known = _HEADER.fullmatch(line)
+        if not known:
+            raise InputError(
+                f"expected 'TRT-<version>-<algorithm>', found {_quote(line)}, which names no version: `python -m calib "
+                "convert` with --tensorrt-version gives it one"
+            )
+        fields["tensorrt_version"] = version_string(int(known[1]))
     except InputError as error:
-        problems.append(Problem(1, str(error)))
-    algorithm = _ALGORITHMS.get(match[2])
-    if algorithm is None:
-        problems.append(Problem(1, f"unknown algorithm {match[2]!r}: expected one of {', '.join(_ALGORITHMS)}"))
-    return ((algorithm, version), []) if algorithm and not problems else (None, problems)
+        fields["version_problem"] = Problem(1, str(error))
+    return fields
+
+
+def _no_header(line: str) -> dict[str, Any]:
+    """The fields of :class:`Scan` for a file without line 1, whose version then may be any."""
+    return {
+        "algorithm_problem": Problem(
+            1,
+            f"expected 'TRT-<version>-<algorithm>', found {_quote(line)}: `python -m calib convert` with --algorithm "
+            "(and --tensorrt-version) writes that line",
+        )
+    }
 
 
 def _name_problem(name: str) -> str | None:
@@ -277,20 +445,6 @@ def _name_problem(name: str) -> str | None:
         name.encode("utf-8")
     except UnicodeEncodeError:
         return "the tensor name is not valid Unicode"
-    return None
-
-
-def _scale_problem(scale: float) -> str | None:
-    if math.isnan(scale):
-        return "the scale is NaN"
-    if math.isinf(scale):
-        return "the scale is infinite"
-    if math.copysign(1.0, scale) < 0:
-        return f"the scale is negative ({scale:.9g})"
-    try:
-        struct.pack(">f", scale)
-    except OverflowError:
-        return f"the scale {scale:.9g} is beyond float32"
     return None
 
 

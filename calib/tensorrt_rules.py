@@ -201,7 +201,10 @@ def table_problem(table: CalibrationTable, algorithm: AlgorithmName, tensorrt: s
         algorithm: That is wanted now.
         tensorrt: Installed version, such as ``10.12.0.36``.
     """
-    if version_number(table.tensorrt_version) != version_number(three_numbers(tensorrt)):
+    # Line 1 of a legacy table holds no version.
+    if table.algorithm != "legacy" and version_number(table.tensorrt_version) != version_number(
+        three_numbers(tensorrt)
+    ):
         return f"its table is of TensorRT {table.tensorrt_version}, and {three_numbers(tensorrt)} is installed"
     if table.algorithm != algorithm:
         return f"its table is of algorithm {table.algorithm}, and {algorithm} is wanted"

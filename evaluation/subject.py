@@ -139,7 +139,7 @@ def _read_table(path: Path, quantization: QuantizationConfig) -> OpenTable:
         table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
         record: dict[str, Any] = json.loads(encode(provenance))
         source, notes = {key: _text(value) for key, value in record.items() if key != "format"}, []
-    description = Calibration(table.algorithm, table.tensorrt_version, source, dict(table.scales))
+    description = Calibration(table.algorithm, table.tensorrt_version, source, table.finite)
     return OpenTable(table, quantization, "", description, tuple(notes))
 
 

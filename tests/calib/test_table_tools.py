@@ -1,4 +1,4 @@
-"""``python -m calib``: show, diff, check, convert and set; their formats, messages and exit codes."""
+"""``python -m calib``: the tools for tables; their formats, messages and exit codes."""
 
 import itertools
 import json
@@ -151,11 +151,12 @@ def test_check_of_a_valid_table(table, capsys):
 
 def test_check_lists_every_bad_line(tmp_path, capsys):
     path = tmp_path / "bad"
-    path.write_text("TRT-9001-Magic\ndata: 3c008912\nconv1 3c88edfc\ndata: 3c008912\nx: 7fc00000\nend: 3c\n")
+    path.write_text("TRT-9001-Magic\ndata: 3c008912\nconv1 3c88edfc\ndata: 3c008912\nx: 7fc00000\nend: 3c0089123\n")
     assert run("check", path) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == ["1", "1", "3", "4", "5", "6"]
-    assert lines[-1] == f"{path}: 6 problems"
+    assert "tensor 'x': the scale is NaN" in lines.pop(-2)
+    assert [line.split(" line ")[1].split(":")[0] for line in lines[:-1]] == ["1", "1", "3", "4", "6"]
+    assert lines[-1] == f"{path}: 5 problems"
 
 
 def test_check_warns_of_scales_and_line_ends(tmp_path, capsys):
@@ -215,9 +216,10 @@ def test_check_against_a_network(lenet_like, tmp_path, capsys):
     capsys.readouterr()
     assert run("check", path, "--onnx", lenet_like) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("'")[1] for line in lines[:-2]] == ["conv2", "w", "ip1"]
+    assert lines[0] == f"the network {lenet_like} has no tensors 'conv2', 'w'"
+    assert [line.split("'")[1] for line in lines[1:-2]] == ["ip1"]
     assert lines[-2] == (
-        f"warning: {path}: without a scale for 'pool1', 'flat', 'ip1_before' of the network {lenet_like}, "
+        f"warning: {path}: without a scale for tensors 'pool1', 'flat', 'ip1_before' of the network {lenet_like}, "
         "TensorRT may run what reads or writes them in float"
     )
 
@@ -228,7 +230,7 @@ def test_a_warning_names_a_few_tensors(tmp_path, capsys):
     path = network(tmp_path / "network.onnx", *nodes, ("Softmax", ["t7"], ["prob"]))
     CalibrationTable({"data": 1.0, "prob": 1.0}).write(tmp_path / "table")
     assert run("check", tmp_path / "table", "--onnx", path) == 0
-    assert "for 't0', 't1', 't2', 't3', 't4' and 3 more of the network" in capsys.readouterr().out
+    assert "for tensors 't0', 't1', 't2', 't3', 't4' and 3 more (8 in all) of the network" in capsys.readouterr().out
 
 
 def test_sizes_need_no_scale(tmp_path, capsys):
@@ -294,12 +296,18 @@ def test_onnxruntime_reads_its_ranges(table, tmp_path):
     assert found == pytest.approx(TABLE.dynamic_ranges, rel=1e-7)
 
 
-def test_onnxruntimes_ranges_need_an_algorithm_and_usable_scales(table, tmp_path):
+def test_onnxruntimes_ranges_need_an_algorithm_and_usable_scales(table, tmp_path, capsys):
     run("convert", table, tmp_path / "ranges.flatbuffers")
     with pytest.raises(InputError, match="--algorithm"):
         run("convert", tmp_path / "ranges.flatbuffers", tmp_path / "x")
-    CalibrationTable({"x": 1.0, "dead": 0.0}).write(table)
-    with pytest.raises(InputError, match="dead"):
+    CalibrationTable({"x": 1.0, "dead": 0.0, "infinite": math.inf}).write(table)
+    capsys.readouterr()
+    for to in ("onnxruntime", "onnxruntime-json", "onnxruntime-cache", "ranges", "nvdla"):
+        assert run("convert", table, tmp_path / "ranges", "--to", to) == 0
+        assert "and not tensors 'dead', 'infinite'" in capsys.readouterr().err
+        assert formats.read(tmp_path / "ranges", algorithm="minmax").scales == {"x": 1.0}
+    CalibrationTable({"dead": 0.0}).write(table)
+    with pytest.raises(InputError, match="no scale of the table can be used"):
         run("convert", table, tmp_path / "ranges.flatbuffers")
 
 
