@@ -1,4 +1,4 @@
-"""ONNX files: the float network, and the network with explicit quantization (Q/DQ) and int8 weights.
+"""ONNX files: the float network, and the network with explicit quantization (Q/DQ) and 8-bit weights.
 
 The values in both carry the names of the calibration table. PyTorch's exporter lets its caller name a graph's outputs
 and nothing else; so the network is exported with every named value as an output, and all outputs but ``prob`` are
@@ -413,8 +413,9 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     operation between two pairs; the repeated ones change no number.
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others). For
-    ONNX Runtime's CPU kernels, the same numbers can be written in another way: uint8 with zero point 128 (on x86 it
-    has no fast convolution on int8 values, and converts them only where each has a single reader), int32 biases,
+    ONNX Runtime's CPU kernels, the same numbers can be written in another way: values in uint8 with zero point 128 (on
+    x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights, too
+    (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
     ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, and convolutions of few
     channels with several columns at once (:mod:`engines.columns`).
 
@@ -434,14 +435,15 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     computing = _Computing(plan.network, model.graph, values)
     activations = _activations(plan.network, placement, values, computing)
     weights = _weights(plan, model.graph, computing)
+    kind = QuantType.QUInt8 if for_cpu else QuantType.QInt8
+    zero_point = np.array(128, dtype=np.uint8) if for_cpu else np.array(0, dtype=np.int8)
     overrides: dict[str, list[dict[str, Any]]] = {}
     for value, activation in activations.items():
-        zero_point = np.array(128, dtype=np.uint8) if for_cpu else np.array(0, dtype=np.int8)
         scale = np.array(activation.scale, dtype=np.float32)
         overrides[value] = [{"scale": scale, "zero_point": zero_point}]
     for weight in weights:
         overrides[weight.name] = [
-            {"scale": scale, "zero_point": 0, "axis": weight.axis, "quant_type": QuantType.QInt8}
+            {"scale": scale, "zero_point": zero_point, "axis": weight.axis, "quant_type": kind}
             for scale in weight.scales
         ]
     # The ranges are asked for, but the overrides come first.
@@ -453,8 +455,8 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
         model,
         per_channel=True,
         reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QUInt8 if for_cpu else QuantType.QInt8,
+        weight_qType=kind,
+        activation_qType=kind,
         tensors_range=ranges,
         nodes_to_quantize=[],
         nodes_to_exclude=[],

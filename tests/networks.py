@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import onnxruntime
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -200,3 +201,10 @@ def mnist_plan(folder: Path) -> Int8Plan:
     train = mnist(folder).train_file
     table = calibrate(network, [train.images(slice(first, first + 50)) for first in range(0, 500, 50)])
     return plan_int8(network, table)
+
+
+def without_saturation() -> onnxruntime.SessionOptions:
+    """Options with which ONNX Runtime computes ``*_int8.onnx`` exactly on x86 without VNNI, too (docs/onnx.md)."""
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options

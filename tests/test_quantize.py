@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 
@@ -20,6 +21,7 @@ from common.config import DataConfig
 from data import open_data
 from models import CheckpointMeta, LeNet, load_checkpoint, save_checkpoint
 from quantize import main
+from tests.networks import without_saturation
 
 pytestmark = pytest.mark.e2e
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -238,7 +240,6 @@ def test_mixed_precision_is_recorded(in_process: Run, artifacts: Path) -> None:
 
 
 def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     result = summary(quantize("--json", "--export", "onnx"))
     *networks, table = result["files"]
     assert [Path(file).name for file in networks] == ["LeNet_fp32.onnx", "LeNet_int8.onnx", "LeNet_int8_cpu.onnx"]
@@ -246,7 +247,8 @@ def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> Non
     images = torch.rand(3, 1, 28, 28)
     outputs = []
     for file in networks:
-        session = onnxruntime.InferenceSession(file)
+        options = without_saturation() if file.endswith("_int8.onnx") else None
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
         outputs.append(torch.from_numpy(session.run(["prob"], {"data": images.numpy()})[0]))
     torch.testing.assert_close(outputs[0], outputs[1], atol=0.2, rtol=0)
     torch.testing.assert_close(outputs[1], outputs[2], atol=1e-3, rtol=0)

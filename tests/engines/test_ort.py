@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -11,12 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
 
 from calib.calibrator import calibrate
-from calib.graph import Network, trace
+from calib.graph import Network, plan_int8, trace
 from calib.table import CalibrationTable
 from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
@@ -295,17 +295,52 @@ def test_unknown_dot_products(tmp_path, monkeypatch):
     assert dot_products(tmp_path / "missing") == ["Arm dot product"]
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86 has CPUs whose sums saturate")
-def test_without_vnni_the_weights_go_to_kernels_that_do_not_saturate(monkeypatch, integer_kernels):
-    plan = make_plan(make_network("lenet"))
-    model, batch = int8_model(plan, for_cpu=True), images("lenet", 8)
-    monkeypatch.setattr("engines.ort.dot_products", list)
-    session, optimized = open_session(model, threads=1)
-    types = {value.name: value.data_type for value in optimized.graph.initializer}
-    layers = [node for node in optimized.graph.node if node.op_type in ("QLinearConv", "QGemm")]
-    assert {types[node.input[3]] for node in layers} == {onnx.TensorProto.UINT8}
-    difference = np.abs(session.run(None, {"data": batch.numpy()})[0] - IntegerNetwork(plan)(batch).numpy())
-    assert np.quantile(difference, 0.9) < 1e-3
+WORST: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "first layer, several columns at once": (lambda: nn.Conv2d(1, 20, 5), (1, 28, 28)),
+    "first layer of three channels": (lambda: nn.Conv2d(3, 32, 3, 2, 1), (3, 32, 32)),
+    "odd number of channels": (lambda: nn.Conv2d(7, 50, 3, padding=1), (7, 9, 9)),
+    "64 channels": (lambda: nn.Conv2d(64, 64, 3, padding=1), (64, 8, 8)),
+    "pointwise": (lambda: nn.Conv2d(64, 48, 1), (64, 8, 8)),
+    "dilated": (lambda: nn.Conv2d(16, 16, 3, padding=2, dilation=2), (16, 9, 9)),
+    "depthwise": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=32), (32, 8, 8)),
+    "depthwise, 5 x 5, stride 2": (lambda: nn.Conv2d(16, 16, 5, 2, 2, groups=16), (16, 9, 9)),
+    "depthwise, two for each channel": (lambda: nn.Conv2d(8, 16, 3, groups=8), (8, 8, 8)),
+    "grouped": (lambda: nn.Conv2d(32, 32, 3, padding=1, groups=4), (32, 8, 8)),
+    "linear": (lambda: nn.Sequential(nn.Flatten(), nn.Linear(500, 70)), (5, 10, 10)),
+    "linear on positions": (lambda: nn.Sequential(nn.Flatten(2), nn.Linear(49, 30)), (3, 7, 7)),
+}
+
+
+@pytest.mark.parametrize("name", WORST)
+def test_a_plain_session_is_the_simulation_in_the_worst_case(name, integer_kernels):
+    """Weights at -127 and 127, values at -128 and 127: kernels that add two products in 16 bits would saturate."""
+    make, shape = WORST[name]
+    generator = torch.Generator().manual_seed(0)
+    layer = make()
+    (weighted,) = (module for module in layer.modules() if isinstance(module, nn.Conv2d | nn.Linear))
+    signs = torch.randint(0, 2, weighted.weight.shape, generator=generator) * 2.0 - 1
+    signs[::3], signs[1::3] = 1, -1
+    weighted.weight.data, weighted.bias.data = 127 * signs, torch.arange(float(len(signs)))
+    values = torch.tensor([-128.0, 127.0])
+    mixed = values[torch.randint(0, 2, (2, *shape), generator=generator)]
+    batch = torch.cat([torch.full((1, *shape), -128.0), torch.full((1, *shape), 127.0), mixed])
+    with torch.no_grad():
+        scale = float(torch.exp2((layer(batch).abs().max() / 127).log2().ceil()))  # so that float32 is exact
+    if isinstance(layer, nn.Conv2d):
+        # ONNX Runtime's convolution gives codes: another layer reads them.
+        last = nn.Conv2d(layer.out_channels, layer.out_channels, 1, groups=layer.out_channels, bias=False)
+        last.weight.data.fill_(127)
+        layer = nn.Sequential(OrderedDict(first=layer, last=last))
+    network = trace(nn.Sequential(OrderedDict(layer=layer, flat=nn.Flatten())).eval(), "worst", shape)
+    plan = plan_int8(network, CalibrationTable({"data": 1.0, "layer.first": scale}))
+    model = int8_model(plan, for_cpu=True)
+    (softmax,) = (node for node in model.graph.node if node.op_type == "Softmax")
+    model.graph.output.add(name=softmax.input[0]).type.tensor_type.elem_type = onnx.TensorProto.FLOAT
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    observed: dict[str, torch.Tensor] = {}
+    IntegerNetwork(plan, observed.__setitem__)(batch)
+    found = session.run([softmax.input[0]], {"data": batch.numpy()})[0]
+    np.testing.assert_array_equal(found, observed[network.tensors[-2]].flatten(1).numpy())
 
 
 @pytest.mark.slow
