@@ -582,15 +582,21 @@ def show(table: Table | None, summary: dict[str, Any]) -> None:
 
 def show_side_by_side(tensorrt: dict[str, Any]) -> None:
     """Print TensorRT's own table beside ours."""
-    rows = [
-        tuple(
-            "-" if pair[key] is None else f"{pair[key]:.8g}" if isinstance(pair[key], float) else pair[key]
-            for key in pair
-        )
-        for pair in tensorrt["tensors"]
-    ]
-    columns = ("ours", "TensorRT's", "our scale", "TensorRT's scale", "ratio")
-    print_table(f"{tensorrt['header']}: {tensorrt['path']}, by position in the graph", columns, rows)
+    from calib.counterparts import short_name
+
+    def cell(value: str | float | None) -> str:
+        return "-" if value is None else f"{value:.8g}" if isinstance(value, float) else short_name(value)
+
+    columns = {
+        "reference": "ours",
+        "tensorrt": "TensorRT's",
+        "reference_scale": "our scale",
+        "tensorrt_scale": "TensorRT's scale",
+        "ratio": "ratio",
+        "note": "",
+    }
+    rows = [tuple(cell(pair[key]) for key in columns) for pair in tensorrt["tensors"]]
+    print_table(f"{tensorrt['header']}: {tensorrt['path']}", tuple(columns.values()), rows)
 
 
 if __name__ == "__main__":

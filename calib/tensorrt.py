@@ -5,11 +5,13 @@ Torch-TensorRT and TensorRT are imported inside functions alone: importing them 
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
 import json
 import logging
+import sys
 import tempfile
 import time
 import warnings
@@ -24,7 +26,7 @@ import torch
 from calib import cache, tensorrt_build
 from calib.graph import Network
 from calib.subset import Subset
-from calib.table import CalibrationTable
+from calib.table import CalibrationTable, version_string
 from calib.tensorrt_build import Build, build_engine, first_line, refuse_partial
 from calib.tensorrt_calibrator import Images, data_calibrator
 from calib.tensorrt_rules import (
@@ -93,7 +95,30 @@ def load() -> tuple[ModuleType, Installed]:
         ) from error
     if not torch_tensorrt.ENABLED_FEATURES.torchscript_frontend:
         raise TensorRTError(f"torch_tensorrt {torch_tensorrt.__version__} comes without its TorchScript front end")
-    return torch_tensorrt, Installed(torch.__version__, torch_tensorrt.__version__, tensorrt.__version__)
+    library = library_version(tensorrt.__version__)
+    if library != three_numbers(tensorrt.__version__):
+        logger.info("TensorRT's library is %s, its Python bindings are %s", library, tensorrt.__version__)
+    return torch_tensorrt, Installed(torch.__version__, torch_tensorrt.__version__, library)
+
+
+def library_version(bindings: str) -> str:
+    """Version of TensorRT's library, such as ``10.6.0``, which builds engines and writes and reads tables.
+
+    It can differ from that of the Python bindings, which work over other libraries of the same major version.
+
+    Args:
+        bindings: Version of the bindings, which have loaded the library.
+
+    Raises:
+        TensorRTError: the library does not tell.
+    """
+    major = bindings.split(".", maxsplit=1)[0]
+    name = f"nvinfer_{major}.dll" if sys.platform == "win32" else f"libnvinfer.so.{major}"
+    try:
+        number = ctypes.CDLL(name).getInferLibVersion()
+        return version_string(number)
+    except (OSError, AttributeError, InputError) as error:
+        raise TensorRTError(f"the version of TensorRT's library {name} cannot be found: {first_line(error)}") from error
 
 
 def usable(index: int) -> tuple[ModuleType, Installed, Gpu]:

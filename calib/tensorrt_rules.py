@@ -42,7 +42,13 @@ class TensorRTError(InputError):
 
 @dataclass(frozen=True)
 class Installed:
-    """Versions of the installed packages, as the packages write them: ``2.8.0+cu128``, ``2.8.0``, ``10.12.0.36``."""
+    """What is installed, such as ``2.8.0+cu128``, ``2.8.0``, ``10.12.0``.
+
+    Attributes:
+        torch: Version as the package writes it.
+        torch_tensorrt: Version as the package writes it.
+        tensorrt: Of TensorRT's library, not of its Python bindings.
+    """
 
     torch: str
     torch_tensorrt: str

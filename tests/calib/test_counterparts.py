@@ -1,21 +1,29 @@
 """Our table beside TensorRT's own."""
 
+from pathlib import Path
+
 import pytest
+import torch
+import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.counterparts import compare
+from calib.counterparts import Operation, compare, made_by, short_name
+from calib.graph import trace
 from calib.table import CalibrationTable
+from models import LeNet
+from models.small_resnet import SmallResNet
 
+TABLES = Path(__file__).with_name("tables")
 LENET = {
-    "data": "input",
-    "conv1": "conv",
-    "pool1": "maxpool",
-    "conv2": "conv",
-    "pool2": "maxpool",
-    "ip1": "relu",
-    "ip2": "linear",
-    "prob": "softmax",
+    "data": Operation("input"),
+    "conv1": Operation("conv", "conv1"),
+    "pool1": Operation("maxpool", "pool1"),
+    "conv2": Operation("conv", "conv2"),
+    "pool2": Operation("maxpool", "pool2"),
+    "ip1": Operation("relu", "relu1"),
+    "ip2": Operation("linear", "ip2"),
+    "prob": Operation("softmax", "prob"),
 }
 OURS = CalibrationTable({name: 0.01 * (index + 1) for index, name in enumerate(LENET)})
 
@@ -65,6 +73,74 @@ def test_lenet_through_the_torchscript_front_end():
     assert pairs[0].ratio == pytest.approx(1.1)
 
 
+def test_the_table_that_tensorrt_wrote_for_lenet():
+    """By Torch-TensorRT 2.8.0's DataLoaderCalibrator over TensorRT 10.6.0 on an H100."""
+    theirs = CalibrationTable.read(TABLES / "LeNet.torch_tensorrt.cache")
+    pairs = compare(OURS, theirs, made_by(trace(LeNet(), "LeNet")))
+    assert len(pairs) == len(theirs.scales)
+    assert [(pair.reference, short_name(pair.tensorrt)) for pair in pairs if pair.reference] == [
+        ("data", "input_0"),
+        ("conv1", "conv1 _convolution"),
+        ("pool1", "pool1 max_pool2d"),
+        ("conv2", "conv2 _convolution"),
+        ("pool2", "pool2 max_pool2d"),
+        ("ip1", "relu1 relu"),
+        ("ip2", "add"),
+        ("prob", "output_0"),
+    ]
+    reasons = [pair.note.partition(":")[0] for pair in pairs if pair.reference is None]
+    constant, product = "weights or biases", "a matrix product before its bias"
+    assert reasons == [
+        "a reshaped value",
+        *(constant, constant, product, constant, constant),
+        "a value before the ReLU that overwrites it",
+        *(constant, constant, product, constant, constant),
+    ]
+
+
+def as_torch_tensorrt_names_them(network, shape):
+    """The nodes of the traced network as Torch-TensorRT 2.8 has them: as text, a linear layer as three."""
+    graph = torch.jit.trace(network.module, torch.zeros(1, *shape), check_trace=False).inlined_graph
+    names, number = ["input_0"], 0
+    for node in graph.nodes():
+        kind = node.kind()
+        if not kind.startswith("aten::") or not node.output().type().isSubtypeOf(torch._C.TensorType.get()):
+            continue
+        scope = f", scope: {node.scopeName()}" if node.scopeName() else ""
+        place = "# /site/torch/nn/functional.py:1:0_output"
+        if kind == "aten::linear":
+            names += [f"[Freeze Tensor 0x{number:x} ]_output", f"%{number} : Tensor = aten::t(%w)_output"]
+            names += [f"%{number + 1} : Tensor = aten::matmul(%x, %{number})_output"]
+            names += [f"[Freeze Tensor %{number} : Tensor = trt::const(%b) ]_output"]
+            names += [f"(Unnamed Layer* {number}) [Shuffle]_output"]
+            names += [f"%{number + 2} : Tensor = aten::add(%b, %{number + 1}, %c)_output_1"]
+        else:
+            names.append(f"%x.{number} : Tensor = {kind}(%a, %b){scope} {place}")
+        number += 3
+    names[-1] = "output_0"
+    return names
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [(LeNet, (1, 28, 28)), (SmallResNet, (1, 28, 28)), (torchvision.models.resnet18, (3, 64, 64))],
+)
+def test_every_tensor_of_ours_has_its_counterpart(model, shape):
+    network = trace(model().eval(), "network")
+    ours = CalibrationTable({name: 0.01 * (index + 1) for index, name in enumerate(network.tensors)})
+    names = as_torch_tensorrt_names_them(network, shape)
+    theirs = CalibrationTable(dict.fromkeys(names, 0.01))
+    pairs = compare(ours, theirs, made_by(network))
+    assert {pair.reference for pair in pairs} - {None} == set(network.tensors)
+    assert all(pair.tensorrt for pair in pairs)
+    assert all(pair.note for pair in pairs if pair.reference is None)
+    modules = {node.name: node.target for node in network.module.graph.nodes if node.op == "call_module"}
+    for node, tensor in network.observed.items():
+        (pair,) = [pair for pair in pairs if pair.reference == tensor]
+        if "scope: " in pair.tensorrt:
+            assert short_name(pair.tensorrt).split()[0] == modules[node]
+
+
 def test_the_numbers_in_the_names_give_the_order_not_the_file():
     theirs = CalibrationTable(
         {"output_0": 0.08, unnamed(2, "Convolution"): 0.04, unnamed(0, "Convolution"): 0.02, "input_0": 0.01}
@@ -84,9 +160,9 @@ def test_a_table_by_our_own_names_pairs_them_all():
 
 def test_a_tensor_that_was_zero_in_both_agrees():
     zero = CalibrationTable({"data": 0.0})
-    (pair,) = compare(zero, CalibrationTable({"input_0": 0.0}), {"data": "input"})
+    (pair,) = compare(zero, CalibrationTable({"input_0": 0.0}), {"data": Operation("input")})
     assert pair.ratio == 1
-    (pair,) = compare(zero, CalibrationTable({"input_0": 0.5}), {"data": "input"})
+    (pair,) = compare(zero, CalibrationTable({"input_0": 0.5}), {"data": Operation("input")})
     assert pair.ratio is None
 
 
