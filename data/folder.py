@@ -8,20 +8,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from common.config import DataConfig
 from common.errors import InputError
+from common.images import in_eight_bits
 from data.base import Preprocessing
 from data.locate import expanded, is_folder
 from data.tensor import preprocess
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -122,31 +118,6 @@ def decode(path: Path, preprocessing: Preprocessing) -> Tensor:
     image = functional.center_crop(image, [preprocessing.height, preprocessing.width])
     pixels: Tensor = functional.pil_to_tensor(image)
     return pixels
-
-
-def in_eight_bits(image: Image.Image) -> Image.Image:
-    """A deeper gray image (16 bits, or float) in 8 bits, which Pillow's own conversion cuts off at 255; others as is.
-
-    The whole range of 16 bits becomes that of 8, and so does [0, 1] of a float image, as in torchvision and
-    scikit-image. A palette with several degrees of transparency loses them, as alpha does.
-
-    Raises:
-        InputError: the values lie elsewhere, so that it cannot be known what is black and what is white.
-    """
-    from PIL import Image
-
-    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
-        return image.convert("RGBA")
-    if not image.mode.startswith(("I", "F")):
-        return image
-    values = np.asarray(image).astype(np.float64)
-    white, kind = (1.0, "float") if image.mode == "F" else (65535.0, "integer")
-    if not ((values >= 0) & (values <= white)).all():
-        raise InputError(
-            f"holds {kind} values from {values.min():g} to {values.max():g}, not from 0 to {white:g}: "
-            "convert it to 8 or 16 bits"
-        )
-    return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
 
 @dataclass(frozen=True)
