@@ -24,25 +24,26 @@ class Histogram:
         while largest > self.range:
             self.counts = np.concatenate([self.counts.reshape(-1, 2).sum(axis=1), np.zeros(BINS // 2, dtype=np.int64)])
             self.range *= 2
-        self.counts += np.histogram(values, bins=BINS, range=(0, self.range))[0]
+        bins = (values * np.float32(BINS / self.range)).astype(np.int64)
+        self.counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
 
 def threshold(histogram: Histogram) -> float:
-    """The threshold with the smallest divergence; the first of those within 1e-10."""
+    """The threshold with the smallest divergence; the largest of those within 1e-10."""
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]
     divergences = np.array([divergence(counts, kept) for kept in range(LEVELS, BINS + 1)])
-    kept = LEVELS + int(np.argmax(divergences <= divergences.min() + 1e-10))
+    kept = LEVELS + int(np.flatnonzero(divergences <= divergences.min() + 1e-10)[-1])
     return (kept + 0.5) * histogram.range / BINS
 
 
 def divergence(counts: NDArray[np.float64], kept: int) -> float:
-    """Of the candidate that keeps the first ``kept`` bins from the whole; infinite where it is empty."""
-    source = counts[:kept]
-    if source.sum() == 0:
+    """Of the candidate that keeps the first ``kept`` bins from the whole; infinite where it is passed over."""
+    source, above = counts[:kept], counts[kept:].sum()
+    if source.sum() == 0 or (above > 0 and (source[-1] == 0 or np.count_nonzero(source) < 2)):
         return float("inf")
     reference = source.copy()
-    reference[-1] += counts[kept:].sum()
+    reference[-1] += above
     level = np.arange(kept) * LEVELS // kept
     filled = source > 0
     sums = np.bincount(level, weights=source, minlength=LEVELS)
@@ -50,5 +51,4 @@ def divergence(counts: NDArray[np.float64], kept: int) -> float:
     candidate = np.where(filled, sums[level] / np.maximum(numbers[level], 1), 0)
     p, q = reference / reference.sum(), candidate / candidate.sum()
     seen = p > 0
-    q = np.where(q == 0, 1e-9, q)
     return float(np.sum(p[seen] * np.log(p[seen] / q[seen])))

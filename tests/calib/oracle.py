@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import numpy as np
 
@@ -12,32 +11,42 @@ LEVELS = 128
 
 
 def histogram(batches):
-    """(counts, range) of the absolute values, in exact arithmetic."""
-    counts, limit = [0] * BINS, Fraction(0)
+    """(counts, range) of the absolute values, one after the other in float32."""
+    counts, limit = [0] * BINS, 0.0
     for batch in batches:
-        values = [abs(Fraction(float(value))) for value in np.asarray(batch).ravel()]
-        largest = max(values, default=Fraction(0))
-        if limit == 0:
-            limit = largest
+        values = [abs(np.float32(value)) for value in np.asarray(batch).ravel()]
+        values = [value if value >= np.finfo(np.float32).tiny else np.float32(0) for value in values]
+        largest = float(max(values, default=0))
+        limit = limit or largest
         while largest > limit:
             counts = [counts[2 * i] + counts[2 * i + 1] for i in range(BINS // 2)] + [0] * (BINS // 2)
             limit *= 2
         for value in values:
-            position = math.floor(value * BINS / limit) if limit else 0
-            counts[min(position, BINS - 1)] += 1
-    return np.array(counts), float(limit)
+            counts[min(position(value, limit), BINS - 1)] += 1
+    return np.array(counts), limit
+
+
+def position(value, limit):
+    """trunc(value * (2048 / limit)), each operation rounded to float32, whose exponents are taken as unlimited."""
+    if not value:
+        return 0
+    mantissa, exponent = math.frexp(BINS / limit)
+    return int(
+        math.ldexp(float(np.float32(math.frexp(value)[0]) * np.float32(mantissa)), exponent + math.frexp(value)[1])
+    )
 
 
 def divergences(counts):
-    """Of every candidate 128 .. 2048; infinite where it is empty."""
+    """Of every candidate 128 .. 2048; infinite where it is passed over."""
     result = []
     for kept in range(LEVELS, BINS + 1):
         source = np.asarray(counts[:kept], dtype=np.float64)
-        if source.sum() == 0:
+        above = np.asarray(counts[kept:], dtype=np.float64).sum()
+        if source.sum() == 0 or (above and (source[-1] == 0 or np.count_nonzero(source) == 1)):
             result.append(math.inf)
             continue
         reference = source.copy()
-        reference[-1] += np.asarray(counts[kept:], dtype=np.float64).sum()
+        reference[-1] += above
         level = np.array([math.floor(j * LEVELS / kept) for j in range(kept)])
         assert level[-1] == LEVELS - 1
         filled = source > 0
@@ -46,23 +55,14 @@ def divergences(counts):
         candidate = np.zeros(kept)
         candidate[filled] = sums[level[filled]] / numbers[level[filled]]
         p, q = reference / reference.sum(), candidate / candidate.sum()
-        q[(p > 0) & (q == 0)] = 1e-9
         seen = p > 0
         result.append(float(np.sum(p[seen] * np.log(p[seen] / q[seen]))))
     return np.array(result)
 
 
-def chosen(values):
-    """Bins of the winning candidate, or None if all are empty."""
-    smallest = min(values)
-    if math.isinf(smallest):
-        return None
-    return LEVELS + next(index for index, value in enumerate(values) if value <= smallest + 1e-10)
-
-
-def entropy2(counts):
-    """(bins of the winning candidate or None, all divergences)."""
+def entropy(counts):
+    """(bins of the winning candidate, all divergences)."""
     counts = np.array(counts)
     counts[0] = counts[1]
     values = divergences(counts)
-    return chosen(values), values
+    return LEVELS + max(index for index, value in enumerate(values) if value <= min(values) + 1e-10), values

@@ -1,4 +1,4 @@
-"""Histograms of absolute values: exact bins, the range's rules, what is counted and what is refused."""
+"""Histograms of absolute values: float32 bins, the range's rules, what is counted and what is refused."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.histogram import BINS, AbsHistogram
+from calib.histogram import BINS, SMALLEST, AbsHistogram
 from common.errors import InputError
 from tests.calib import oracle
 
@@ -26,19 +26,19 @@ def histogram_of(*batches):
     return histogram
 
 
-def exact_counts(values, limit):
-    """Bins in float64 with one exact product and one division, which cannot cross an integer at these magnitudes."""
-    bins = np.floor(np.abs(values.astype(np.float64)) * BINS / limit).astype(int)
+def float32_counts(values, limit):
+    bins = (np.abs(values) * (np.float32(BINS) / np.float32(limit))).astype(int)
     return np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
 
 @given(BATCHES)
-def test_equals_exact_arithmetic(batches):
+def test_equals_the_plain_definition(batches):
     histogram = histogram_of(*batches)
     counts, limit = oracle.histogram([np.array(batch, dtype=np.float32) for batch in batches])
     assert histogram.range == limit
     assert histogram.counts.tolist() == counts.tolist()
-    assert histogram.maximum == max((abs(value) for batch in batches for value in batch), default=0.0)
+    magnitudes = [abs(value) for batch in batches for value in batch]
+    assert histogram.maximum == max((value for value in magnitudes if value >= SMALLEST), default=0.0)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -50,21 +50,33 @@ def test_values_at_and_beside_every_edge(seed):
     assert histogram_of(torch.from_numpy(values)).counts.tolist() == counts.tolist()
 
 
-def test_edges_are_not_where_float32_would_put_them():
-    # What the exactness is for: rounding in float32 moves some values to the next bin.
-    values = torch.randn(500_000, generator=torch.Generator().manual_seed(0))
-    limit = values.abs().max()
-    in_float32 = torch.bincount((values.abs() * (BINS / limit)).int().clamp(max=BINS - 1), minlength=BINS)
-    histogram = histogram_of(values)
-    assert histogram.counts.tolist() == exact_counts(values.numpy(), float(limit)).tolist()
-    assert histogram.counts.tolist() != in_float32.tolist()
+def test_a_value_just_below_an_edge_can_count_above_it():
+    # As in TensorRT: the product is rounded to float32.
+    below = float(np.nextafter(np.float32(0.75), np.float32(0)))
+    histogram = histogram_of([0.75 / 0.75, below / 0.75])
+    assert np.flatnonzero(histogram.counts).tolist() == [BINS - 1]
+    histogram = histogram_of([3.0], [below])
+    assert np.flatnonzero(histogram.counts).tolist() == [int(np.float32(below) * np.float32(BINS / 3)), BINS - 1]
+
+
+@pytest.mark.parametrize("limit", [SMALLEST, 1e-37, 2048 * SMALLEST, 1e-34])
+def test_values_below_the_smallest_normal_one_are_zeros(limit):
+    histogram = histogram_of([limit, SMALLEST, SMALLEST / 2, -SMALLEST / 2])
+    counts, _ = oracle.histogram([np.array([limit, SMALLEST, 0, 0], dtype=np.float32)])
+    assert histogram.counts.tolist() == counts.tolist()
+    assert histogram.counts[0] >= 2
+
+
+def test_only_subnormal_values_leave_the_range_open():
+    histogram = histogram_of([SMALLEST / 2, 1e-45])
+    assert (histogram.range, histogram.maximum, histogram.total, histogram.counts[0]) == (0.0, 0.0, 2, 2)
 
 
 @pytest.mark.parametrize("size", [1, 2, 131_071, 131_072, 131_073, 400_001])
 def test_large_batches_are_counted_in_pieces(size):
     values = torch.randn(size, generator=torch.Generator().manual_seed(size))
     limit = float(values.abs().max())
-    assert histogram_of(values).counts.tolist() == exact_counts(values.numpy(), limit).tolist()
+    assert histogram_of(values).counts.tolist() == float32_counts(values.numpy(), limit).tolist()
 
 
 @given(BATCHES)
@@ -118,7 +130,7 @@ def test_leading_zeros_are_counted_and_leave_the_range_open():
 
 
 def test_extreme_magnitudes():
-    largest, smallest = float(np.finfo(np.float32).max), 2.0**-149
+    largest, smallest = float(np.finfo(np.float32).max), SMALLEST
     histogram = histogram_of([smallest], [largest], [largest / 2])
     assert histogram.total == 3
     assert histogram.counts[0] == 1

@@ -30,14 +30,14 @@ def spike(*positions, count=1000):
 
 
 def assert_equals_plain_definition(counts, limit=1.0):
-    bins, divergences = oracle.entropy2(counts)
+    bins, divergences = oracle.entropy(counts)
     found = threshold(with_counts(counts, limit), "entropy2")
     assert found.bin == bins
     assert found.divergences is not None
-    empty = np.isinf(divergences)
-    assert (np.isinf(found.divergences) == empty).all()
-    np.testing.assert_allclose(found.divergences[~empty], divergences[~empty], rtol=0, atol=1e-11)
-    assert found.value == (0.0 if bins is None else pytest.approx((bins + 0.5) * limit / BINS, rel=1e-15))
+    passed_over = np.isinf(divergences)
+    assert (np.isinf(found.divergences) == passed_over).all()
+    np.testing.assert_allclose(found.divergences[~passed_over], divergences[~passed_over], rtol=0, atol=1e-11)
+    assert found.value == float(np.float32((bins + 0.5) * limit / BINS))
 
 
 def random_histogram(seed):
@@ -117,20 +117,32 @@ def test_sparse_histograms(entries, limit):
     assert_equals_plain_definition(counts, limit)
 
 
-def test_first_of_equal_divergences_wins():
-    # One value in bin 200: every candidate that reaches it has divergence 0.
-    found = threshold(with_counts(spike(200)))
-    assert found.bin == 201
+def test_largest_of_equal_divergences_wins():
     # A uniform histogram quantizes without loss wherever 128 levels divide the bins evenly.
     found = threshold(with_counts(np.full(BINS, 5)))
     assert found.divergences is not None
     assert found.bin == BINS
     assert found.divergences[-1] == pytest.approx(0, abs=1e-12)
+    # So does one that ends earlier, with every candidate beyond its end.
+    assert threshold(with_counts(spike(200, 201))).bin == BINS
+
+
+def test_candidates_that_leave_values_beyond_need_a_filled_last_bin_and_a_second_one():
+    found = threshold(with_counts(spike(200, 300, 2047)))
+    assert found.divergences is not None
+    usable = oracle.LEVELS + np.flatnonzero(np.isfinite(found.divergences))
+    # 201 ends at a filled bin, but holds no other.
+    assert usable.tolist() == [301, BINS]
+
+
+def test_all_candidates_passed_over_leaves_the_whole_range():
+    found = threshold(with_counts(spike(0, count=10**6)))
+    assert found.bin == BINS
 
 
 def test_threshold_is_the_middle_of_the_bin_after():
     found = threshold(with_counts(spike(2047), limit=4.0))
-    assert (found.bin, found.value) == (2048, 2048.5 / 2048 * 4.0)
+    assert (found.bin, found.value) == (2048, float(np.float32(2048.5 / 2048 * 4.0)))
 
 
 def test_zeros_do_not_move_the_entropy2_threshold():
@@ -154,7 +166,7 @@ def test_constant_tensor_keeps_its_value_in_range(algorithm, value):
     histogram = AbsHistogram()
     histogram.add(torch.full((100,), value))
     magnitude = float(torch.tensor(value).abs())
-    assert magnitude <= threshold(histogram, algorithm).value <= magnitude * 2048.5 / 2048
+    assert magnitude <= threshold(histogram, algorithm).value <= float(np.float32(magnitude * 2048.5 / 2048))
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -163,7 +175,7 @@ def test_threshold_is_positive_and_at_most_half_a_bin_above_the_range(algorithm,
     histogram = random_histogram(seed)
     value = threshold(histogram, algorithm).value
     assert type(value) is float
-    assert 0 < value <= histogram.range * 2048.5 / 2048
+    assert 0 < value <= float(np.float32(histogram.range * 2048.5 / 2048))
 
 
 def test_minmax_is_the_exact_maximum_over_all_batches():
@@ -194,16 +206,31 @@ def test_percentile_keeps_at_least_its_share(values, percentile):
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_entropy_is_the_published_search_with_the_zeros_as_counted(seed):
+def test_entropy_finds_the_thresholds_of_entropy2(seed):
     histogram = random_histogram(seed)
-    assert threshold(histogram, "entropy").bin == oracle.chosen(oracle.divergences(histogram.counts))
+    assert threshold(histogram, "entropy") == threshold(histogram, "entropy2")
+
+
+def test_legacy_is_the_upper_end_of_the_bin_where_the_share_exceeds_the_quantile():
+    counts = np.zeros(BINS, dtype=np.int64)
+    counts[[10, 500, 2000]] = [50, 25, 25]
+    histogram = with_counts(counts)
+    assert threshold(histogram, "legacy", quantile=0.5).value == 501 / BINS
+    assert threshold(histogram, "legacy", quantile=0.4).value == 11 / BINS
+    assert threshold(histogram, "legacy", quantile=1.0).value == 1.0
+
+
+def test_legacy_is_not_limited_to_the_maximum():
+    histogram = AbsHistogram()
+    histogram.add(torch.tensor([1.0]))
+    histogram.add(torch.tensor([1.1]))
+    assert threshold(histogram, "legacy").value == float(np.float32((math.floor(1.1 * 1024) + 1) / 1024))
 
 
 def test_legacy_is_the_quantile_unless_the_tail_ends_earlier():
     histogram = AbsHistogram()
     histogram.add(torch.randn(200_000, generator=torch.Generator().manual_seed(3)))
-    quantile = threshold(histogram, "percentile", percentile=99.9).value
-    assert threshold(histogram, "legacy", quantile=0.999).value == quantile
+    quantile = threshold(histogram, "legacy", quantile=0.999).value
     maximum = threshold(histogram, "legacy", quantile=1.0).value
     regression = threshold(histogram, "legacy", quantile=1.0, cutoff=0.3).value
     assert quantile < regression < maximum == histogram.maximum
