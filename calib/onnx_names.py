@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from common.errors import InputError
+from calib.onnx_model import read_float_model
+from calib.onnx_rules import Graph
+
+if TYPE_CHECKING:
+    import onnx
 
 Need = Literal["required", "advised", "none"]
 """Whether a table should have a tensor: TensorRT runs a layer in INT8 only if all that it reads and writes has a scale.
@@ -40,31 +47,55 @@ _FUSED = frozenset({"BatchNormalization", "Clip", "LeakyRelu", "Relu"})
 
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
-_QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+_PARSER = re.compile(r"ONNXTRT_.*|\(Unnamed Layer\* [0-9]+\) .*", re.DOTALL)
+"""Names that TensorRT's parser makes of nothing that the file names."""
 
 
-def network_tensors(path: Path) -> dict[str, Need]:
-    """Names of the tensors of the network in ``path``, in its order -> whether the table should have them.
+@dataclass(frozen=True)
+class NetworkNames:
+    """The names that a table for a network may have.
 
-    The table may also have those that need no scale.
+    Attributes:
+        needs: Tensor, in the network's order -> whether the table should have it.
+        made: Names that TensorRT's parser makes for this network: products, constants, a softmax before it is reshaped.
+        same: Tensor -> the name under which it may stand in the table instead.
+        layers: Tensor -> the operators that write or read it.
+    """
+
+    needs: Mapping[str, Need]
+    made: frozenset[str]
+    same: Mapping[str, str]
+    layers: Mapping[str, tuple[str, ...]]
+
+    def knows(self, name: str) -> bool:
+        """Whether TensorRT can ask for an entry of that name."""
+        return name in self.needs or name in self.made or _PARSER.fullmatch(name) is not None
+
+
+def network_names(path: Path) -> NetworkNames:
+    """The names of the network in ``path``.
 
     Raises:
         InputError: not an ONNX file, or one that is quantized already.
     """
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    model = read_float_model(path)
+    needs = _needs(model)
+    graph = Graph(model)
+    around = {name: [graph.producer.get(name), *graph.readers.get(name, ())] for name in needs}
+    return NetworkNames(
+        needs,
+        made=frozenset(
+            [f"{node.name}_output" for node in graph.nodes if node.name] + [f"{name}_output" for name in graph.constant]
+        ),
+        same={node.output[0]: f"{node.name}_output" for node in graph.nodes if node.op_type == "Softmax"},
+        layers={name: tuple(node.name or node.op_type for node in nodes if node) for name, nodes in around.items()},
+    )
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except DecodeError as error:
-        raise InputError(f"{path} is not an ONNX file") from error
+
+def _needs(model: onnx.ModelProto) -> dict[str, Need]:
+    """Names of the tensors, in the network's order -> whether the table should have them; it may have all of them."""
     graph = model.graph
-    if any(node.op_type in _QUANTIZERS for node in graph.node):
-        raise InputError(f"{path} holds quantize/dequantize operators and takes no table: name the float network")
-    if not graph.node:
-        raise InputError(f"{path} is not an ONNX file, or an empty one")
+    no_floats = _no_floats(model)
     weights = {weight.name for weight in graph.initializer}
     constants = weights | {name for node in graph.node if node.op_type == "Constant" for name in node.output}
     readers: dict[str, list[str]] = {value.name: ["output"] for value in graph.output}
@@ -72,7 +103,8 @@ def network_tensors(path: Path) -> dict[str, Need]:
         for name in node.input if node.op_type != "Shape" else ():
             biased = node.op_type == "Add" and not constants.isdisjoint(node.input)
             readers.setdefault(name, []).append("bias" if biased else node.op_type)
-    tensors: dict[str, Need] = {value.name: "required" for value in graph.input if value.name not in weights}
+    inputs = [value.name for value in graph.input if value.name not in weights]
+    tensors: dict[str, Need] = {name: "none" if name in no_floats else "required" for name in inputs}
     shapes: set[str] = set()
     for node in graph.node:
         # What is computed from constants alone is a constant.
@@ -85,8 +117,21 @@ def network_tensors(path: Path) -> dict[str, Need]:
             used_by = readers.get(name, [])
             fused = len(used_by) == 1 and used_by[0] in _FUSED
             fused = fused or (used_by == ["bias"] and node.op_type in _WEIGHTED)
-            if name in shapes or not used_by or node.op_type in _NEEDS_NONE:
+            if name in shapes or name in no_floats or not used_by or node.op_type in _NEEDS_NONE:
                 tensors[name] = "none"
             else:
                 tensors[name] = "advised" if fused or node.op_type in _MOVES else "required"
     return tensors
+
+
+def _no_floats(model: onnx.ModelProto) -> set[str]:
+    """Values that are integers, booleans or text, as far as types can be inferred."""
+    import onnx
+
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # noqa: BLE001 - it raises what its C++ side raises; the types in the file remain
+        graph = model.graph
+    floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+    values = [*graph.input, *graph.value_info, *graph.output]
+    return {value.name for value in values if value.type.tensor_type.elem_type not in floats}

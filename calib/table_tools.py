@@ -239,18 +239,26 @@ def _compare_with_network(
     scales: Mapping[str, float], usable: Mapping[str, float], path: Path
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the names of a table for the network in ``path``, and what may be."""
-    from calib.onnx_names import network_tensors
+    from calib.onnx_names import network_names
 
-    names = network_tensors(path)
+    network = network_names(path)
     findings = []
-    if unknown := [name for name in scales if name not in names]:
+    if unknown := [name for name in scales if not network.knows(name)]:
         findings.append(f"the network {path} has no {named(unknown)}")
-    lacking = [name for name, need in names.items() if need == "required" and name not in scales]
-    findings += [f"tensor {name!r} of the network {path} has no scale here" for name in lacking]
-    advised = [name for name, need in names.items() if need == "advised" and name not in scales]
+    missing = {
+        name: need
+        for name, need in network.needs.items()
+        if name not in usable and network.same.get(name) not in usable
+    }
+    for name, need in missing.items():
+        if need == "required" and name not in scales:
+            layers = ", ".join(network.layers[name][:_NAMED])
+            findings.append(f"tensor {name!r} of the network {path} has no scale here, which keeps in float: {layers}")
+    advised = [name for name, need in missing.items() if need == "advised"]
     if not advised:
         return findings, []
-    consequence = "TensorRT may run what reads or writes them in float"
+    layers = ", ".join(list(dict.fromkeys(layer for name in advised for layer in network.layers[name]))[:_NAMED])
+    consequence = f"TensorRT may run what reads or writes them in float ({layers})"
     return findings, [f"without a scale for {named(advised)} of the network {path}, {consequence}"]
 
 

@@ -220,7 +220,7 @@ def test_check_against_a_network(lenet_like, tmp_path, capsys):
     assert [line.split("'")[1] for line in lines[1:-2]] == ["ip1"]
     assert lines[-2] == (
         f"warning: {path}: without a scale for tensors 'pool1', 'flat', 'ip1_before' of the network {lenet_like}, "
-        "TensorRT may run what reads or writes them in float"
+        "TensorRT may run what reads or writes them in float (MaxPool, Reshape, Gemm, Relu)"
     )
 
 

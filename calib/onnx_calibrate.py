@@ -1,0 +1,164 @@
+"""The calibration table of an ONNX network, without TensorRT: histograms of its values over calibration batches.
+
+The rules are those of :mod:`calib.histogram` and :mod:`calib.threshold`; which value gives which entry of the table,
+and under which name, is :mod:`calib.onnx_rules`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from calib.histogram import AbsHistogram
+from calib.onnx_observe import Observed, absolute_maxima
+from calib.onnx_rules import Entry
+from calib.onnx_source import Batches
+from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
+from calib.threshold import threshold
+from common.errors import InputError
+from common.threads import available_cores
+
+if TYPE_CHECKING:
+    import onnx
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OnnxCalibration:
+    """A table and how it came about.
+
+    Attributes:
+        table: The result.
+        images: Images seen.
+        batches: Batches seen.
+        zero: Entries whose values were zero throughout.
+        infinite: Values that were infinite, and so have no entry.
+        seconds: Time of the network and the histograms.
+    """
+
+    table: CalibrationTable
+    images: int
+    batches: int
+    zero: tuple[str, ...]
+    infinite: tuple[str, ...]
+    seconds: float
+
+
+def calibrate_onnx(
+    path: Path,
+    model: onnx.ModelProto,
+    entries: list[Entry],
+    batches: Batches,
+    algorithm: str = "entropy2",
+    *,
+    tensorrt_version: str = TESTED_TENSORRT,
+    options: Mapping[str, float] | None = None,
+    progress: Callable[[int, float], None] | None = None,
+) -> OnnxCalibration:
+    """Calibrate the network of an ONNX file.
+
+    Args:
+        path: The file.
+        model: Its float network, as :func:`calib.onnx_model.read_float_model` reads it.
+        entries: Of the table.
+        batches: The calibration batches. The first one sets the histograms' range.
+        algorithm: As :func:`calib.threshold.threshold` takes it.
+        tensorrt_version: Version for the table's first line.
+        options: Parameters of the algorithm.
+        progress: Called after each batch with (batches done, seconds it took).
+
+    Raises:
+        InputError: ONNX Runtime does not run the network, values are NaN, or an input is zero throughout.
+    """
+    options = dict(options or {})
+    start = time.perf_counter()
+    observed = Observed(path, model, [entry.value for entry in entries if entry.value is not None])
+    histograms, infinite = _collect(observed, batches, progress)
+    seconds = time.perf_counter() - start
+    arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}
+    for name, array in arrays.items():
+        histograms[f"{name} "] = AbsHistogram()
+        histograms[f"{name} "].add(torch.from_numpy(np.ascontiguousarray(array, np.float32)))
+    with ThreadPoolExecutor(available_cores()) as pool:
+        found = dict(
+            zip(
+                histograms,
+                pool.map(lambda histogram: threshold(histogram, algorithm, **options).value, histograms.values()),
+                strict=True,
+            )
+        )
+    sources = {entry.name: f"{entry.name} " if entry.name in arrays else entry.value for entry in entries}
+    scales = {name: found[source] / LEVELS for name, source in sources.items() if source in found}
+    zero = tuple(name for name, scale in scales.items() if scale == 0)
+    for value in model.graph.input:
+        if scales.get(value.name) == 0:
+            raise InputError(f"input {value.name!r} is zero in all calibration batches: there is nothing to calibrate")
+    legacy = Legacy(options.get("cutoff", 1.0), options.get("quantile", 0.9999))
+    table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
+    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds)
+
+
+def _collect(
+    observed: Observed, batches: Batches, progress: Callable[[int, float], None] | None
+) -> tuple[dict[str, AbsHistogram], tuple[str, ...]]:
+    """Histogram of each value, and the values that were infinite.
+
+    A batch is run in parts, so that memory stays bounded. The whole first batch sets the range, and so it is run twice
+    if it has several parts.
+    """
+    histograms = {name: AbsHistogram() for name in observed.values}
+    infinite: dict[str, None] = {}
+
+    def maxima(number: int, values: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        found = absolute_maxima(values)
+        for name, largest in found.items():
+            if np.isnan(largest):
+                raise InputError(f"calibration batch {number}, tensor {name}: the values hold NaN")
+            if np.isinf(largest):
+                infinite.setdefault(name)
+        return {name: largest for name, largest in found.items() if name not in infinite}
+
+    def add(number: int, name: str, value: NDArray[Any]) -> None:
+        try:
+            histograms[name].add(torch.from_numpy(value))
+        except InputError:
+            maxima(number, {name: value})
+
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for number, batch in enumerate(batches, start=1):
+            start = time.perf_counter()
+            for name, value in batch.items():
+                if value.dtype.kind == "f" and not np.isfinite(value).all():
+                    raise InputError(f"calibration batch {number}, input {name}: the values hold NaN or infinity")
+            parts = observed.parts(batch)
+            if number == 1 and len(parts) > 1:
+                for name, largest in _joined(maxima(number, observed.run(part)) for part in parts).items():
+                    histograms[name].widen(largest)
+            for part in parts:
+                # Histograms of several values at a time: the large ones first, so that no thread is left with one.
+                values = sorted(observed.run(part).items(), key=lambda item: -item[1].size)
+                done = [pool.submit(add, number, name, value) for name, value in values if name not in infinite]
+                for future in done:
+                    future.result()
+            if progress is not None:
+                progress(number, time.perf_counter() - start)
+    return {name: histogram for name, histogram in histograms.items() if name not in infinite}, tuple(infinite)
+
+
+def _joined(maxima: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The largest of each name."""
+    joined: dict[str, float] = {}
+    for one in maxima:
+        for name, largest in one.items():
+            joined[name] = max(joined.get(name, 0.0), largest)
+    return joined

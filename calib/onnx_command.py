@@ -1,0 +1,191 @@
+"""``python -m calib calibrate``: the table of any ONNX network, without TensorRT."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from calib.table import HEADER_NAMES, TESTED_TENSORRT
+from calib.table_tools import named, write_table
+from common.errors import ExitCode, InputError
+
+if TYPE_CHECKING:
+    from calib.onnx_calibrate import OnnxCalibration
+    from calib.onnx_source import Pixels
+
+_PROGRESS_SECONDS = 2.0
+
+
+def add_parsers(commands: Any) -> None:
+    """Add ``calibrate`` to argparse's subparsers; it sets ``run``."""
+    text = "make the calibration table of an ONNX network from images, in ONNX Runtime"
+    parser: argparse.ArgumentParser = commands.add_parser("calibrate", help=text, description=text)
+    parser.set_defaults(run=_calibrate)
+    parser.add_argument("model", type=Path, metavar="MODEL.onnx", help="the float network, as TensorRT shall read it")
+    parser.add_argument(
+        "--images",
+        type=Path,
+        required=True,
+        metavar="SOURCE",
+        help="folder of images; .npy file, float32 [N, ...] or [batches, N, ...]; or .npz file with an array for each "
+        "input of the network",
+    )
+    parser.add_argument("--output", type=Path, required=True, metavar="TABLE", help="table to write")
+    parser.add_argument(
+        "--algorithm", choices=tuple(HEADER_NAMES), default="entropy2", help="default: entropy2, which trtexec takes"
+    )
+    parser.add_argument("--percentile", type=float, default=99.99, metavar="P", help="of percentile (default: 99.99)")
+    parser.add_argument("--quantile", type=float, default=0.9999, metavar="Q", help="of legacy (default: 0.9999)")
+    parser.add_argument("--cutoff", type=float, default=1.0, metavar="C", help="of legacy (default: 1)")
+    parser.add_argument(
+        "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=_positive,
+        metavar="N",
+        help="images of a batch (default: that of the file or the network, else 16); the first batch sets the range of "
+        "the histograms, as in TensorRT",
+    )
+    parser.add_argument("--batches", type=_positive, metavar="N", help="at most so many batches (default: all)")
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    images = parser.add_argument_group("how images become the network's input: (pixel * scale - mean) / std")
+    images.add_argument(
+        "--size", type=_positive, nargs="+", metavar="N", help="height and width, or one number for both"
+    )
+    images.add_argument("--mean", type=float, nargs="+", default=[0.0], metavar="M", help="default: 0")
+    images.add_argument("--std", type=float, nargs="+", default=[1.0], metavar="S", help="default: 1")
+    images.add_argument("--scale", type=float, default=1 / 255, metavar="S", help="default: 1/255")
+    images.add_argument("--channels", choices=("rgb", "bgr", "gray"), help="default: rgb, or gray for one channel")
+    images.add_argument(
+        "--fit",
+        choices=("crop", "letterbox", "stretch"),
+        default="crop",
+        help="crop: resize the shorter side and cut out the centre (classifiers; the default); letterbox: resize the "
+        "longer side and fill (detectors); stretch: resize both",
+    )
+    images.add_argument("--resize", type=_positive, metavar="N", help="shorter side before the cut, such as 256")
+    images.add_argument("--fill", type=int, default=114, metavar="PIXEL", help="of a letterbox (default: 114)")
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= 1_000_000:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
+    return int(text)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from calib.onnx_calibrate import calibrate_onnx
+    from calib.onnx_model import network_inputs, read_float_model, subgraph_nodes
+    from calib.onnx_rules import FUSED_ALGORITHMS, entries, with_products
+    from calib.onnx_source import open_source
+    from calib.table import CalibrationTable
+
+    path = arguments.model
+    # A wrong version is told before the work, not after it.
+    CalibrationTable({"data": 1.0}, arguments.algorithm, arguments.tensorrt_version)
+    model = read_float_model(path)
+    batches = open_source(
+        arguments.images, network_inputs(model), _pixels(arguments), arguments.batch_size, arguments.batches
+    )
+    calibration = calibrate_onnx(
+        path,
+        model if arguments.algorithm in FUSED_ALGORITHMS else with_products(model),
+        entries(model, arguments.algorithm, path.parent),
+        batches,
+        arguments.algorithm,
+        tensorrt_version=arguments.tensorrt_version,
+        options=_options(arguments),
+        progress=_Progress(len(batches)),
+    )
+    table = calibration.table
+    inner = [node.name or node.op_type for node in subgraph_nodes(model)]
+    for line in _warnings(calibration, inner):
+        print(f"warning: {line}", file=sys.stderr)
+    if not arguments.json:
+        write_table(arguments.output, table)
+        print(
+            f"{len(table.scales)} tensors, {calibration.images} images in {calibration.batches} batches, "
+            f"{calibration.seconds:.1f} s"
+        )
+        return ExitCode.PASSED
+    table.write(arguments.output)
+    summary = {
+        "table": str(arguments.output),
+        "header": table.header,
+        "algorithm": table.algorithm,
+        "images": calibration.images,
+        "batches": calibration.batches,
+        "seconds": calibration.seconds,
+        "scales": table.finite,
+        "zero": list(calibration.zero),
+        "infinite": list(calibration.infinite),
+        "subgraphs": inner,
+    }
+    print(json.dumps(summary, indent=2))
+    return ExitCode.PASSED
+
+
+def _options(arguments: argparse.Namespace) -> dict[str, float]:
+    """The parameters of the algorithm, checked."""
+    if not 0 < arguments.percentile <= 100:
+        raise InputError(f"--percentile must lie in (0, 100], and is {arguments.percentile:g}")
+    for name in ("quantile", "cutoff"):
+        if not 0 < getattr(arguments, name) <= 1:
+            raise InputError(f"--{name} must lie in (0, 1], and is {getattr(arguments, name):g}")
+    chosen = {"percentile": ("percentile",), "legacy": ("quantile", "cutoff")}.get(arguments.algorithm, ())
+    return {name: getattr(arguments, name) for name in chosen}
+
+
+def _pixels(arguments: argparse.Namespace) -> Pixels:
+    import math
+
+    from calib.onnx_source import Pixels
+
+    size = arguments.size
+    if size is not None and len(size) > 2:
+        raise InputError(f"--size takes height and width, not {len(size)} numbers")
+    numbers = [*arguments.mean, *arguments.std, arguments.scale]
+    if not all(map(math.isfinite, numbers)) or 0 in arguments.std or arguments.scale == 0:
+        raise InputError("--mean, --std and --scale take finite numbers, and --std and --scale none that is 0")
+    if not 0 <= arguments.fill <= 255:
+        raise InputError(f"--fill takes a pixel from 0 to 255, not {arguments.fill}")
+    return Pixels(
+        size=(size[0], size[-1]) if size else None,
+        mean=tuple(arguments.mean),
+        std=tuple(arguments.std),
+        scale=arguments.scale,
+        channels=arguments.channels,
+        resize=arguments.resize,
+        fit=arguments.fit,
+        fill=arguments.fill,
+    )
+
+
+def _warnings(calibration: OnnxCalibration, subgraphs: list[str]) -> list[str]:
+    lines = []
+    if subgraphs:
+        lines.append(f"what If, Loop and Scan hold stays in float: {', '.join(subgraphs[:5])}")
+    if calibration.zero:
+        lines.append(f"no usable range, all values were zero: {named(calibration.zero)}")
+    if calibration.infinite:
+        lines.append(f"no entry, since values were infinite: {named(calibration.infinite)}")
+    return lines
+
+
+class _Progress:
+    """Says on stderr how far calibration is, every few seconds."""
+
+    def __init__(self, batches: int) -> None:
+        self._batches = batches
+        self._next = time.monotonic() + _PROGRESS_SECONDS
+
+    def __call__(self, done: int, seconds: float) -> None:
+        """One batch is done, in ``seconds``."""
+        if time.monotonic() >= self._next:
+            print(f"batch {done} of {self._batches}, {seconds:.2f} s each", file=sys.stderr)
+            self._next = time.monotonic() + _PROGRESS_SECONDS

@@ -1,0 +1,159 @@
+"""Reading ONNX files: the graph without its external weights, and what cannot be calibrated in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from common.errors import InputError, first_line
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
+
+_LARGEST_FILE = 2**31
+"""Protocol buffers end here; larger networks keep their weights in other files."""
+
+
+@dataclass(frozen=True)
+class NetworkInput:
+    """An input of a network.
+
+    Attributes:
+        name: Its name.
+        shape: A number, or None where the size is free, for each dimension; None if the file does not say.
+        dtype: As NumPy calls it.
+    """
+
+    name: str
+    shape: tuple[int | None, ...] | None
+    dtype: str
+
+    @property
+    def batch(self) -> int | None:
+        """The fixed batch size, or None where it is free."""
+        return self.shape[0] if self.shape else None
+
+    def text(self) -> str:
+        """Type and shape as in ``float32 [N, 3, 224, 224]``."""
+        if self.shape is None:
+            return f"{self.dtype} of any shape"
+        sizes = [
+            "N" if not index and size is None else "?" if size is None else str(size)
+            for index, size in enumerate(self.shape)
+        ]
+        return f"{self.dtype} [{', '.join(sizes)}]"
+
+
+def read_model(path: Path) -> onnx.ModelProto:
+    """The network in the file ``path``: functions inlined, external weights left where they are.
+
+    Raises:
+        InputError: the file cannot be read or is no ONNX network, or a file with its weights is missing.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        if path.stat().st_size >= _LARGEST_FILE:
+            raise InputError(f"{path} is larger than 2 GiB, which no ONNX file can be: save the weights beside it")
+        model = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except DecodeError as error:
+        raise InputError(f"{path} is not an ONNX file, or a damaged one") from error
+    if not model.graph.node or not model.opset_import:
+        raise InputError(f"{path} is not an ONNX file, or an empty one")
+    for weight in external_weights(model):
+        location = next((item.value for item in weight.external_data if item.key == "location"), "")
+        if not (path.parent / location).is_file():
+            raise InputError(f"{path.parent / location}, which holds weights of {path.name}, is missing")
+    if model.functions:
+        from onnx import inliner
+
+        try:
+            model = inliner.inline_local_functions(model)
+        except Exception as error:  # it raises what its C++ side raises
+            raise InputError(f"{path}: its functions cannot be inlined: {first_line(error)}") from error
+    return model
+
+
+def read_float_model(path: Path) -> onnx.ModelProto:
+    """As :func:`read_model`, of a network that is not quantized yet.
+
+    Raises:
+        InputError: as there, or the network holds quantize/dequantize operators.
+    """
+    model = read_model(path)
+    if any(node.op_type in QUANTIZERS for node in model.graph.node):
+        raise InputError(f"{path} holds quantize/dequantize operators and takes no table: name the float network")
+    return model
+
+
+def external_weights(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """The initializers of the main graph whose values lie in another file."""
+    import onnx
+
+    for weight in model.graph.initializer:
+        if weight.data_location == onnx.TensorProto.EXTERNAL:
+            yield weight
+
+
+def network_inputs(model: onnx.ModelProto) -> list[NetworkInput]:
+    """The inputs that are not weights."""
+    import onnx
+
+    weights = {weight.name for weight in model.graph.initializer}
+    inputs = []
+    for value in model.graph.input:
+        if value.name in weights:
+            continue
+        tensor = value.type.tensor_type
+        shape: tuple[int | None, ...] | None = None
+        if tensor.HasField("shape"):
+            shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
+        kind = tensor.elem_type
+        dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else "float32"
+        inputs.append(NetworkInput(value.name, shape, dtype))
+    return inputs
+
+
+def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes of the main graph that hold graphs of their own (If, Loop, Scan)."""
+    import onnx
+
+    graphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+    return [node for node in model.graph.node if any(attribute.type in graphs for attribute in node.attribute)]
+
+
+def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | None:
+    """The value of an initializer or a Constant node's output, or None if ``name`` is neither."""
+    from onnx import numpy_helper
+
+    for weight in model.graph.initializer:
+        if weight.name == name:
+            return numpy_helper.to_array(weight, base_dir=str(folder))
+    for node in model.graph.node:
+        if node.op_type == "Constant" and name in node.output:
+            return constant_value(node)
+    return None
+
+
+def constant_value(node: onnx.NodeProto) -> NDArray[Any] | None:
+    """The value of a Constant node; None for strings and sparse tensors."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for attribute in node.attribute:
+        if attribute.name == "value":
+            return numpy_helper.to_array(attribute.t)
+        if attribute.name in ("value_float", "value_floats"):
+            numbers = attribute.f if attribute.name == "value_float" else list(attribute.floats)
+            return np.array(numbers, np.float32)
+        if attribute.name in ("value_int", "value_ints"):
+            return np.array(attribute.i if attribute.name == "value_int" else list(attribute.ints), np.int64)
+    return None

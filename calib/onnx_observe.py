@@ -1,0 +1,164 @@
+"""Running an ONNX network in ONNX Runtime with any of its values as outputs.
+
+Imports onnx and onnxruntime inside functions: they are slow to load.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib.onnx_source import Batch
+from common.errors import InputError, first_line
+from common.threads import available_cores
+
+if TYPE_CHECKING:
+    import onnx
+
+_BUDGET = 192 * 2**20
+"""Bytes of observed values at a time; a batch that has more is run in parts."""
+
+_UNKNOWN_OPERATOR = ("is not a registered function/op", "No Op registered", "NOT_IMPLEMENTED")
+
+
+class Observed:
+    """An ONNX network whose values can be asked for.
+
+    The graph is optimized as ONNX Runtime always does, except that what is asked for is computed as a value of its own:
+    nothing is fused across it. On an NVIDIA GPU, where ONNX Runtime has its CUDA provider, it computes in float32, not
+    TF32.
+
+    Args:
+        path: The file, whose folder holds external weights.
+        model: Its network, without these.
+        values: Values of the main graph; those that ONNX Runtime finds to be no float tensors are left out.
+
+    Attributes:
+        values: The float ones of them.
+
+    Raises:
+        InputError: ONNX Runtime does not take the network.
+    """
+
+    def __init__(self, path: Path, model: onnx.ModelProto, values: Sequence[str]) -> None:
+        inputs = {value.name for value in model.graph.input}
+        self._passed = [name for name in values if name in inputs]
+        asked = [name for name in dict.fromkeys(values) if name not in inputs]
+        self._session = open_session(path, with_outputs(model, asked))
+        kinds = {output.name: output.type for output in self._session.get_outputs()}
+        floats = {name for name, kind in kinds.items() if kind in ("tensor(float)", "tensor(float16)")}
+        self._asked = [name for name in asked if name in floats]
+        self.values = [*self._passed, *self._asked]
+        self._part: int | None = None
+        self._fixed = next((item.shape[0] for item in self._session.get_inputs() if _is_fixed(item)), None)
+        self._path = path
+
+    def parts(self, batch: Batch) -> list[Batch]:
+        """A batch cut so that the values of one part stay within a fixed amount of memory."""
+        images = len(next(iter(batch.values())))
+        if self._part is None:
+            least = self._fixed or 1
+            values = self.run({name: array[:least] for name, array in batch.items()})
+            size = sum(value.nbytes for value in values.values()) / least
+            self._part = self._fixed or int(max(_BUDGET // max(size, 1), 1))
+        bounds = range(0, images, self._part)
+        return [{name: array[begin : begin + self._part] for name, array in batch.items()} for begin in bounds]
+
+    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
+        """The float values of one batch, by name.
+
+        Raises:
+            InputError: ONNX Runtime cannot run the network on it.
+        """
+        try:
+            found = self._session.run(self._asked, dict(batch)) if self._asked else []
+        except Exception as error:  # its exceptions share no base class of their own
+            raise InputError(f"ONNX Runtime does not run {self._path}: {_reason(error)}") from error
+        values = {name: batch[name] for name in self._passed if batch[name].dtype in (np.float32, np.float16)}
+        return {**values, **dict(zip(self._asked, found, strict=True))}
+
+
+def _is_fixed(item: Any) -> bool:
+    return bool(item.shape) and isinstance(item.shape[0], int)
+
+
+def with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelProto:
+    """The network with these values as its outputs, and no others."""
+    import onnx
+
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    del copy.graph.output[:]
+    known = {value.name: value for value in model.graph.output}
+    copy.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in values)
+    return copy
+
+
+def open_session(path: Path, model: onnx.ModelProto, optimize: bool = True) -> Any:
+    """A session for ``model``, whose external weights lie where ``path`` is.
+
+    Raises:
+        InputError: ONNX Runtime does not take the network.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = available_cores()
+    options.log_severity_level = 4  # errors are raised as well
+    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if platform.machine() in ("x86_64", "AMD64"):
+        # Sums of two products of integers do not saturate with this.
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    try:
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
+    except Exception as error:  # its exceptions share no base class of their own
+        if any(text in str(error) for text in _UNKNOWN_OPERATOR):
+            foreign = ", ".join(_foreign_operators(model)) or _reason(error)
+            raise InputError(
+                f"{path} has operators that ONNX Runtime does not have: {foreign}; cut the network before them, "
+                "or calibrate with TensorRT"
+            ) from error
+        raise InputError(f"ONNX Runtime does not take {path}: {_reason(error)}") from error
+
+
+def _foreign_operators(model: onnx.ModelProto) -> Iterator[str]:
+    """The operators of a model that ONNX does not define, once each, and those of other domains."""
+    import onnx
+
+    versions = {item.domain: item.version for item in model.opset_import}
+    seen = set()
+    for node in model.graph.node:
+        domain = node.domain if node.domain != "ai.onnx" else ""
+        known = domain in ("", "ai.onnx.ml") and onnx.defs.has(node.op_type, versions.get(domain, 1), domain)
+        known = known or domain.startswith("com.microsoft")
+        if not known and (domain, node.op_type) not in seen:
+            seen.add((domain, node.op_type))
+            yield f"{node.op_type} (domain {domain})" if domain else node.op_type
+
+
+def _reason(error: Exception) -> str:
+    """The first line of ONNX Runtime's message, without the name of its error code."""
+    text = first_line(error)
+    return text.rpartition("[ONNXRuntimeError] : ")[2][:300]
+
+
+def absolute_maxima(values: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+    """Largest absolute value of each array; NaN if it holds one, 0 if it is empty."""
+    import torch
+
+    maxima = {}
+    for name, array in values.items():
+        low, high = torch.aminmax(torch.from_numpy(array)) if array.size else (torch.zeros(()), torch.zeros(()))
+        maxima[name] = max(-low.item(), high.item())
+    return maxima

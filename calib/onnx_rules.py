@@ -1,0 +1,256 @@
+"""Which entries TensorRT's calibrators give an ONNX network, under which names, and which entries share a scale.
+
+Read from the tables that TensorRT 10.6 wrote for seven networks (tests/calib/tensorrt). ``entropy2`` and ``minmax``
+calibrate the network as the parser made it: every float value has an entry, window pooling takes its input's scale,
+constants and what the parser adds have entries as well. ``entropy`` and ``legacy`` calibrate after layer fusion: what
+is fused away has no entry, and pooling has a histogram of its own.
+
+Imports onnx inside functions: it is slow to load.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from calib.onnx_model import constant_value
+
+if TYPE_CHECKING:
+    import onnx
+    from numpy.typing import NDArray
+
+FUSED_ALGORITHMS: Final = frozenset({"entropy", "legacy"})
+"""Algorithms with which TensorRT calibrates after layer fusion."""
+
+WINDOW_POOLING: Final = frozenset({"AveragePool", "MaxPool"})
+ELEMENTWISE: Final = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
+WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+ACTIVATIONS: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
+RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
+
+_BROADCAST = "ONNXTRT_Broadcast"
+# The parser numbers names that it gives again with one counter. A second Gemm gives four others before its broadcast,
+# an elementwise operation one, and Erf one of its own.
+_OTHER_NAMES: Final = {"Gemm": 4, "Erf": 1}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the calibration table.
+
+    Attributes:
+        name: In the table.
+        value: The ONNX value whose histogram it takes, or None for a constant.
+        array: The constant, float32, or None.
+    """
+
+    name: str
+    value: str | None = None
+    array: NDArray[Any] | None = None
+
+
+class Graph:
+    """The main graph of a model, by name.
+
+    Attributes:
+        nodes: In order.
+        producer: Value -> the node that computes it.
+        readers: Value -> the nodes that read it; graphs inside of nodes count for the node, outputs do not.
+        outputs: The network's outputs.
+        inputs: Its inputs, without weights.
+        constant: Values that do not depend on the inputs.
+    """
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.nodes = list(model.graph.node)
+        self.producer: dict[str, onnx.NodeProto] = {}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        self.weights = {weight.name: weight for weight in model.graph.initializer}
+        self.inputs = [value.name for value in model.graph.input if value.name not in self.weights]
+        self.outputs = {value.name for value in model.graph.output}
+        self.constant = set(self.weights)
+        for node in self.nodes:
+            read = [*filter(None, node.input), *_outer_values(node)]
+            for name in dict.fromkeys(read):
+                self.readers.setdefault(name, []).append(node)
+            self.producer.update((name, node) for name in node.output if name)
+            if all(name in self.constant for name in read) and not node.op_type.startswith("Random"):
+                self.constant.update(node.output)
+
+    def sole_reader(self, value: str) -> onnx.NodeProto | None:
+        """The only node that reads ``value``, or None if there are others or it is an output."""
+        readers = self.readers.get(value, [])
+        return readers[0] if len(readers) == 1 and value not in self.outputs else None
+
+
+def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
+    """What the graphs inside a node read, also of their own values, which have other names."""
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in graph.node:
+                yield from filter(None, inner.input)
+                yield from _outer_values(inner)
+            yield from (output.name for output in graph.output)
+
+
+def with_products(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network with each Gemm divided into the product and the addition of its bias, as TensorRT's parser does.
+
+    The product is named ``<node>_output``. A HardSwish is divided likewise, into the HardSigmoid and the product.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    taken = {name for node in model.graph.node for name in node.output}
+    nodes = []
+    for node in result.graph.node:
+        beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
+        product = f"{node.name}_output"
+        biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2]) and beta == 1
+        if not node.name or product in taken or not (biased or node.op_type == "HardSwish"):
+            nodes.append(node)
+        elif node.op_type == "HardSwish":
+            half = onnx.helper.make_node("HardSigmoid", node.input, [product], node.name, alpha=1 / 6, beta=0.5)
+            nodes += [half, onnx.helper.make_node("Mul", [node.input[0], product], node.output, f"{node.name}/product")]
+        else:
+            addition = onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}/bias")
+            node.output[0] = product
+            del node.input[2]
+            nodes += [node, addition]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del result.graph.node[:]
+    result.graph.node.extend(kept)
+    return result
+
+
+def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]:
+    """The entries of the table, in order of the graph; those of values that are no float tensors are among them.
+
+    Args:
+        model: The float network.
+        algorithm: As line 1 of the table names it; ``percentile`` is as ``minmax``.
+        folder: Where its external weights lie.
+    """
+    graph = Graph(model)
+    if algorithm in FUSED_ALGORITHMS:
+        return [Entry(name, name) for name in [*graph.inputs, *_fused(graph)]]
+    source = {name: name for name in graph.inputs}
+    found = [Entry(name, name) for name in graph.inputs]
+    names = _Names()
+    for node in graph.nodes:
+        if all(name in graph.constant for name in node.output):
+            continue
+        before, after = _constants(graph, node, folder, names)
+        found += before
+        biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
+        if node.name and (biased or node.op_type == "HardSwish"):
+            found.append(Entry(f"{node.name}_output", f"{node.name}_output"))
+        found += after
+        for index, name in enumerate(node.output):
+            if name:
+                pooled = node.op_type in WINDOW_POOLING and not index
+                source[name] = source.get(node.input[0], node.input[0]) if pooled else name
+                if node.op_type == "Softmax" and node.name:
+                    found.append(Entry(f"{node.name}_output", name))
+                found.append(Entry(name, source[name]))
+    return list({entry.name: entry for entry in found}.values())
+
+
+class _Names:
+    """The names that TensorRT's parser gives to what it broadcasts."""
+
+    def __init__(self) -> None:
+        self._given: Counter[str] = Counter()
+        self._number = 0
+
+    def passed(self, operator: str) -> None:
+        """Count the names that an operator takes besides."""
+        kind = operator if operator in _OTHER_NAMES else "elementwise"
+        others = _OTHER_NAMES.get(operator, 1)
+        if kind == "Erf":
+            self._number += others
+        elif kind == "Gemm":
+            # One of the four is that of elementwise operations.
+            self._number += (others - 1 if self._given["Gemm"] else 0) + (1 if self._given.total() else 0)
+            self._given["Gemm"] += 1
+        else:
+            self._number += 1 if self._given.total() else 0
+            self._given["elementwise"] += 1
+
+    def broadcast(self) -> str:
+        """The name of the next broadcast constant."""
+        if self._given.total() == 1:
+            return f"{_BROADCAST}_output"
+        name = f"{_BROADCAST}_{self._number}_output"
+        self._number += 1
+        return name
+
+
+def _constants(graph: Graph, node: onnx.NodeProto, folder: Path, names: _Names) -> tuple[list[Entry], list[Entry]]:
+    """Entries of the constants that a node reads: those before a product's own entry, and those behind it."""
+    if node.op_type == "Erf":
+        names.passed("Erf")
+    if node.op_type in ("Gemm", "MatMul"):
+        weights = [_entry(graph, name, folder) for name in node.input[:2] if name in graph.constant]
+        biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in graph.constant
+        bias = _broadcast(graph, node, node.input[2], folder, names) if biased else []
+        return [entry for entry in weights if entry], bias
+    if node.op_type in ELEMENTWISE:
+        read = [name for name in node.input if name in graph.constant]
+        return [entry for name in read for entry in _broadcast(graph, node, name, folder, names)], []
+    return [], []
+
+
+def _broadcast(graph: Graph, node: onnx.NodeProto, name: str, folder: Path, names: _Names) -> list[Entry]:
+    entry = _entry(graph, name, folder)
+    if entry is None:
+        return []
+    names.passed(node.op_type)
+    return [entry, Entry(names.broadcast(), array=entry.array)]
+
+
+def _entry(graph: Graph, name: str, folder: Path) -> Entry | None:
+    """The entry of a constant, or None where it is computed or no float."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    array: NDArray[Any] | None = None
+    if name in graph.weights:
+        array = numpy_helper.to_array(graph.weights[name], base_dir=str(folder))
+    elif name in graph.producer and graph.producer[name].op_type == "Constant":
+        array = constant_value(graph.producer[name])
+    if array is None or array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
+        return None
+    return Entry(f"{name}_output", array=array.astype(np.float32))
+
+
+def _fused(graph: Graph) -> Iterator[str]:
+    """The values that are left after layer fusion."""
+    taken: set[str] = set()
+    for node in graph.nodes:
+        if node.op_type == "Add" and not graph.constant.intersection(node.input):
+            # One of the two operands' convolutions takes the sum into itself: the later one.
+            own = [name for name in node.input if _is(graph.producer.get(name), {"Conv"}) and graph.sole_reader(name)]
+            taken.update(sorted(own, key=lambda name: graph.nodes.index(graph.producer[name]))[-1:])
+    for node in graph.nodes:
+        for name in filter(None, node.output):
+            reader = graph.sole_reader(name)
+            gone = name in graph.constant or name in taken or node.op_type in RESHAPES
+            if reader is not None and node.op_type in WEIGHTED | {"Add", "BatchNormalization"}:
+                scaled = reader.op_type in ELEMENTWISE and bool(graph.constant.intersection(reader.input))
+                gone = gone or reader.op_type in ACTIVATIONS | {"BatchNormalization"}
+                gone = gone or (node.op_type in ("Conv", "ConvTranspose") and scaled)
+            # Two matrix products become one kernel.
+            product = node if node.op_type == "Gemm" else graph.producer.get(node.input[0]) if node.input else None
+            if _is(reader, {"Gemm"}) and node.op_type in {"Gemm", *ACTIVATIONS} and _is(product, {"Gemm"}):
+                gone = True
+            if not gone:
+                yield name
+
+
+def _is(node: onnx.NodeProto | None, kinds: set[str]) -> bool:
+    return node is not None and node.op_type in kinds
