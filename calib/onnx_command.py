@@ -1,4 +1,4 @@
-"""``python -m calib calibrate``: the table of any ONNX network, without TensorRT."""
+"""``python -m calib calibrate`` and ``from-qdq``: tables of ONNX networks, without TensorRT."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ from calib.table_tools import named, write_table
 from common.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
+    import onnx
+
     from calib.onnx_calibrate import OnnxCalibration
-    from calib.onnx_source import Pixels
+    from calib.onnx_source import Batches, Pixels
+    from calib.table import CalibrationTable
 
 _PROGRESS_SECONDS = 2.0
 
 
 def add_parsers(commands: Any) -> None:
-    """Add ``calibrate`` to argparse's subparsers; it sets ``run``."""
+    """Add ``calibrate`` and ``from-qdq`` to argparse's subparsers; each sets ``run``."""
+    _add_from_qdq(commands)
     text = "make the calibration table of an ONNX network from images, in ONNX Runtime"
     parser: argparse.ArgumentParser = commands.add_parser("calibrate", help=text, description=text)
     parser.set_defaults(run=_calibrate)
@@ -35,6 +39,13 @@ def add_parsers(commands: Any) -> None:
         "input of the network",
     )
     parser.add_argument("--output", type=Path, required=True, metavar="TABLE", help="table to write")
+    parser.add_argument(
+        "--qdq",
+        type=Path,
+        metavar="MODEL_int8.onnx",
+        help="also write the network with quantize/dequantize pairs at the table's scales and int8 weights, and "
+        "compare its outputs with the float network's",
+    )
     parser.add_argument(
         "--algorithm", choices=tuple(HEADER_NAMES), default="entropy2", help="default: entropy2, which trtexec takes"
     )
@@ -72,6 +83,70 @@ def add_parsers(commands: Any) -> None:
     images.add_argument("--fill", type=int, default=114, metavar="PIXEL", help="of a letterbox (default: 114)")
 
 
+def _add_from_qdq(commands: Any) -> None:
+    text = "the calibration table of an ONNX network with quantize/dequantize pairs, for DLA and older TensorRT"
+    parser: argparse.ArgumentParser = commands.add_parser("from-qdq", help=text, description=text)
+    parser.set_defaults(run=_from_qdq)
+    parser.add_argument("model", type=Path, metavar="MODEL_qat.onnx", help="trained with quantization, or quantized")
+    parser.add_argument("--output", type=Path, required=True, metavar="TABLE", help="table to write")
+    parser.add_argument(
+        "--onnx",
+        type=Path,
+        metavar="FILE",
+        help="also write the float network that the table goes with: without the pairs, weights as they were rounded",
+    )
+    parser.add_argument(
+        "--algorithm", choices=tuple(HEADER_NAMES), default="entropy2", help="of line 1 (default: entropy2)"
+    )
+    parser.add_argument(
+        "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
+    )
+
+
+def _from_qdq(arguments: argparse.Namespace) -> int:
+    from calib.onnx_model import read_model
+    from calib.onnx_qdq import table_of_quantized
+    from calib.table import CalibrationTable
+
+    found = table_of_quantized(read_model(arguments.model), arguments.model)
+    table = CalibrationTable(found.scales, arguments.algorithm, arguments.tensorrt_version)
+    if arguments.onnx:
+        _write_model(arguments.onnx, found.model, arguments.model)
+    if found.asymmetric:
+        print(f"warning: a symmetric range that covers the asymmetric one: {named(found.asymmetric)}", file=sys.stderr)
+    for name, reason in table.unusable.items():
+        print(f"warning: tensor {name!r} cannot be quantized: {reason}", file=sys.stderr)
+    write_table(arguments.output, table)
+    if arguments.onnx:
+        print(f"wrote {arguments.onnx}")
+    print(f"{len(table.scales)} tensors")
+    if found.unknown:
+        print(f"no scale, since no pair says one: {named(found.unknown)}")
+    return ExitCode.PASSED
+
+
+def _write_model(path: Path, model: onnx.ModelProto, source: Path) -> None:
+    """Write a network atomically; external weights are named as they lie beside ``source``, or taken in.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    import onnx
+
+    from calib.onnx_model import external_weights
+    from common.files import write_bytes
+
+    if path.resolve().parent != source.resolve().parent and any(True for _ in external_weights(model)):
+        onnx.load_external_data_for_model(model, str(source.parent))
+    try:
+        content = model.SerializeToString()
+    except Exception as error:  # protobuf raises its own types where 2 GiB are exceeded
+        raise InputError(
+            f"{path} would exceed 2 GiB, which no ONNX file can: write it to {source.parent}, where the weights lie"
+        ) from error
+    write_bytes(path, content)
+
+
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
@@ -106,12 +181,15 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     inner = [node.name or node.op_type for node in subgraph_nodes(model)]
     for line in _warnings(calibration, inner):
         print(f"warning: {line}", file=sys.stderr)
+    quantized = _write_quantized(arguments, model, table, batches) if arguments.qdq else None
     if not arguments.json:
         write_table(arguments.output, table)
         print(
             f"{len(table.scales)} tensors, {calibration.images} images in {calibration.batches} batches, "
             f"{calibration.seconds:.1f} s"
         )
+        if quantized is not None:
+            _print_quantized(arguments.qdq, quantized)
         return ExitCode.PASSED
     table.write(arguments.output)
     summary = {
@@ -126,8 +204,35 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "infinite": list(calibration.infinite),
         "subgraphs": inner,
     }
+    if quantized is not None:
+        summary["qdq"] = {"path": str(arguments.qdq), **quantized}
     print(json.dumps(summary, indent=2))
     return ExitCode.PASSED
+
+
+def _write_quantized(
+    arguments: argparse.Namespace, model: onnx.ModelProto, table: CalibrationTable, batches: Batches
+) -> dict[str, Any]:
+    """Write the network with explicit quantization; what it holds and how its outputs compare, as JSON values."""
+    from calib.onnx_observe import compare_outputs
+    from calib.onnx_qdq import quantize
+
+    made = quantize(model, table, arguments.model)
+    # It is run before it is written: a file that does not run is of no use.
+    sqnr = compare_outputs(arguments.model, model, made.model, batches)
+    _write_model(arguments.qdq, made.model, arguments.model)
+    return {"sqnr_db": sqnr, "int8": dict(made.int8), "float": dict(made.floats), "missing": dict(made.missing)}
+
+
+def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
+    print(f"wrote {path}")
+    for name, decibels in quantized["sqnr_db"].items():
+        print(f"SQNR of {name}: " + ("no error" if decibels is None else f"{decibels:.1f} dB"))
+    for kind, what in (("int8", "in INT8"), ("float", "in float")):
+        counts = ", ".join(f"{count} {operator}" for operator, count in quantized[kind].items()) or "none"
+        print(f"operators {what}: {counts}")
+    for layer, tensor in list(quantized["missing"].items())[:5]:
+        print(f"{layer} stays in float: no usable scale for {tensor!r}")
 
 
 def _options(arguments: argparse.Namespace) -> dict[str, float]:

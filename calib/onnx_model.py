@@ -122,6 +122,19 @@ def network_inputs(model: onnx.ModelProto) -> list[NetworkInput]:
     return inputs
 
 
+def no_floats(model: onnx.ModelProto) -> set[str]:
+    """Values of the main graph that are integers, booleans or text, as far as types can be inferred."""
+    import onnx
+
+    try:
+        graph = onnx.shape_inference.infer_shapes(model).graph
+    except Exception:  # noqa: BLE001 - it raises what its C++ side raises; the types in the file remain
+        graph = model.graph
+    floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+    values = [*graph.input, *graph.value_info, *graph.output]
+    return {value.name for value in values if value.type.tensor_type.elem_type not in floats}
+
+
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of the main graph that hold graphs of their own (If, Loop, Scan)."""
     import onnx

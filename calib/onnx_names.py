@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from calib.onnx_model import read_float_model
+from calib.onnx_model import no_floats, read_float_model
 from calib.onnx_rules import Graph
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def network_names(path: Path) -> NetworkNames:
 def _needs(model: onnx.ModelProto) -> dict[str, Need]:
     """Names of the tensors, in the network's order -> whether the table should have them; it may have all of them."""
     graph = model.graph
-    no_floats = _no_floats(model)
+    others = no_floats(model)
     weights = {weight.name for weight in graph.initializer}
     constants = weights | {name for node in graph.node if node.op_type == "Constant" for name in node.output}
     readers: dict[str, list[str]] = {value.name: ["output"] for value in graph.output}
@@ -104,7 +104,7 @@ def _needs(model: onnx.ModelProto) -> dict[str, Need]:
             biased = node.op_type == "Add" and not constants.isdisjoint(node.input)
             readers.setdefault(name, []).append("bias" if biased else node.op_type)
     inputs = [value.name for value in graph.input if value.name not in weights]
-    tensors: dict[str, Need] = {name: "none" if name in no_floats else "required" for name in inputs}
+    tensors: dict[str, Need] = {name: "none" if name in others else "required" for name in inputs}
     shapes: set[str] = set()
     for node in graph.node:
         # What is computed from constants alone is a constant.
@@ -117,21 +117,8 @@ def _needs(model: onnx.ModelProto) -> dict[str, Need]:
             used_by = readers.get(name, [])
             fused = len(used_by) == 1 and used_by[0] in _FUSED
             fused = fused or (used_by == ["bias"] and node.op_type in _WEIGHTED)
-            if name in shapes or name in no_floats or not used_by or node.op_type in _NEEDS_NONE:
+            if name in shapes or name in others or not used_by or node.op_type in _NEEDS_NONE:
                 tensors[name] = "none"
             else:
                 tensors[name] = "advised" if fused or node.op_type in _MOVES else "required"
     return tensors
-
-
-def _no_floats(model: onnx.ModelProto) -> set[str]:
-    """Values that are integers, booleans or text, as far as types can be inferred."""
-    import onnx
-
-    try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
-    except Exception:  # noqa: BLE001 - it raises what its C++ side raises; the types in the file remain
-        graph = model.graph
-    floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
-    values = [*graph.input, *graph.value_info, *graph.output]
-    return {value.name for value in values if value.type.tensor_type.elem_type not in floats}

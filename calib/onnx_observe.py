@@ -5,8 +5,9 @@ Imports onnx and onnxruntime inside functions: they are slow to load.
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts."""
+
+_LEAST = 1e-300
 
 _UNKNOWN_OPERATOR = ("is not a registered function/op", "No Op registered", "NOT_IMPLEMENTED")
 
@@ -151,6 +154,33 @@ def _reason(error: Exception) -> str:
     """The first line of ONNX Runtime's message, without the name of its error code."""
     text = first_line(error)
     return text.rpartition("[ONNXRuntimeError] : ")[2][:300]
+
+
+def compare_outputs(
+    path: Path, model: onnx.ModelProto, quantized: onnx.ModelProto, batches: Iterable[Batch]
+) -> dict[str, float | None]:
+    """Signal-to-quantization-noise ratio of each float output over the batches, in dB; None where there is no error.
+
+    10 log10(sum of x**2 / sum of (x - y)**2), with x of the float network and y of the quantized one.
+
+    Raises:
+        InputError: ONNX Runtime does not run one of them.
+    """
+    names = [value.name for value in model.graph.output]
+    floats, other = Observed(path, model, names), Observed(path, quantized, names)
+    signal, noise = dict.fromkeys(floats.values, 0.0), dict.fromkeys(floats.values, 0.0)
+    for batch in batches:
+        for part in floats.parts(batch):
+            found = other.run(part)
+            for name, value in floats.run(part).items():
+                if value.shape == found[name].shape:
+                    x, y = value.astype(np.float64), found[name].astype(np.float64)
+                    signal[name] += float((x**2).sum())
+                    noise[name] += float(((x - y) ** 2).sum())
+    return {
+        name: 10 * math.log10(max(signal[name], _LEAST) / noise[name]) if noise[name] else None
+        for name in floats.values
+    }
 
 
 def absolute_maxima(values: Mapping[str, NDArray[Any]]) -> dict[str, float]:

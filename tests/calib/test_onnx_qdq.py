@@ -1,0 +1,247 @@
+"""``calibrate --qdq`` and ``from-qdq``: where the pairs are, what they hold, and the way back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from calib.__main__ import main
+from calib.onnx_model import read_float_model
+from calib.onnx_qdq import quantize
+from calib.table import CalibrationTable
+from common.errors import InputError
+from tests.calib.onnx_networks import classifier, detector, model, node, save, two_inputs
+
+TENSORRT = Path(__file__).parent / "tensorrt"
+
+
+def run(*arguments):
+    return main([str(argument) for argument in arguments])
+
+
+def outputs(path, feed):
+    return onnxruntime.InferenceSession(str(path)).run(None, feed)
+
+
+def constants(made):
+    return {item.name: numpy_helper.to_array(item) for item in made.graph.initializer}
+
+
+def pairs(made):
+    """Value that is quantized -> (its scale, operators that read it dequantized)."""
+    weights = constants(made)
+    found = {}
+    for quantizer in made.graph.node:
+        if quantizer.op_type == "QuantizeLinear":
+            (back,) = [item for item in made.graph.node if quantizer.output[0] in item.input]
+            assert back.op_type == "DequantizeLinear"
+            assert weights[quantizer.input[2]] == 0
+            assert weights[quantizer.input[2]].dtype == np.int8
+            readers = [item.op_type for item in made.graph.node if back.output[0] in item.input]
+            found[quantizer.input[0]] = (float(weights[quantizer.input[1]]), readers)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("residual", {"data": ["Conv"], "stem.2": ["Conv", "Add"], "a.2": ["Conv"], "relu": ["GlobalAveragePool"]}),
+        ("pools", {"data": ["Conv"], "a.2": ["AveragePool"], "avg": ["Conv"], "b.2": ["MaxPool"], "max": ["Conv"]}),
+        ("concat", {"data": ["Conv"], "stem.2": ["Conv", "Conv"], "cat": ["Conv"], "mean": ["Gemm"]}),
+        ("updown", {"data": ["Conv"], "pad": ["MaxPool"], "max_pool2d": ["Conv"], "b.2": ["ConvTranspose"]}),
+    ],
+)
+def test_pairs_are_where_tensorrt_fuses(name, expected):
+    path = TENSORRT / "nets" / f"{name}.onnx"
+    table = CalibrationTable.read(TENSORRT / "tables" / f"{name}.entropy2.cache")
+    made = quantize(read_float_model(path), table, path)
+    onnx.checker.check_model(made.model, full_check=True)
+    found = pairs(made.model)
+    assert {value: readers for value, (_, readers) in found.items() if value in expected} == expected
+    for value, (scale, _) in found.items():
+        assert scale == table.scales[value]
+    # No pair follows a convolution whose activation or sum comes next, and none the last layer.
+    producers = {item.output[0]: item.op_type for item in made.model.graph.node}
+    assert not [value for value in found if producers.get(value) == "Conv"]
+    assert "fc" not in found
+
+
+def test_weights_are_int8_per_output_channel():
+    path = TENSORRT / "nets" / "updown.onnx"
+    table = CalibrationTable.read(TENSORRT / "tables" / "updown.entropy2.cache")
+    source, made = constants(read_float_model(path)), constants(quantize(read_float_model(path), table, path).model)
+    for name, axis in (("a.0.weight", 0), ("b.0.weight", 0), ("d.weight", 1), ("fc.weight", 0)):
+        weight, codes, scale = source[name], made[f"{name}_quantized"], made[f"{name}_scale"]
+        others = tuple(other for other in range(weight.ndim) if other != axis)
+        np.testing.assert_allclose(scale, np.abs(weight).max(axis=others) / 127, rtol=1e-6)
+        assert codes.dtype == np.int8
+        assert codes.min() >= -127
+        back = codes * np.expand_dims(scale, others)
+        assert (np.abs(back - weight) <= np.expand_dims(scale, others) * 0.50001).all()
+        assert name not in made
+        assert name.replace("weight", "bias") in made
+
+
+def test_a_layer_without_a_scale_stays_in_float():
+    path = TENSORRT / "nets" / "residual.onnx"
+    table = CalibrationTable.read(TENSORRT / "tables" / "residual.entropy2.cache")
+    rest = {name: scale if name != "a.2" else float("inf") for name, scale in table.scales.items()}
+    made = quantize(read_float_model(path), table.replaced(rest), path)
+    assert made.missing == {"/b.0/Conv": "a.2"}
+    assert (made.int8["Conv"], made.floats["Conv"], made.floats["Add"]) == (2, 1, 1)
+    with pytest.raises(InputError, match="nothing in"):
+        quantize(read_float_model(path), CalibrationTable({"prob": 1.0}), path)
+
+
+@pytest.fixture
+def images(tmp_path):
+    np.save(tmp_path / "images.npy", np.random.default_rng(3).random((20, 3, 16, 16), dtype=np.float32))
+    return tmp_path / "images.npy"
+
+
+def calibrated(network, source, tmp_path, capsys, *arguments):
+    table, int8 = tmp_path / "made.cache", tmp_path / "int8.onnx"
+    capsys.readouterr()
+    line = ["calibrate", network, "--images", source, "--output", table, "--qdq", int8, "--json", *arguments]
+    assert run(*line) == 0
+    return json.loads(capsys.readouterr().out)["qdq"], CalibrationTable.read(table), int8
+
+
+@pytest.mark.parametrize("opset", [11, 13, 17, 21])
+def test_the_file_runs_and_comes_close(images, tmp_path, capsys, opset):
+    network = save(classifier(opset), tmp_path / "network.onnx")
+    found, _, int8 = calibrated(network, images, tmp_path, capsys, "--algorithm", "minmax")
+    assert found["sqnr_db"]["prob"] > 25
+    assert found["int8"] == {"Conv": 1, "MaxPool": 1, "Gemm": 1}
+    assert found["float"] == {"Relu": 1, "Softmax": 1}
+    assert found["missing"] == {}
+    onnx.checker.check_model(str(int8), full_check=True)
+    feed = {"data": np.load(images)}
+    # Without the setting that keeps sums of products from saturating on old CPUs it is the same network.
+    assert outputs(int8, feed)[0].shape == outputs(network, feed)[0].shape
+
+
+def test_each_output_of_a_detector_has_its_figure(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.random.default_rng(5).random((4, 3, 64, 64), dtype=np.float32))
+    network = save(detector(), tmp_path / "network.onnx")
+    found, *_ = calibrated(network, tmp_path / "images.npy", tmp_path, capsys, "--algorithm", "minmax")
+    assert list(found["sqnr_db"]) == ["out3", "out4", "out5"]
+    assert min(found["sqnr_db"].values()) > 20
+    assert found["int8"]["Conv"] == 8
+    assert found["float"]["Sigmoid"] == 5
+
+
+def test_two_inputs_and_a_matrix_product(tmp_path, capsys):
+    generator = np.random.default_rng(6)
+    arrays = {"image": generator.random((6, 3, 8, 8), np.float32), "features": generator.random((6, 6), np.float32)}
+    np.savez(tmp_path / "inputs.npz", **arrays)
+    network = save(two_inputs(), tmp_path / "network.onnx")
+    found, *_ = calibrated(network, tmp_path / "inputs.npz", tmp_path, capsys, "--algorithm", "minmax")
+    assert found["int8"] == {"Conv": 1, "MatMul": 1}
+    assert found["sqnr_db"]["scores"] > 25
+
+
+def test_external_weights(images, tmp_path, capsys):
+    network = tmp_path / "external.onnx"
+    onnx.save(classifier(), network, save_as_external_data=True, location="weights.bin", size_threshold=0)
+    _, _, int8 = calibrated(network, images, tmp_path, capsys)
+    feed = {"data": np.load(images)}
+    before = outputs(int8, feed)[0]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    line = ["calibrate", network, "--images", images, "--output", elsewhere / "table", "--qdq", elsewhere / "int8.onnx"]
+    assert run(*line) == 0
+    np.testing.assert_array_equal(outputs(elsewhere / "int8.onnx", feed)[0], before)
+
+
+def test_the_summary_for_people(images, tmp_path, capsys):
+    network = save(classifier(), tmp_path / "network.onnx")
+    int8 = tmp_path / "int8.onnx"
+    assert run("calibrate", network, "--images", images, "--output", tmp_path / "table", "--qdq", int8) == 0
+    out = capsys.readouterr().out
+    assert "SQNR of prob: " in out
+    assert "operators in INT8: 1 Conv, 1 MaxPool, 1 Gemm\noperators in float: 1 Relu, 1 Softmax\n" in out
+
+
+# from-qdq
+
+
+def test_there_and_back(images, tmp_path, capsys):
+    network = save(classifier(), tmp_path / "network.onnx")
+    _, table, int8 = calibrated(network, images, tmp_path, capsys)
+    back, plain = tmp_path / "back.cache", tmp_path / "plain.onnx"
+    version = ["--tensorrt-version", "8.5.2", "--algorithm", "minmax"]
+    assert run("from-qdq", int8, "--output", back, "--onnx", plain, *version) == 0
+    out = capsys.readouterr().out
+    assert "no scale, since no pair says one: tensors 'fc', 'prob'" in out
+    found = CalibrationTable.read(back)
+    assert found.header == "TRT-8502-MinMaxCalibration"
+    assert list(found.scales) == ["data", "c", "relu", "pool", "flat"]
+    assert all(found.scales[name] == table.scales[name] for name in ("data", "relu", "flat"))
+    # A ReLU alone reads the convolution, which so never needs more than it.
+    assert found.scales["c"] == found.scales["relu"]
+    assert not {"QuantizeLinear", "DequantizeLinear"} & {item.op_type for item in onnx.load(plain).graph.node}
+    feed = {"data": np.load(images)}
+    np.testing.assert_allclose(outputs(plain, feed)[0], outputs(network, feed)[0], atol=0.02)
+    assert run("check", back, "--onnx", plain) == 1
+    assert "no tensor" not in capsys.readouterr().out
+
+
+def trained(zero, scale=0.02, kind=np.uint8, **weights):
+    """A convolution as quantization-aware training exports it: pairs around its input and its float weight."""
+    nodes = [
+        node("QuantizeLinear", ["data", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        node("QuantizeLinear", ["w", "ws", "wz"], ["wq"], axis=0),
+        node("DequantizeLinear", ["wq", "ws", "wz"], ["wdq"], axis=0),
+        node("Conv", ["dq", "wdq"], ["out"]),
+    ]
+    generator = np.random.default_rng(7)
+    weights = {
+        "s": np.array(scale, np.float32),
+        "z": np.array(zero, kind),
+        "w": generator.standard_normal((2, 3, 1, 1)).astype(np.float32),
+        "ws": np.array([0.01, 0.03], np.float32),
+        "wz": np.zeros(2, np.int8),
+        **weights,
+    }
+    return model(nodes, {"data": ["N", 3, 4, 4]}, {"out": ["N", 2, 4, 4]}, weights)
+
+
+def test_pairs_of_training(tmp_path, capsys):
+    path, plain = save(trained(128), tmp_path / "qat.onnx"), tmp_path / "plain.onnx"
+    assert run("from-qdq", path, "--output", tmp_path / "table", "--onnx", plain) == 0
+    assert CalibrationTable.read(tmp_path / "table").scales == pytest.approx({"data": 0.02})
+    assert capsys.readouterr().err == ""
+    weight = constants(trained(128))["w"]
+    codes = np.clip(np.rint(weight / np.array([0.01, 0.03]).reshape(2, 1, 1, 1)), -128, 127)
+    expected = codes * np.array([0.01, 0.03]).reshape(2, 1, 1, 1)
+    np.testing.assert_allclose(constants(onnx.load(plain))["wdq"], expected, rtol=1e-5)
+
+
+def test_an_asymmetric_range_is_covered(tmp_path, capsys):
+    path = save(trained(0), tmp_path / "qat.onnx")
+    assert run("from-qdq", path, "--output", tmp_path / "table") == 0
+    assert "covers the asymmetric one: tensor 'data'" in capsys.readouterr().err
+    assert CalibrationTable.read(tmp_path / "table").dynamic_ranges["data"] == pytest.approx(255 * 0.02)
+
+
+@pytest.mark.parametrize(
+    ("made", "complaint"),
+    [
+        (classifier(), "has no quantize/dequantize operators"),
+        (trained(np.zeros(3), [0.1, 0.2, 0.3], np.int8), "'data' is quantized per channel"),
+        (trained(0, kind=np.uint16), "quantized to uint16"),
+    ],
+)
+def test_networks_that_give_no_table(tmp_path, made, complaint):
+    CalibrationTable({"x": 1.0}).write(tmp_path / "table")
+    before = (tmp_path / "table").read_bytes()
+    with pytest.raises(InputError, match=complaint) as error:
+        run("from-qdq", save(made, tmp_path / "qat.onnx"), "--output", tmp_path / "table")
+    assert "\n" not in str(error.value)
+    assert (tmp_path / "table").read_bytes() == before
