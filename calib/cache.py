@@ -24,6 +24,13 @@ from common.files import read_json, read_text, write_json
 
 FORMAT = 1
 
+RULES = 2
+"""Revision of the rules that find the reference's thresholds and say which tensors share one.
+
+1: bins of exact arithmetic, the smallest candidate of equals, one scale for all inputs of a concatenation.
+2: TensorRT's own (docs/algorithm.md).
+"""
+
 
 @dataclass(frozen=True)
 class SubsetRecord:
@@ -60,6 +67,7 @@ class Provenance:
         preprocessing: How pixels became inputs.
         weights: Fingerprint of the weights.
         table: SHA-256 of the table's file, so that the two cannot drift apart.
+        rules: Revision of the rules that made it, see :data:`RULES`; files from before it was recorded have 1.
         format: Of this file.
     """
 
@@ -74,6 +82,7 @@ class Provenance:
     preprocessing: dict[str, Any]
     weights: str
     table: str = ""
+    rules: int = RULES
     format: int = field(default=FORMAT)
 
 
@@ -129,7 +138,7 @@ def read_provenance(path: Path) -> Provenance | None:
     content = read_json(side)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{side} is not a side file of format {FORMAT}: remove it or give --recalibrate")
-    return decode(Provenance, content, str(side))
+    return decode(Provenance, {"rules": 1, **content}, str(side))
 
 
 def changed_since(path: Path, provenance: Provenance) -> bool:
@@ -196,6 +205,8 @@ def changed(recorded: Provenance, wanted: Provenance) -> list[str]:
         new = after[name]
         if old != new:
             differences.append(f"{names[name]} changed" if name in names else f"{name} changed from {old} to {new}")
+    if recorded.maker == "reference" and recorded.rules != wanted.rules:
+        differences.append(f"it was made by revision {recorded.rules} of the calibration rules, now {wanted.rules}")
     return differences
 
 
@@ -209,7 +220,7 @@ def _flat(provenance: Provenance) -> dict[str, Any]:
     content = json.loads(encode(provenance))
     subset = content.pop("subset")
     return {
-        **{name: value for name, value in content.items() if name not in ("table", "format")},
+        **{name: value for name, value in content.items() if name not in ("table", "format", "rules")},
         **{f"subset {name}": value for name, value in subset.items()},
     }
 

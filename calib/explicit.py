@@ -3,7 +3,9 @@
 The plan says which values INT8 layers read, and with which scale. Here it becomes positions in the network: where all
 readers of a value take it in INT8 with one scale, the value itself is quantized, right after the layer that produces
 it; max pooling, reshapes and concatenation let quantization through, because they only move or choose values and the
-scale is positive. Where some reader needs the float value, only the others get the quantized one.
+scale is positive. Where the readers take it with several scales (a layer and a concatenation, whose scale is its own),
+it is quantized with the scale of its own tensor, and again on the way to those who take another. Where some reader
+needs the float value, only the others get the quantized one.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from calib.graph import SHARES_SCALE, Int8Plan
+from calib.graph import MOVES_VALUES, Int8Plan
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize_weight
 
 
@@ -26,15 +28,17 @@ class Placement:
     """Where the values of a network are quantized.
 
     Attributes:
-        scales: fx node -> scale, for every value whose readers all take it in INT8 with this scale.
+        scales: fx node -> scale, for every value whose readers all take it in INT8.
         points: Those of ``scales`` that are not multiples of their scale already, because they were chosen from
             quantized values: quantizing at the points is enough.
         partial: fx node -> (scale, names of the reading fx nodes), for values that others read in float.
+        requantized: Those of ``points`` that are quantized again, with another scale, before a layer reads them.
     """
 
     scales: Mapping[str, float]
     points: Mapping[str, float]
     partial: Mapping[str, tuple[float, frozenset[str]]]
+    requantized: Mapping[str, float]
 
 
 def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
@@ -64,6 +68,8 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
         different = set(wanted.values())
         if len(different) == 1 and None not in different:
             scales[node.name] = next(scale for scale in different if scale is not None)
+        elif different and None not in different and node.name in plan.own_scales:
+            scales[node.name] = plan.own_scales[node.name]
         elif layers & wanted.keys():
             partial[node.name] = plan.scales[node.name], frozenset(layers & wanted.keys())
 
@@ -73,18 +79,27 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
         if node.name not in scales:
             continue
         sources = [item.name for item in node.all_input_nodes if network.kinds.get(item.name, "shape") != "shape"]
-        if _commutes(node, plan, before_relu) and quantized.issuperset(sources):
+        same = all(item in quantized and scales[item] == scales[node.name] for item in sources)
+        if _commutes(node, plan, before_relu) and same:
             quantized.add(node.name)
         elif not _is_tuple(node):
             quantized.add(node.name)
             points[node.name] = scales[node.name]
-    return Placement(scales, points, partial)
+
+    again: set[str] = set()
+    for node in reversed(nodes):
+        for reader in node.users:
+            moves = reader.name in quantized and _commutes(reader, plan, before_relu)
+            if moves and node.name in quantized and (scales[reader.name] != scales[node.name] or reader.name in again):
+                again.add(node.name)
+    requantized = {name: scale for name, scale in points.items() if name in again}
+    return Placement(scales, points, partial, requantized)
 
 
 def _commutes(node: fx.Node, plan: Int8Plan, before_relu: bool) -> bool:
     """Whether quantizing an operation's inputs is the same as quantizing its output."""
     kind = plan.network.kinds[node.name]
-    return kind in SHARES_SCALE or (before_relu and kind == "relu" and is_plain_relu(node, plan.network.module))
+    return kind in MOVES_VALUES or (before_relu and kind == "relu" and is_plain_relu(node, plan.network.module))
 
 
 def is_plain_relu(node: fx.Node, module: fx.GraphModule) -> bool:

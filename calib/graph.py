@@ -12,7 +12,7 @@ import logging
 import operator
 import traceback
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
@@ -101,8 +101,8 @@ _METHODS: Final[Mapping[str, str]] = {
     "dim": "shape",
 }
 
-SHARES_SCALE: Final = frozenset({"maxpool", "view", "concat"})
-"""Operations whose output has its input's scale: they only move or choose values."""
+MOVES_VALUES: Final = frozenset({"maxpool", "view", "concat"})
+"""Operations that only move or choose values: quantizing what they read is quantizing what they give."""
 QUANTIZABLE: Final = frozenset({"conv", "linear", "add", "avgpool", "activation"})
 """Kinds of layer that run in INT8, quantizing their inputs."""
 
@@ -138,7 +138,7 @@ class Network:
         tensor_of: fx node name -> tensor name. A reshape or dropout is its input's tensor, as in Caffe; the value
             before an in-place ReLU has no name of its own, the value after it has the layer's.
         observed: fx node name -> tensor name, for the one node whose value is calibrated under that name.
-        scale_source: Tensor -> tensor whose histogram gives its scale; itself but for max pooling and concatenation.
+        scale_source: Tensor -> tensor whose histogram gives its scale; itself but for pooling windows.
         kinds: fx node name -> kind of operation.
         layers: What can run in INT8, in network order.
         unsupported: Tensor name -> operation that stays in float.
@@ -564,7 +564,7 @@ def _describe(
         tensors=tensors,
         tensor_of=tensor_of,
         observed=observed,
-        scale_source=_scale_sources(nodes, kinds, own, kind_by_tensor),
+        scale_source=_scale_sources(nodes, kinds, own, kind_by_tensor, module),
         kinds=kinds,
         layers=layers,
         unsupported=unsupported,
@@ -582,34 +582,37 @@ def _unique(name: str, used: set[str]) -> str:
 
 
 def _scale_sources(
-    nodes: Iterable[fx.Node], kinds: Mapping[str, str], own: Mapping[str, str], tensors: Mapping[str, str]
+    nodes: Iterable[fx.Node],
+    kinds: Mapping[str, str],
+    own: Mapping[str, str],
+    tensors: Mapping[str, str],
+    module: fx.GraphModule,
 ) -> dict[str, str]:
-    """Group the tensors that must share a scale: one source each.
+    """Tensor -> tensor whose histogram gives its scale, by the rule that TensorRT 10.6's tables show.
 
-    The output of max pooling takes its input's scale; the inputs of a concatenation take that of its output, whose
-    histogram has seen them all.
+    The output of pooling over a window, maximum or average, takes its input's scale. All others have their own:
+    global pooling, a concatenation and its inputs.
     """
     source = {tensor: tensor for tensor in tensors}
-
-    def find(tensor: str) -> str:
-        while source[tensor] != tensor:
-            tensor = source[tensor]
-        return tensor
-
     for node in nodes:
-        kind = kinds[node.name]
-        if kind not in SHARES_SCALE or kind == "view":
+        tensor = own[node.name]
+        # What an in-place ReLU overwrites is another tensor: it keeps its own scale.
+        if kinds[node.name] not in ("maxpool", "avgpool") or tensors.get(tensor) != node.name:
             continue
-        inputs = [own[item.name] for item in node.all_input_nodes if item.name in own]
-        if tensors.get(own[node.name]) != node.name:
-            # What an in-place ReLU overwrites is another tensor: it keeps its own scale.
-            continue
-        if kind == "concat":
-            for tensor in inputs:
-                source[find(tensor)] = own[node.name]
-        else:
-            source[own[node.name]] = find(inputs[0])
-    return {tensor: find(tensor) for tensor in tensors}
+        if not _pools_everything(node, module):
+            source[tensor] = source[own[node.all_input_nodes[0].name]]
+    return source
+
+
+def _pools_everything(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a pooling operation makes one value of each channel, of whatever size (adaptive pooling to size 1)."""
+    if node.op == "call_module":
+        size = getattr(module.get_submodule(str(node.target)), "output_size", None)
+    elif node.target in (F.adaptive_avg_pool2d, F.adaptive_max_pool2d):
+        size = node.kwargs.get("output_size", node.args[1] if len(node.args) > 1 else None)
+    else:
+        return False
+    return size == 1 or (isinstance(size, tuple | list) and list(size) == [1, 1])
 
 
 @dataclass(frozen=True)
@@ -623,6 +626,7 @@ class Int8Plan:
         weighted: The INT8 layers with weights, in network order.
         kept: Layer -> why it stays in float although it could run in INT8.
         output_scale: Scale of the network's output where that is quantized too.
+        own_scales: fx node name -> scale of its tensor in the table, for every activation that has a usable one.
     """
 
     network: Network
@@ -631,6 +635,7 @@ class Int8Plan:
     weighted: tuple[Layer, ...]
     kept: Mapping[str, str]
     output_scale: float | None = None
+    own_scales: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_int8(
@@ -681,4 +686,5 @@ def plan_int8(
         weighted=tuple(layer for layer in layers if layer.kind in ("conv", "linear")),
         kept=kept,
         output_scale=usable.get(OUTPUT) if quantize_output else None,
+        own_scales={node: usable[tensor] for node, tensor in network.tensor_of.items() if tensor in usable},
     )

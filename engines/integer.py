@@ -2,6 +2,7 @@
 
 An INT8 layer quantizes its inputs; a convolution or matrix product then sums products of int8 codes exactly, scales
 the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again.
+A value that goes both to a layer and to a concatenation of another scale is quantized with its own scale first.
 
 The sums are formed by float matrix products on integer-valued operands. They are exact: every product and every
 partial sum is an integer, and float32 holds all integers up to 2^24. No partial sum of an output channel, in whatever
@@ -12,6 +13,7 @@ largest code do) is computed in float64, which is exact up to 2^53.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from calib.explicit import place
 from calib.graph import Int8Plan, Layer, is_activation
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, quantize, quantize_weight
 
@@ -75,6 +78,7 @@ class IntegerNetwork(fx.Interpreter):
             for layer in plan.weighted
         }
         self._codes: dict[str, Tensor] = {}
+        self._requantized = place(plan).requantized
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [B, C, H, W] -> probabilities, float32 [B, classes]."""
@@ -90,6 +94,8 @@ class IntegerNetwork(fx.Interpreter):
         result._layers = {node: layer for node, layer in self._layers.items() if layer.name in names}
         result._weighted = {node: layer for node, layer in self._weighted.items() if node in result._layers}
         result._codes = {}
+        layers = frozenset(layer.name for layer in result._layers.values())
+        result._requantized = place(dataclasses.replace(self.plan, layers=layers)).requantized
         return result
 
     def run_node(self, n: fx.Node) -> Any:
@@ -100,6 +106,8 @@ class IntegerNetwork(fx.Interpreter):
             value = self._weighted[n.name](self._input_codes(n.all_input_nodes[0]))
         else:
             value = self._dequantized(n)
+        if n.name in self._requantized:
+            value = quantize(value, self._requantized[n.name]) * self._requantized[n.name]
         if self._observe is not None:
             name = self.plan.network.observed.get(n.name)
             if name is not None and is_activation(value):

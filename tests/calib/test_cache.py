@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from calib.cache import Provenance, SubsetRecord, decide, read_provenance, side_file, weights_fingerprint, write
+from calib.cache import RULES, Provenance, SubsetRecord, decide, read_provenance, side_file, weights_fingerprint, write
 from calib.record import QuantizationRecord, quantized_table, read_record, write_record
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig
@@ -45,6 +45,23 @@ def test_an_unchanged_table_is_reused(path: Path) -> None:
     recorded = read_provenance(path)
     assert recorded is not None
     assert recorded.subset == WANTED.subset
+
+
+@pytest.mark.parametrize("recorded", [{}, {"rules": 1}])
+def test_a_table_made_by_older_rules_is_made_again(path: Path, recorded: dict[str, int]) -> None:
+    write(path, TABLE, WANTED)
+    content = json.loads(side_file(path).read_text())
+    assert content.pop("rules") == RULES
+    side_file(path).write_text(json.dumps({**content, **recorded}))
+    decision = decide(path, WANTED, named=False)
+    assert decision.table is None
+    assert decision.reason == f"it was made by revision 1 of the calibration rules, now {RULES}"
+
+
+def test_the_rules_of_the_reference_say_nothing_of_a_table_that_tensorrt_made(path: Path) -> None:
+    made = dataclasses.replace(WANTED, maker="tensorrt", rules=1)
+    write(path, TABLE, made)
+    assert decide(path, dataclasses.replace(made, rules=RULES), named=False).table is not None
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -13,10 +14,12 @@ from hypothesis.extra import numpy as arrays
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from calib.calibrator import calibrate
 from calib.explicit import fake_quantize, place
-from calib.graph import Int8Plan, trace
+from calib.graph import Int8Plan, plan_int8, trace
 from calib.int8 import quantize, quantize_weight
 from engines.integer import IntegerNetwork
+from engines.onnx_export import int8_model
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
 
@@ -144,11 +147,55 @@ def test_only_the_int8_reader_of_a_value_gets_it_quantized():
     assert scale == mobile.scales["depthwise_1"]
 
 
-def test_concatenation_and_its_branches_share_one_scale():
+def test_what_a_concatenation_alone_reads_is_quantized_with_its_scale():
     placement = place(make_plan(make_network("branches")), before_relu=True)
     assert placement.scales["left"] == placement.scales["right"] == placement.scales["cat"]
     assert {"left", "right"} <= placement.points.keys()
     assert "cat" not in placement.points
+    assert not placement.requantized
+
+
+class Requantizing(nn.Module):
+    """What a layer and a concatenation read, and halves of which one goes to each."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.left, self.right = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 4, 1)
+        self.fc = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = F.relu(self.stem(x))
+        x = torch.cat([x, 3 * self.left(x)], 1)
+        first, second = x.chunk(2, 1)
+        x = torch.cat([first, 5 * self.right(second)], 1)
+        return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
+
+
+def test_a_value_that_a_layer_and_a_concatenation_read_is_quantized_twice():
+    torch.manual_seed(0)
+    network = trace(Requantizing(), input_shape=(3, 8, 8))
+    images = torch.randn(16, 3, 8, 8)
+    table = calibrate(network, [images])
+    plan = plan_int8(network, table)
+    placement = place(plan)
+    assert placement.scales["relu"] == placement.requantized["relu"] == plan.own_scales["relu"]
+    assert placement.points["cat"] == table.scales["cat"] != table.scales["relu"]
+    expected = IntegerNetwork(plan)(images)
+    assert float((fake_quantize(plan)(images) - expected).abs().max()) < 1e-6
+    once = IntegerNetwork(plan)
+    once._requantized = {}
+    assert float((once(images) - expected).abs().max()) > 1e-4
+    assert float((_run_onnx(int8_model(plan), images) - expected).abs().max()) < 1e-6
+    # The biases in int32 move a product that is multiplied in float, and with it a code that is nearly a tie.
+    for_cpu = (_run_onnx(int8_model(plan, for_cpu=True), images) - expected).abs().amax(1)
+    assert float(for_cpu.median()) < 5e-5
+
+
+def _run_onnx(model, images):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"data": images.numpy()})[0])
 
 
 values = arrays.arrays("float32", 64, elements=st.floats(-1e4, 1e4, width=32))

@@ -91,11 +91,24 @@ def test_general_network_computes_the_same_with_batch_normalisation_folded() -> 
     assert network.tensors == ("data", "conv", "second", "add", "max_pool2d", "cat", "pool", "fc", "prob")
 
 
-def test_concatenation_shares_the_scale_of_its_output_and_pooling_that_of_its_input() -> None:
+def test_pooling_windows_share_the_scale_of_their_input_and_nothing_else_shares() -> None:
     source = trace(Residual()).scale_source
-    # first -> max_pool2d -> cat, and first itself: one group, whose histogram is that of cat.
-    assert {name for name, root in source.items() if root == "cat"} == {"conv", "add", "max_pool2d", "cat"}
-    assert source["second"] == "second"
+    assert {name: root for name, root in source.items() if name != root} == {"max_pool2d": "conv"}
+
+
+def test_pooling_everything_has_a_scale_of_its_own() -> None:
+    class Pools(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.windows, self.everything, self.fc = nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.adaptive_max_pool2d(F.adaptive_avg_pool2d(self.windows(x), 2) * 2.0, output_size=1)
+            return self.fc(self.everything(x).flatten(1))
+
+    source = trace(Pools()).scale_source
+    assert (source["windows"], source["adaptive_avg_pool2d"]) == ("data", "data")
+    assert (source["everything"], source["adaptive_max_pool2d"]) == ("everything", "adaptive_max_pool2d")
 
 
 def test_a_reused_module_gives_two_names() -> None:
