@@ -10,6 +10,8 @@ Nothing is installed into the running Python: only the subprocesses of the tests
 
 makes the same with the current Torch-TensorRT and the torch that it needs, in an environment of its own (several GB).
 
+``<folder>/rtx`` gets TensorRT-RTX, the libraries and the bindings, whose builder needs no GPU.
+
 Where the wheels or a C compiler cannot be had, the reason goes to ``<folder>/unavailable.txt``, the contract tests
 skip with it, and the exit code is 0; with ``--strict`` it is 1.
 """
@@ -24,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +55,9 @@ TESTED = Stack(
     wheels=("torch_tensorrt==2.8.0", "tensorrt_cu12_bindings==10.12.0.36", "dllist==2.0.0"), tensorrt="10.12.0"
 )
 
+
+RTX = ("onnxruntime-ep-nv-tensorrt-rtx-cu12==0.5.0", "tensorrt-rtx-cu12-bindings==1.7.1.116")
+"""The first carries TensorRT-RTX's libraries."""
 
 PYTHON = Path("venv") / "bin" / "python"
 """Of an environment with a torch of its own, in its folder."""
@@ -93,6 +99,23 @@ def make(folder: Path, stack: Stack | None = TESTED) -> bool:
     (shim / "__init__.py").write_text(SHIM)
     compile_stand_ins(folder / "lib", stack)
     marker.write_text(json.dumps({**wanted, "installed": stack.wheels, "tensorrt": stack.tensorrt}))
+    return True
+
+
+def make_rtx(folder: Path) -> bool:
+    """Make the environment with TensorRT-RTX in ``folder``; return False if it was complete already.
+
+    Raises:
+        Unavailable: the wheels cannot be had.
+    """
+    marker = folder / "complete.json"
+    wanted = {"wheels": " ".join(RTX), "python": sys.version.split()[0]}
+    if marker.is_file() and json.loads(marker.read_text()) == wanted:
+        return False
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    install(folder / "site", RTX)
+    marker.write_text(json.dumps(wanted))
     return True
 
 
@@ -150,16 +173,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="exit with 1 where it cannot be made")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.folder.resolve()
-    reason = folder / "unavailable.txt"
+    complete = attempt(folder, lambda: make(folder, None if arguments.latest else TESTED))
+    if not arguments.latest:
+        complete = attempt(folder / "rtx", lambda: make_rtx(folder / "rtx")) and complete
+    return 1 if arguments.strict and not complete else 0
+
+
+def attempt(folder: Path, maker: Callable[[], bool]) -> bool:
+    """Run what makes ``folder``; where that cannot be, leave the reason there and return False."""
     try:
-        made = make(folder, None if arguments.latest else TESTED)
+        made = maker()
     except Unavailable as error:
         folder.mkdir(parents=True, exist_ok=True)
-        reason.write_text(f"{error}\n")
-        print(f"the contract tests cannot run here: {error}", file=sys.stderr)
-        return 1 if arguments.strict else 0
+        (folder / "unavailable.txt").write_text(f"{error}\n")
+        print(f"these contract tests cannot run here: {error}", file=sys.stderr)
+        return False
     print(f"contract environment {'made' if made else 'is complete'}: {folder}", file=sys.stderr)
-    return 0
+    return True
 
 
 if __name__ == "__main__":
