@@ -199,7 +199,7 @@ class EngineConfig:
         workspace: TensorRT's workspace in MiB; 0 leaves it to TensorRT.
         full_compilation: Whether Torch-TensorRT must take the whole network.
         dla_core: DLA core (with GPU fallback); the GPU if unset.
-        cuda_graphs: Whether GPU engines are replayed as CUDA graphs.
+        cuda_graphs: Whether TensorRT engines are timed as CUDA graphs, with the call through Torch-TensorRT beside it.
     """
 
     name: EngineName = "auto"
@@ -211,7 +211,7 @@ class EngineConfig:
     workspace: int = 0
     full_compilation: bool = False
     dla_core: int | None = None
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         _require(

@@ -30,6 +30,9 @@ class Compiled:
         latency_note: Why its latency says nothing about this precision (``simulated``, ...), or None if it does.
         details: What a reader may want to know, such as the kernels that were chosen.
         run_on_device: The same on tensors that lie on the GPU already, without a copy; None off a GPU.
+        captured: The same as a CUDA graph: takes an input on the GPU, and gives a function that replays the network
+            on whatever lies in that input and returns the output's buffer, which the next replay overwrites. None
+            where the network is not replayed.
     """
 
     engine: str
@@ -40,6 +43,7 @@ class Compiled:
     latency_note: str | None = None
     details: Mapping[str, str] = field(default_factory=dict)
     run_on_device: Callable[[Tensor], Tensor] | None = None
+    captured: Callable[[Tensor], Callable[[], Tensor]] | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.run(images)

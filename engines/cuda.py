@@ -81,6 +81,7 @@ class CudaEngine:
             device=gpu.name,
             run=on_cpu(function, device),
             run_on_device=function,
+            captured=(lambda images: capture(eager, images)) if self._graphs else None,
             size_bytes=sum(item.numel() * item.element_size() for item in module.parameters()),
             details={
                 "cuDNN": f"{torch.backends.cudnn.version()}, benchmark mode",
@@ -129,31 +130,46 @@ class CudaGraphs:
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         self._function = function
-        self._captured: dict[tuple[Any, ...], tuple[torch.cuda.CUDAGraph, Tensor, Tensor]] = {}
+        self._captured: dict[tuple[Any, ...], tuple[Callable[[], Tensor], Tensor]] = {}
 
     def __call__(self, images: Tensor) -> Tensor:
         key = (images.shape, images.dtype, images.device)
         # Throughout, since the buffers of a capture in inference mode can be written in no other.
         with torch.inference_mode():
             if key not in self._captured:
-                self._captured[key] = self._capture(images)
-            graph, source, result = self._captured[key]
+                source = images.clone()
+                self._captured[key] = capture(self._function, source), source
+            replay, source = self._captured[key]
             source.copy_(images)
-            graph.replay()
-        return result
+            return replay()
 
-    def _capture(self, images: Tensor) -> tuple[torch.cuda.CUDAGraph, Tensor, Tensor]:
-        source = images.clone()
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
+
+def capture(function: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+    """``function`` of whatever lies in ``images``, as a CUDA graph.
+
+    Args:
+        function: Launches the same kernels each time, and never waits for the GPU.
+        images: On the GPU, which must be the current device; the graph reads from where it lies.
+
+    Returns:
+        Replays the graph on the current stream, and returns the result's buffer, which the next replay overwrites.
+    """
+    stream = torch.cuda.Stream(images.device)
+    stream.wait_stream(torch.cuda.current_stream(images.device))
+    with torch.inference_mode():
         with torch.cuda.stream(stream):
             for _ in range(WARM_UP_RUNS):
-                self._function(source)
+                function(images)
         torch.cuda.current_stream(images.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            result = self._function(source)
-        return graph, source, result
+            result = function(images)
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
 
 
 def baselines(network: Network, config: EngineConfig, precisions: tuple[PrecisionName, ...]) -> list[Compiled]:

@@ -45,6 +45,7 @@ from common.config import AlgorithmName, EngineConfig, PrecisionName, Quantizati
 from common.errors import InputError
 from engines import tensorrt_files
 from engines.base import Compiled, EngineError
+from engines.cuda import capture
 from engines.tensorrt_files import EngineRecord
 
 logger = logging.getLogger(__name__)
@@ -124,19 +125,19 @@ class TorchTensorRTEngine:
         if self._config.dla_core is not None and job.build.dla_core is None:
             details["DLA"] = "none: a DLA core does not compute in FP32, this runs on the GPU"
         graphs = self._config.cuda_graphs
-        device_run = with_cuda_graphs(torch_tensorrt, engines.on_device) if graphs else engines.on_device
         return Compiled(
             engine=self.name,
             precision=precision,
             device=gpu.name if job.build.dla_core is None else f"{gpu.name}, DLA core {job.build.dla_core}",
             run=engines.on_cpu,
-            run_on_device=device_run,
+            run_on_device=engines.on_device,
+            captured=(lambda images: capture(engines.on_device, images)) if graphs else None,
             size_bytes=engines.size_bytes,
             details={
                 "TensorRT": installed.tensorrt,
                 "Torch-TensorRT": installed.torch_tensorrt,
                 **details,
-                "CUDA graphs": "each engine" if graphs else "none",
+                "CUDA graphs": "the engine replayed, for its latency" if graphs else "none",
             },
         )
 
@@ -363,22 +364,6 @@ def _fingerprint(module: nn.Module) -> str:
     """Hex digest of a module's weights and operations."""
     operations = str(getattr(module, "code", "")) + repr(module)
     return hashlib.sha256(f"{weights_fingerprint(module)}\n{operations}".encode()).hexdigest()
-
-
-def with_cuda_graphs(torch_tensorrt: ModuleType, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``run`` with Torch-TensorRT's own CUDA graphs, which it records and replays per engine.
-
-    Its switch is global to the process, so it is on for the call alone.
-    """
-
-    def replay(images: Tensor) -> Tensor:
-        torch_tensorrt.runtime.set_cudagraphs_mode(True)
-        try:
-            return run(images)
-        finally:
-            torch_tensorrt.runtime.set_cudagraphs_mode(False)
-
-    return replay
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:

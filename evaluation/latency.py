@@ -1,11 +1,15 @@
 """Latency, measured so that the precisions can be compared: interleaved, after a warm-up, on real images.
 
-On a CPU, ``perf_counter`` around each call. On a GPU, CUDA events around each launch on a stream of its own with the
-input already on the device, and beside it the wall-clock time with the copies from and to pinned host memory.
+On a CPU, ``perf_counter`` around each call. On a GPU, CUDA events on a stream of its own with the input already on the
+device: around a CUDA graph of the network where its engine can be captured, which is what the engine itself takes;
+beside it the call through the framework around the engine, and the wall-clock time with the copies from and to pinned
+host memory. Events around a single launch of a few microseconds would measure the launch: up to ``LAUNCHES`` follow one
+another between two events, and their mean counts.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,15 +17,20 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from common.errors import first_line
 from data.base import ImageSet
 from engines.base import Compiled
 from evaluation.results import Latency, Timing
+
+logger = logging.getLogger(__name__)
 
 SLICE_SECONDS = 0.02
 """How long one network runs before it is the next one's turn: long against a switch, short against clock drift."""
 WARM_UP_SECONDS = 0.2
 GPU_RUNS, GPU_SECONDS = 200, 2.0
 """On a GPU: at least this many timed runs, or this many seconds."""
+LAUNCHES, LAUNCHES_MS = 20, 1.0
+"""On a GPU: launches between two events, as many as take this many milliseconds, and at most so many."""
 PATIENCE = 10
 """A slow network stops after this many times the configured seconds, however few runs that makes."""
 LEAST_RUNS = 5
@@ -31,13 +40,14 @@ LEAST_RUNS = 5
 class _Subject:
     """One network under measurement at one batch size.
 
-    ``sample(n)`` runs it n times and returns the times in milliseconds.
+    ``sample(n)`` runs it n times and returns the times in milliseconds; ``replayed`` tells whether as a CUDA graph.
     """
 
     sample: Callable[[int], list[float]]
     runs: int
     seconds: float
     limit: float
+    replayed: bool = False
     times: list[float] = field(default_factory=list)
     spent: float = 0.0
     estimate: float = 0.0
@@ -80,16 +90,24 @@ def measure_latency(
         images = source.images(torch.arange(size) % len(source)).contiguous()
         compute = [_subject(network, images, seconds, runs, device) for network in compiled]
         _take_turns(compute)
-        copies = {
-            index: _end_to_end_subject(network, images, seconds, runs, device)
-            for index, network in enumerate(compiled)
-            if network.run_on_device is not None
+        on_gpu = [index for index, network in enumerate(compiled) if network.run_on_device is not None]
+        called = {
+            index: _called_subject(compiled[index], images, seconds, runs, device)
+            for index in on_gpu
+            if compute[index].replayed
         }
+        copies = {index: _end_to_end_subject(compiled[index], images, seconds, runs, device) for index in on_gpu}
+        _take_turns(list(called.values()))
         _take_turns(list(copies.values()))
         for index, subject in enumerate(compute):
-            timing = summarise(subject.times, size)
-            end_to_end = summarise(copies[index].times, size) if index in copies else None
-            results[index].append(Latency(batch_size=size, compute=timing, end_to_end=end_to_end))
+            results[index].append(
+                Latency(
+                    batch_size=size,
+                    compute=summarise(subject.times, size),
+                    without_graph=summarise(called[index].times, size) if index in called else None,
+                    end_to_end=summarise(copies[index].times, size) if index in copies else None,
+                )
+            )
     for index, network in enumerate(compiled):
         if index and network.latency_note is None and results[0]:
             results[index] = [
@@ -115,14 +133,18 @@ def summarise(times: Sequence[float], batch_size: int) -> Timing:
 
 def _subject(network: Compiled, images: Tensor, seconds: float, runs: int, device: int) -> _Subject:
     if network.run_on_device is not None:
-        return _gpu_subject(_DeviceRunner(network.run_on_device, images, device).compute, seconds, runs)
+        runner = _DeviceRunner(network, images, device)
+        return replace(_gpu_subject(runner.compute, seconds, runs), replayed=runner.replayed)
     runs = LEAST_RUNS if network.latency_note else runs
     return _Subject(_wall_clock(lambda: network.run(images)), runs, seconds, PATIENCE * seconds)
 
 
+def _called_subject(network: Compiled, images: Tensor, seconds: float, runs: int, device: int) -> _Subject:
+    return _gpu_subject(_DeviceRunner(replace(network, captured=None), images, device).compute, seconds, runs)
+
+
 def _end_to_end_subject(network: Compiled, images: Tensor, seconds: float, runs: int, device: int) -> _Subject:
-    assert network.run_on_device is not None  # the caller chose those that have it
-    return _gpu_subject(_wall_clock(_DeviceRunner(network.run_on_device, images, device).round_trip), seconds, runs)
+    return _gpu_subject(_wall_clock(_DeviceRunner(network, images, device).round_trip), seconds, runs)
 
 
 def _gpu_subject(sample: Callable[[int], list[float]], seconds: float, runs: int) -> _Subject:
@@ -141,35 +163,59 @@ def _wall_clock(call: Callable[[], object]) -> Callable[[int], list[float]]:
     return sample
 
 
+def _replay(network: Compiled, images: Tensor) -> Callable[[], Tensor] | None:
+    """The network as a CUDA graph that reads ``images``; None where it has none, with a warning where it fails."""
+    if network.captured is None:
+        return None
+    try:
+        return network.captured(images)
+    except RuntimeError as error:
+        logger.warning(
+            "%s %s at batch %d is timed by calls, since it cannot be captured as a CUDA graph: %s",
+            network.engine,
+            network.precision,
+            len(images),
+            first_line(error),
+        )
+        return None
+
+
 class _DeviceRunner:
     """Runs a network on a GPU, on a stream of its own, with buffers that are allocated once."""
 
-    def __init__(self, run: Callable[[Tensor], Tensor], images: Tensor, device: int) -> None:
-        self.run = run
+    def __init__(self, network: Compiled, images: Tensor, device: int) -> None:
+        run = network.run_on_device
+        assert run is not None  # the caller chose those that have it
         self.stream = torch.cuda.Stream(device)
         self.source = images.pin_memory()
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.device(device), torch.cuda.stream(self.stream):
             self.input = images.to(torch.device("cuda", device))
-            output = run(self.input)
+            replay = _replay(network, self.input)
+            self.run = replay or (lambda: run(self.input))
+            output = self.run()
+        self.replayed = replay is not None
         self.stream.synchronize()
         self.target = torch.empty_like(output, device="cpu").pin_memory()
+        self.launches = 1
+        self.launches = max(1, min(LAUNCHES, round(LAUNCHES_MS / min(self.compute(LEAST_RUNS)))))
 
     def compute(self, count: int) -> list[float]:
-        """Milliseconds of each of ``count`` launches, between two events on the stream."""
+        """Milliseconds of a launch, ``count`` times: the mean of those between two events on the stream."""
         events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(count)]
         with torch.cuda.stream(self.stream):
             for begin, end in events:
                 begin.record(self.stream)
-                self.run(self.input)
+                for _ in range(self.launches):
+                    self.run()
                 end.record(self.stream)
         self.stream.synchronize()
-        return [begin.elapsed_time(end) for begin, end in events]
+        return [begin.elapsed_time(end) / self.launches for begin, end in events]
 
     def round_trip(self) -> None:
         """Copy in, run, copy out, and wait for it."""
         with torch.cuda.stream(self.stream):
             self.input.copy_(self.source, non_blocking=True)
-            self.target.copy_(self.run(self.input), non_blocking=True)
+            self.target.copy_(self.run(), non_blocking=True)
         self.stream.synchronize()
 
 

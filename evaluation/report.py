@@ -137,6 +137,8 @@ def _context(report: Report) -> dict[str, Any]:
         "findings": findings(report),
         "batches": sizes if len(sizes) <= 2 else [sizes[0], sizes[-1]],
         "faster": any(entry.speedup is not None for row in report.rows for entry in row.latency),
+        "graphs": any(entry.without_graph is not None for row in report.rows for entry in row.latency),
+        "tf32": next((row.details["TF32"] for row in report.rows if "TF32" in row.details), None),
         "copies": any(entry.end_to_end is not None for row in report.rows for entry in row.latency),
         "device": next((row.device for row in report.rows if row.device), ""),
         "judged": judged,

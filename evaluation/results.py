@@ -17,7 +17,7 @@ from common.errors import InputError
 from common.files import read_json
 from evaluation.text import points as signed
 
-VERSION = 1
+VERSION = 2
 """Of the format of ``report.json``; raised when a member is added, removed or changes its meaning."""
 
 
@@ -129,13 +129,16 @@ class Latency:
 
     Attributes:
         batch_size: Images per batch.
-        compute: The network alone: inputs and outputs stay where it runs.
+        compute: The network alone: inputs and outputs stay where it runs. On a GPU it is replayed as a CUDA graph where
+            its engine can be; an entry is then the mean of up to 20 replays without a gap.
+        without_graph: The same called through its framework instead; null where ``compute`` is no CUDA graph.
         end_to_end: With the copies from and to pinned host memory (GPU alone).
         speedup: FP32's median over this one's; null for FP32 itself and where the latency says nothing.
     """
 
     batch_size: int
     compute: Timing
+    without_graph: Timing | None = None
     end_to_end: Timing | None = None
     speedup: float | None = None
 

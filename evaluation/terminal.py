@@ -61,6 +61,7 @@ def _accuracy(row: Row) -> tuple[str, ...]:
 
 
 def _print_latency(report: Report) -> None:
+    graphs = any(entry.without_graph for row in report.rows for entry in row.latency)
     copies = any(entry.end_to_end for row in report.rows for entry in row.latency)
     columns = ["", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"]
     cells = []
@@ -68,7 +69,7 @@ def _print_latency(report: Report) -> None:
         for row in report.rows:
             for entry in row.latency:
                 if entry.batch_size == batch_size:
-                    timing, whole = entry.compute, entry.end_to_end
+                    timing, called, whole = entry.compute, entry.without_graph, entry.end_to_end
                     cells.append(
                         (
                             report.title(row) + ("*" if row.latency_note else ""),
@@ -79,7 +80,12 @@ def _print_latency(report: Report) -> None:
                             milliseconds(timing.per_image),
                             rate(timing.images_per_second),
                             "" if entry.speedup is None else f"{entry.speedup:.2f}",
+                            *([milliseconds(called.median) if called else ""] if graphs else []),
                             *([milliseconds(whole.median) if whole else ""] if copies else []),
                         )
                     )
-    print_table("Latency", [*columns, *(["with copies ms"] if copies else [])], cells)
+    more = [*(["without graph ms"] if graphs else []), *(["with copies ms"] if copies else [])]
+    print_table("Latency", [*columns, *more], cells)
+    tf32 = next((row.details["TF32"] for row in report.rows if row.precision == "fp32" and "TF32" in row.details), None)
+    if tf32:
+        print(f"FP32 on the GPU: TF32 {tf32}")

@@ -37,8 +37,6 @@ class Upstream(ModuleType):
         super().__init__("torch_tensorrt")
         self.calls: list[Any] = []
         self.error, self.table, self.batches = error, table, batches
-        self.cuda_graphs: list[bool] = []
-        self.runtime = SimpleNamespace(set_cudagraphs_mode=self.cuda_graphs.append)
         self.Input = lambda shape, dtype: (shape, dtype)
         self.DeviceType = SimpleNamespace(GPU="gpu", DLA="dla")
         self.logging = SimpleNamespace(errors=nullcontext)

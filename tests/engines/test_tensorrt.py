@@ -112,13 +112,11 @@ class TestCompiling:
         assert probabilities.dtype is torch.float
         torch.testing.assert_close(probabilities, network.module(images(2)), atol=2e-3, rtol=0)
 
-    def test_cuda_graphs_are_on_for_the_call_alone(self, machine, network, tmp_path):
-        upstream = machine()
-        compiled = engine(tmp_path, (2,), cuda_graphs=True).compile(network, "fp32", None)
-        assert upstream.cuda_graphs == []
-        assert compiled.run_on_device is not None
-        compiled.run_on_device(images(2))
-        assert upstream.cuda_graphs == [True, False]
+    @pytest.mark.parametrize("graphs", [True, False])
+    def test_is_captured_for_its_latency_unless_switched_off(self, machine, network, tmp_path, graphs):
+        machine()
+        compiled = engine(tmp_path, (2,), cuda_graphs=graphs).compile(network, "fp32", None)
+        assert (compiled.captured is not None) is graphs
 
 
 class TestFiles:

@@ -174,3 +174,21 @@ def test_on_a_gpu_events_time_the_launches_and_copies_come_on_top(size: int) -> 
     assert fast[0].speedup > 1.2
     assert slow[0].end_to_end is not None
     assert slow[0].end_to_end.median > slow[0].compute.median
+
+
+def test_what_cannot_be_captured_is_timed_by_calls_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(images: Tensor) -> Callable[[], Tensor]:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    compiled = Compiled("torch-tensorrt", "fp16", "GPU", lambda images: images, 1, captured=refuse)
+    assert latency._replay(compiled, torch.zeros(8, 1)) is None
+    assert "torch-tensorrt fp16 at batch 8 is timed by calls" in caplog.text
+    assert "not permitted when stream is capturing" in caplog.text
+
+
+def test_what_is_captured_is_replayed() -> None:
+    compiled = Compiled("torch-tensorrt", "fp16", "GPU", lambda images: images, 1, captured=lambda images: images.sum)
+    replay = latency._replay(compiled, torch.ones(3))
+    assert replay is not None
+    assert replay() == 3
+    assert latency._replay(Compiled("torch", "fp32", "CPU", lambda images: images, 1), torch.ones(3)) is None

@@ -21,7 +21,7 @@ from common.errors import InputError
 from evaluation.charts import all_charts, log_ticks, ticks
 from evaluation.findings import findings
 from evaluation.report import _markdown, render_html, render_markdown, write_report
-from evaluation.results import ChangedImage, ClassAccuracy, Report, judge
+from evaluation.results import VERSION, ChangedImage, ClassAccuracy, Report, judge
 
 SECTIONS = (
     "verdict",
@@ -203,7 +203,7 @@ def test_figures_are_files_of_their_own(report: Report, tmp_path: Path) -> None:
     markdown = (tmp_path / "report.md").read_text()
     for target in re.findall(r"\]\(([^)]+)\)", markdown):
         assert (tmp_path / target).exists()
-    assert json.loads((tmp_path / "report.json").read_text())["version"] == 1
+    assert json.loads((tmp_path / "report.json").read_text())["version"] == VERSION
 
 
 def test_markdown_tables_have_a_blank_line_before_and_equal_widths(report: Report) -> None:

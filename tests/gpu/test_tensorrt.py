@@ -10,7 +10,10 @@ from calib.subset import Subset
 from calib.tensorrt import calibrate, usable
 from calib.tensorrt_rules import TensorRTError, has_calibrator
 from common.config import EngineConfig, QuantizationConfig
+from data.base import Preprocessing
+from data.tensor import TensorImages
 from engines.tensorrt import TorchTensorRTEngine
+from evaluation.latency import measure_latency
 from models import LeNet
 from tests.upstream import provenance
 
@@ -60,6 +63,31 @@ def test_float_engines(network, tmp_path, precision, tolerance, graphs):
     batch = Source().images(torch.arange(8))
     result = compiled.run_on_device(batch.cuda()).cpu()
     torch.testing.assert_close(result, network.module(batch), atol=tolerance, rtol=0)
+    assert (compiled.captured is not None) is graphs
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_an_engine_as_a_cuda_graph_follows_its_input(network, tmp_path, precision):
+    compiled = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (8,)).compile(
+        network, precision, None
+    )
+    source = torch.zeros(8, 1, 28, 28, device="cuda")
+    replay = compiled.captured(source)
+    for first in (0, 8, 16):
+        batch = Source().images(torch.arange(first, first + 8)).cuda()
+        source.copy_(batch)
+        assert torch.equal(replay(), compiled.run_on_device(batch))
+
+
+def test_the_report_times_the_engine_and_the_call_through_its_runtime(network, tmp_path):
+    pixels = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
+    source = TensorImages(pixels, torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28))
+    compiled = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (1,)).compile(network, "fp32", None)
+    ((entry,),) = measure_latency([compiled], source, [1], seconds=0.1, runs=10)
+    assert entry.without_graph is not None
+    assert entry.end_to_end is not None
+    assert entry.compute.median > 0
+    assert entry.without_graph.median > 0
 
 
 def test_explicit_int8(network, ours, tmp_path):
