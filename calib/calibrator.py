@@ -5,15 +5,19 @@ This is the reference calibrator. It follows TensorRT's IInt8EntropyCalibrator2 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import ProcessGroup
 
+from calib.device_histogram import DeviceHistograms
 from calib.graph import INPUT, Network, trace
 from calib.histogram import AbsHistogram
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable
@@ -70,6 +74,7 @@ def calibrate(
     *,
     tensorrt_version: str = TESTED_TENSORRT,
     options: Mapping[str, float] | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> CalibrationTable:
     """Calibrate ``model`` over ``batches`` and return its calibration table.
 
@@ -80,6 +85,8 @@ def calibrate(
         algorithm: ``entropy2`` (IInt8EntropyCalibrator2), ``minmax``, ``percentile``, ``entropy`` or ``legacy``.
         tensorrt_version: Version for the table's first line.
         options: Parameters of the algorithm, such as ``{"percentile": 99.9}``.
+        process_group: Processes of torch.distributed that share the work, each with the same model and batches; every
+            one gets the table that one process alone would make. See :func:`collect`.
 
     Returns:
         The table; ``table.scales`` holds the scales by tensor name, in network order. A tensor that was zero
@@ -90,29 +97,93 @@ def calibrate(
             not finite.
     """
     network = model if isinstance(model, Network) else trace(model)
-    histograms = collect(network, batches)
+    histograms = collect(network, batches, process_group=process_group)
     return find_thresholds(histograms, algorithm, tensorrt_version=tensorrt_version, options=options).table
 
 
 def collect(
-    network: Network, batches: Iterable[Any], progress: Callable[[int, float], None] | None = None
+    network: Network,
+    batches: Iterable[Any],
+    progress: Callable[[int, float], None] | None = None,
+    *,
+    process_group: ProcessGroup | None = None,
 ) -> Histograms:
     """Run ``network`` over ``batches`` and histogram its tensors; memory does not grow with their number.
 
+    On a GPU the histograms are counted there, without waiting for it, and without TF32: the scales are the CPU's but
+    for the rounding of the network's own operations.
+
     Args:
         network: The traced network.
-        batches: As :func:`calibrate` takes them.
-        progress: Called after each batch with (batches done, seconds it took).
+        batches: As :func:`calibrate` takes them. With ``process_group``, all batches in each process, which takes
+            every N-th of them: a sequence, of which the process reads no others, or what can be iterated again.
+        progress: Called after each batch of this process with (batches done, seconds it took).
+        process_group: Processes that share the batches. The histograms, in each of them, are those of one process.
 
     Raises:
-        InputError: as :func:`calibrate` does.
+        InputError: as :func:`calibrate` does; or another process ended with an error.
     """
-    of = {name: AbsHistogram() for name in network.tensors if network.scale_source[name] == name}
     device = next((parameter.device for parameter in network.module.parameters()), torch.device("cpu"))
-    seconds: list[float] = []
-    images = 0
-    constant = same = True
-    first: Tensor | None = None
+    names = [name for name in network.tensors if network.scale_source[name] == name]
+    seen = _Seen(progress)
+    if device.type == "cuda" or process_group is not None:
+        with _without_tf32(device):
+            of = _collect_on_device(network, names, batches, seen, device, process_group)
+    else:
+        of = _collect_on_cpu(network, names, batches, seen)
+    if not seen.count:
+        raise InputError("calibration needs at least one batch of images, and got none")
+    if seen.constant:
+        logger.warning("all pixels of each calibration batch are equal: these images represent nothing")
+    elif seen.same and seen.images > 1:
+        logger.warning("all %d calibration images are the same one: it represents nothing but itself", seen.images)
+    return Histograms(network, of, tuple(seen.seconds), seen.images)
+
+
+class _Seen:
+    """What the batches so far were like.
+
+    Attributes:
+        count: Batches.
+        images: Images in them.
+        constant: Whether every batch is of one value.
+        same: Whether all images are the same.
+        seconds: Time of each batch.
+    """
+
+    def __init__(self, progress: Callable[[int, float], None] | None) -> None:
+        self._progress = progress
+        self._first: Tensor | None = None
+        self.count = self.images = 0
+        self.constant = self.same = True
+        self.seconds: list[float] = []
+
+    def run(self, batch: Any, use: Callable[[Tensor], object]) -> None:
+        """Give the images of ``batch`` to ``use``, and record the time."""
+        start = time.perf_counter()
+        images = _images(batch)
+        self._first = images[:1] if self._first is None else self._first
+        self.constant = self.constant and bool((images == images[0, 0, 0, 0]).all())
+        self.same = self.same and images.shape[1:] == self._first.shape[1:] and bool((images == self._first).all())
+        use(images)
+        self.count += 1
+        self.images += len(images)
+        self.seconds.append(time.perf_counter() - start)
+        if self._progress is not None:
+            self._progress(self.count, self.seconds[-1])
+
+    def agree(self, group: ProcessGroup, device: torch.device) -> None:
+        """Take what all processes saw for what was seen (but for the times)."""
+        numbers = torch.tensor([self.count, self.images, not self.constant, not self.same], device=device)
+        distributed.all_reduce(numbers, group=group)
+        self.count, self.images, various, different = numbers.tolist()
+        self.constant, self.same = not various, not different
+
+
+def _collect_on_cpu(
+    network: Network, names: Sequence[str], batches: Iterable[Any], seen: _Seen
+) -> Mapping[str, AbsHistogram]:
+    of = {name: AbsHistogram() for name in names}
 
     def observe(name: str, value: Tensor) -> None:
         histogram = of.get(name)
@@ -121,26 +192,115 @@ def collect(
         try:
             histogram.add(value)
         except InputError as error:
-            raise InputError(f"calibration batch {len(seconds) + 1}, tensor {name}: {error}") from error
+            raise InputError(f"calibration batch {seen.count + 1}, tensor {name}: {error}") from error
 
     for batch in batches:
-        start = time.perf_counter()
-        inputs = _images(batch)
-        first = inputs[:1] if first is None else first
-        constant = constant and bool((inputs == inputs[0, 0, 0, 0]).all())
-        same = same and inputs.shape[1:] == first.shape[1:] and bool((inputs == first).all())
-        network.run(inputs.to(device), observe)
-        seconds.append(time.perf_counter() - start)
-        images += len(inputs)
-        if progress is not None:
-            progress(len(seconds), seconds[-1])
-    if not seconds:
-        raise InputError("calibration needs at least one batch of images, and got none")
-    if constant:
-        logger.warning("all pixels of each calibration batch are equal: these images represent nothing")
-    elif same and images > 1:
-        logger.warning("all %d calibration images are the same one: it represents nothing but itself", images)
-    return Histograms(network, of, tuple(seconds), images)
+        seen.run(batch, lambda images: network.run(images, observe))
+    return of
+
+
+def _collect_on_device(
+    network: Network,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    seen: _Seen,
+    device: torch.device,
+    group: ProcessGroup | None,
+) -> Mapping[str, AbsHistogram]:
+    """Histograms counted on ``device``, shared by the processes of ``group``.
+
+    The first process runs the first batch, whose maxima are the ranges that all begin with. Where a tensor is all
+    zeros in it and not later, the range is known only when all batches have run, and they run once more for it.
+    """
+    rank, processes = (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
+    if group is not None and iter(batches) is batches:
+        raise InputError("batches that processes share must be a list, or what can be iterated again: not a generator")
+    found = DeviceHistograms(names, device, rank=rank, processes=processes)
+
+    def count(into: DeviceHistograms, part: Iterable[Any], seen: _Seen) -> None:
+        def use(images: Tensor) -> None:
+            network.run(images.to(device, non_blocking=True), into.add)
+            into.end_batch()
+
+        for batch in part:
+            seen.run(batch, use)
+        into.check()
+
+    if group is None:
+        count(found, batches, seen)
+        return found.finish()[0]
+    mine = _every(batches, rank, processes)
+    bases: list[float] = []
+
+    def begin() -> None:
+        if rank == 0:
+            count(found, itertools.islice(mine, 1), seen)
+            bases[:] = found.bases()
+
+    _together(begin, group, device)
+    agreed = torch.tensor(bases if rank == 0 else [0.0] * len(names), dtype=torch.float64, device=device)
+    distributed.broadcast(agreed, group_src=0, group=group)
+    if rank > 0:
+        found = DeviceHistograms(names, device, agreed.tolist(), rank, processes)
+    found.leave_late()
+    _together(lambda: count(found, mine, seen), group, device)
+    seen.agree(group, device)
+    if not seen.count:
+        return {}
+    of, late = found.finish(group)
+    alive = {name: base for name, base in late.items() if base > 0}
+    if alive:
+        again = DeviceHistograms(list(alive), device, list(alive.values()), rank, processes)
+        rest = _every(batches, rank, processes)
+        _together(lambda: count(again, rest, _Seen(None)), group, device)
+        of |= again.finish(group)[0]
+    return of
+
+
+def _together(work: Callable[[], None], group: ProcessGroup, device: torch.device) -> None:
+    """Do this process's part, then wait for the others'.
+
+    Raises:
+        InputError: another process failed. What fails in this process is raised as it is.
+    """
+    failure: Exception | None = None
+    try:
+        work()
+    except Exception as error:  # noqa: BLE001 - raised again, when the others know
+        failure = error
+    failed = torch.tensor(int(failure is not None), device=device)
+    distributed.all_reduce(failed, group=group)
+    if failure is not None:
+        raise failure
+    if int(failed):
+        raise InputError("another process ended; see its error above")
+
+
+def _every(batches: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:
+    """Batches rank, rank + processes, ...; of a sequence, no others are read."""
+    if isinstance(batches, Sequence):
+        return (batches[number] for number in range(rank, len(batches), processes))
+    return itertools.islice(batches, rank, None, processes)
+
+
+@contextmanager
+def _without_tf32(device: torch.device) -> Iterator[None]:
+    """On a GPU, compute convolutions and matrix products in full float32."""
+    if device.type != "cuda":
+        yield
+        return
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=torch.backends.cudnn.enabled,
+            benchmark=torch.backends.cudnn.benchmark,
+            deterministic=torch.backends.cudnn.deterministic,
+            allow_tf32=False,
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 def _images(batch: Any) -> Tensor:

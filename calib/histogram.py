@@ -19,7 +19,7 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 # Values are binned in pieces that stay in the CPU's cache, and that PyTorch (above 32,768 values) does not divide among
 # threads: the threads of so short an operation would wait for each other longer than it takes, and far longer where
 # other programs use the cores.
-_PIECE = 32768
+PIECE = 32768
 
 
 class AbsHistogram:
@@ -59,7 +59,7 @@ class AbsHistogram:
         """
         if batch.dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise TypeError(f"AbsHistogram counts float32 values, not {batch.dtype}")
-        values = _flat(batch.detach())
+        values = flat(batch.detach())
         if values.numel() == 0:
             return
         low, high = (extreme.item() for extreme in torch.aminmax(values))
@@ -108,7 +108,7 @@ class AbsHistogram:
         factor = float(np.float32(BINS / (self.range * scale)))
         # One counter more than bins: a value equal to the range may fall into it.
         counts = torch.zeros(BINS + 1, dtype=torch.int64, device=values.device)
-        for piece in values.split(_PIECE):
+        for piece in values.split(PIECE):
             scaled = piece.to(torch.float32) if scale == 1 else piece.to(torch.float32) * scale
             bins = torch.mul(scaled, factor).to(torch.int16)
             counts += torch.bincount(bins.abs_() if signed else bins, minlength=BINS + 1)
@@ -117,7 +117,7 @@ class AbsHistogram:
         self.counts[-1] += found[BINS]
 
 
-def _flat(batch: Tensor) -> Tensor:
+def flat(batch: Tensor) -> Tensor:
     """The values of ``batch`` in one contiguous row, in any order, without a copy where memory has no gaps."""
     if not batch.is_contiguous():
         batch = batch.permute(sorted(range(batch.dim()), key=batch.stride, reverse=True))

@@ -194,6 +194,7 @@ def test_share_above_a_threshold_is_right_to_a_bin(values, threshold):
     histogram = histogram_of(values)
     width = histogram.range / BINS
     magnitudes = np.abs(np.array(values))
+    magnitudes[magnitudes < SMALLEST] = 0
     share = histogram.share_above(threshold)
     assert np.mean(magnitudes > threshold + width) <= share <= np.mean(magnitudes >= threshold)
 

@@ -1,0 +1,208 @@
+"""Histograms counted on their device, and shared by processes: the counts of ``AbsHistogram``, to the last one."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, distributed, nn
+
+from calib import device_histogram
+from calib.calibrator import calibrate, collect
+from calib.device_histogram import BY_TORCH, DeviceHistograms
+from calib.graph import trace
+from calib.histogram import SMALLEST, AbsHistogram
+from common.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+VALUES = st.one_of(
+    st.floats(width=32, allow_nan=False, allow_infinity=False),
+    st.floats(-1e3, 1e3, width=32),
+    st.sampled_from([0.0, 1.0, 2.0, -4.0, 8.0, SMALLEST, SMALLEST / 2]),
+)
+BATCHES = st.lists(st.lists(VALUES, max_size=30), min_size=1, max_size=6)
+
+
+def state(histogram: AbsHistogram) -> tuple[float, float, list[int]]:
+    return histogram.range, histogram.maximum, histogram.counts.tolist()
+
+
+def assert_counts_are_equal(batches: list[Tensor], device: torch.device = CPU) -> None:
+    bank, expected = DeviceHistograms(["a"], device), AbsHistogram()
+    for batch in batches:
+        expected.add(batch)
+        bank.add("a", batch.to(device))
+        bank.end_batch()
+    assert state(bank.finish()[0]["a"]) == state(expected)
+
+
+def difficult() -> list[list[Tensor]]:
+    """Batches of all magnitudes: zeros, values at the range, ranges that double, subnormal values."""
+    random = np.random.default_rng(0)
+    cases = []
+    for _ in range(20):
+        scale, batches = 10.0 ** random.integers(-44, 30), []
+        for _ in range(random.integers(1, 5)):
+            values = random.normal(size=random.integers(1, 3000)) * scale * 10.0 ** random.integers(0, 4)
+            kind = random.random()
+            values = (
+                values * 0 if kind < 0.2 else np.full(9, scale * 2.0 ** random.integers(3)) if kind < 0.5 else values
+            )
+            batches.append(torch.from_numpy(np.clip(values, -3e38, 3e38).astype(np.float32)))
+        cases.append(batches)
+    return cases
+
+
+@given(BATCHES)
+def test_counts_as_one_histogram_does(batches: list[list[float]]) -> None:
+    assert_counts_are_equal([torch.tensor(batch, dtype=torch.float32) for batch in batches])
+
+
+def test_counts_difficult_batches_as_one_histogram_does() -> None:
+    for batches in difficult():
+        assert_counts_are_equal(batches)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_counts_halves_and_any_layout(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 4, 5, 6).to(dtype)
+    assert_counts_are_equal(
+        [values, 3 * values.permute(3, 0, 2, 1), values.contiguous(memory_format=torch.channels_last)]
+    )
+
+
+def test_other_dtypes_and_other_names() -> None:
+    bank = DeviceHistograms(["a"], CPU)
+    with pytest.raises(TypeError, match="float64"):
+        bank.add("a", torch.zeros(3, dtype=torch.float64))
+    bank.add("b", torch.ones(3))
+    bank.end_batch()
+    assert bank.finish()[0]["a"].total == 0
+
+
+@pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "infinity")])
+def test_values_that_are_not_finite_are_refused_with_their_batch(value: float, word: str) -> None:
+    bank = DeviceHistograms(["a", "b"], CPU)
+    for last in (1.0, value):
+        bank.add("a", torch.ones(3))
+        bank.add("b", torch.tensor([0.5, last]))
+        bank.end_batch()
+    with pytest.raises(InputError, match=f"calibration batch 2, tensor b: the values hold {word}"):
+        bank.finish()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_triton_kernels_count_as_the_cpu_does() -> None:
+    # Triton's interpreter runs kernels on the CPU; it must be chosen before Triton is imported.
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.calib.test_device_histogram"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "equal\n"
+
+
+def main() -> None:
+    """Compare Triton's kernels, in its interpreter, with ``AbsHistogram``."""
+    from calib import triton_histogram
+
+    kernels = device_histogram.Passes(triton_histogram.find_largest, triton_histogram.count)
+    device_histogram._passes = lambda device: kernels
+    for batches in difficult():
+        assert_counts_are_equal(batches)
+    assert_counts_are_equal([torch.randn(5000).half(), 9 * torch.randn(70).half()])
+    print("equal")
+
+
+class Dying(nn.Module):
+    """A network whose ReLU gives zeros alone for images of small values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 3, 3, bias=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(images) - 2.5)).mean((2, 3))  # type: ignore[no-any-return]
+
+
+def images(count: int) -> list[Tensor]:
+    """Batches of which the first two leave ``Dying``'s ReLU at zero, with a value that equals a doubled range."""
+    generator = torch.Generator().manual_seed(3)
+    found = [torch.randn(4, 1, 12, 12, generator=generator) * (0.2 if n < 2 else 1.7 ** (n % 5)) for n in range(count)]
+    for number in range(3, count, 3):
+        found[number][0, 0, 0, 0] = 2.0 ** (number // 3) * found[0].abs().max()
+    return found
+
+
+def share(rank: int, processes: int, folder: str) -> None:
+    """In a process of its own: shared histograms are those of one process, and one's error ends all."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    group = distributed.group.WORLD
+    network = trace(Dying())
+    for count in (1, 11):
+        alone, shared = collect(network, images(count)), collect(network, images(count), process_group=group)
+        assert {name: state(one) for name, one in shared.of.items()} == {
+            name: state(one) for name, one in alone.of.items()
+        }
+        assert shared.images == alone.images
+    assert calibrate(network, images(5), process_group=group) == calibrate(network, images(5))
+    with pytest.raises(InputError, match="not a generator"):
+        collect(network, iter(images(3)), process_group=group)
+    for broken in (0, 1, processes):
+        batches = images(processes + 1)
+        batches[broken][0, 0, 0, 0] = float("nan")
+        mine = broken % processes == rank
+        message = f"batch {broken + 1}, tensor data: the values hold NaN" if mine else "another process ended"
+        with pytest.raises(InputError, match=message):
+            collect(network, batches, process_group=group)
+    with pytest.raises(InputError, match="at least one batch"):
+        collect(network, [], process_group=group)
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_processes_give_the_table_of_one(processes: int, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(share, (processes, str(tmp_path)), nprocs=processes)  # type: ignore[no-untyped-call]
+
+
+def test_late_tensors_are_in_the_test() -> None:
+    histograms = collect(trace(Dying()), images(11)).of
+    assert histograms["relu"].range > 0
+    assert collect(trace(Dying()), images(1)).of["relu"].range == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("passes", ["own", "torch"])
+def test_gpu_counts_difficult_batches_as_the_cpu_does(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if passes == "torch":
+        monkeypatch.setattr(device_histogram, "_passes", lambda device: BY_TORCH)
+    for batches in [*difficult(), [torch.randn(3_000_000), 5 * torch.randn(70_001)]]:
+        assert_counts_are_equal(batches, torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_gpu_calibrates_as_the_cpu_does() -> None:
+    ours = calibrate(trace(Dying()), images(9))
+    gpu = calibrate(trace(Dying().cuda()), images(9))
+    assert gpu.scales == pytest.approx(ours.scales, rel=1e-2)
+
+
+if __name__ == "__main__":
+    main()
