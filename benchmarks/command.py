@@ -28,6 +28,7 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 
 BENCHMARKS = {
     "calibration": "Calibration",
+    "onnx_calibration": "Calibration of an ONNX file",
     "cost": "Cost of calibration",
     "training": "Training",
     "inference": "Inference on the CPU",

@@ -1,0 +1,87 @@
+"""Calibrating an ONNX file of resnet18's size: beside the plain run in ONNX Runtime, and its own entropy calibrator."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from benchmarks.calibration import onnx_runtime
+from benchmarks.results import Entry, Findings, Table, Target
+from benchmarks.setting import Setting
+from benchmarks.timing import in_turns, ratio, spread, timed
+from calib.graph import INPUT, trace
+from calib.onnx_calibrate import calibrate_onnx
+from calib.onnx_model import network_inputs, read_float_model
+from calib.onnx_observe import open_session
+from calib.onnx_rules import entries, with_products
+from calib.onnx_source import DEFAULT_BATCH, Pixels, open_source
+from engines.onnx_export import export_fp32
+
+PLAIN = "plain run in ONNX Runtime, all cores"
+OURS = "python -m calib calibrate, entropy2"
+ORT = "ONNX Runtime, entropy, its default of 128 bins"
+
+METHOD = (
+    "resnet18 of torchvision with random weights at 224 x 224, random images from a .npy file in batches of "
+    f"{DEFAULT_BATCH}. The plain run has the session open already; calibration includes reading the file, opening its "
+    "session and the search. ONNX Runtime's calibrator sees the first two images alone, since it keeps every value of "
+    "every image, and its time is scaled to all of them."
+)
+
+
+def run(setting: Setting) -> Findings:
+    """See the module."""
+    from torchvision.models import resnet18
+
+    images = 4 if setting.quick else 500
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        path = folder / "float.onnx"
+        torch.manual_seed(0)
+        export_fp32(trace(resnet18().eval(), name="ResNet18", input_shape=(3, 224, 224)), path)
+        values = np.random.default_rng(0).standard_normal((images, 3, 224, 224), dtype=np.float32)
+        np.save(folder / "images.npy", values)
+        contestants: dict[str, Callable[[], float]] = {
+            PLAIN: timed(partial(_plain, _opened(path), values)),
+            OURS: timed(partial(_ours, path, folder / "images.npy")),
+            ORT: partial(_onnx_runtime, folder, values),
+        }
+        seconds = in_turns(contestants, setting.rounds(3), {ORT: 1}, warm_up=False)
+    times = ratio(seconds[OURS], seconds[PLAIN])
+    table = Table(
+        f"calibration of resnet18, {images} images",
+        "s",
+        [Entry(name, spread(taken), ratio(seconds[PLAIN], taken)) for name, taken in seconds.items()],
+        PLAIN,
+    )
+    target = Target("calibration of resnet18, to the plain run", "at most", 1.3, "times", times)
+    return Findings(METHOD, [table], [target])
+
+
+def _opened(path: Path) -> Callable[[NDArray[np.float32]], object]:
+    session = open_session(path, read_float_model(path))
+    return lambda batch: session.run(None, {INPUT: batch})
+
+
+def _plain(infer: Callable[[NDArray[np.float32]], object], images: NDArray[np.float32]) -> None:
+    for begin in range(0, len(images), DEFAULT_BATCH):
+        infer(images[begin : begin + DEFAULT_BATCH])
+
+
+def _ours(path: Path, source: Path) -> None:
+    model = read_float_model(path)
+    batches = open_source(source, network_inputs(model), Pixels())
+    calibrate_onnx(path, with_products(model), entries(model, "entropy2", path.parent), batches)
+
+
+def _onnx_runtime(folder: Path, images: NDArray[np.float32]) -> float:
+    begin = time.perf_counter()
+    onnx_runtime(folder, [torch.from_numpy(images[:2])], 128)
+    return (time.perf_counter() - begin) * len(images) / 2
