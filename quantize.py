@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -45,8 +45,6 @@ ALIASES = {
     "--use-dla-core": "engine.dla_core",
     "--tolerance": "evaluation.tolerance",
 }
-MUCH_CLIPPED = 0.05
-"""Share of a tensor's values; where INT8 keeps its accuracy, entropy calibration clips 1 or 2 % at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,19 +261,14 @@ def calibrate(job: Job, tensorrt_version: str) -> Calibration:
 
 
 def warn_of_clipping(calibration: Calibration, job: Job) -> None:
-    """Name what INT8 reads and a threshold cuts much off: entropy can have a narrow minimum far inside the range."""
+    """Name what INT8 reads and a threshold cuts much off."""
+    from calib import calibrator
     from calib.graph import OUTPUT
 
     read = {job.network.tensor_of[node] for node in any_plan(job).scales}
     read |= {OUTPUT} if job.config.quantization.quantize_output else set()
-    shares = {name: calibration.clipped(name) for name in calibration.thresholds if name in read}
-    much = [f"{share:.1%} of {name}" for name, share in shares.items() if share > MUCH_CLIPPED]
-    if much:
-        logger.warning(
-            "%s clips %s: INT8 may lose accuracy; --compare-algorithms shows whether another algorithm loses less",
-            calibration.table.algorithm,
-            ", ".join(much),
-        )
+    remedy = "--compare-algorithms shows whether another algorithm loses less"
+    calibrator.warn_of_clipping(calibration, read, remedy)
 
 
 def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: bool) -> ByTensorRT | None:
@@ -388,7 +381,8 @@ def exported(job: Job, table: Table | None) -> list[str]:
     }
     if table is not None:
         provenance |= {"calibration": table.table.header, "algorithm": table.table.algorithm}
-    written = export(job.network, plan, table.table if table else None, job.run, provenance)
+    calibrated = complete(job, table.table.algorithm) if table is not None else None
+    written = export(job.network, plan, table.table if table else None, job.run, provenance, calibrated)
     stale = [] if table else stale_exports(job)
     if stale:
         logger.warning(
@@ -397,6 +391,39 @@ def exported(job: Job, table: Table | None) -> list[str]:
             "it" if len(stale) == 1 else "them",
         )
     return [str(path) for path in written.files]
+
+
+def complete(job: Job, algorithm: str) -> Callable[[Path], CalibrationTable] | None:
+    """What calibrates an exported file over the representative subset, so that its table has all of TensorRT's entries.
+
+    None where the images are not there, although a table is.
+
+    Args:
+        job: The job.
+        algorithm: Of the table that it completes, which may be another run's.
+    """
+    from calib.calibrator import algorithm_options
+    from calib.graph import INPUT
+    from calib.onnx_calibrate import complete_table
+    from calib.onnx_source import Batches
+    from calib.subset import draw
+    from models.reopen import reopen_data
+
+    config = job.config.calibration
+    try:
+        data = reopen_data(job.meta, job.config.data)
+        subset = draw(data, len(data.info.classes), config, job.config.seed)
+    except InputError as error:
+        logger.warning("what only the ONNX file names takes another tensor's scale in its table: %s", error)
+        return None
+    sizes = tuple(len(positions) for positions in subset.batches)
+
+    def load(begin: int, end: int) -> dict[str, Any]:
+        return {INPUT: data.train_file.images(subset.positions[begin:end]).numpy()}
+
+    options = algorithm_options(config) if config.algorithm == algorithm else None
+    batches = Batches(sum(sizes), sizes, load)
+    return lambda path: complete_table(path, batches, algorithm, options)
 
 
 def stale_exports(job: Job) -> list[str]:

@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from calib.histogram import AbsHistogram
+from calib.onnx_model import read_float_model
 from calib.onnx_observe import Observed, absolute_maxima
-from calib.onnx_rules import Entry
+from calib.onnx_rules import FUSED_ALGORITHMS, Entry, entries, with_products
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.threshold import threshold
@@ -106,6 +107,26 @@ def calibrate_onnx(
     legacy = Legacy(options.get("cutoff", 1.0), options.get("quantile", 0.9999))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
     return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds)
+
+
+def complete_table(
+    path: Path, batches: Batches, algorithm: str = "entropy2", options: Mapping[str, float] | None = None
+) -> CalibrationTable:
+    """The table that TensorRT would make of an ONNX file, with all entries.
+
+    Args:
+        path: The file of a float network.
+        batches: The calibration batches.
+        algorithm: As :func:`calibrate_onnx` takes it.
+        options: Likewise.
+
+    Raises:
+        InputError: as :func:`calibrate_onnx` and :func:`calib.onnx_model.read_float_model` do.
+    """
+    model = read_float_model(path)
+    observed = model if algorithm in FUSED_ALGORITHMS else with_products(model)
+    found = entries(model, algorithm, path.parent)
+    return calibrate_onnx(path, observed, found, batches, algorithm, options=options).table
 
 
 def _collect(

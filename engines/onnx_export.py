@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -71,6 +72,7 @@ def export(
     table: CalibrationTable | None,
     run: Run,
     provenance: Mapping[str, str],
+    calibrated: Callable[[Path], CalibrationTable] | None = None,
 ) -> Exported:
     """Write everything that ``--export onnx`` writes, each file atomically.
 
@@ -80,6 +82,7 @@ def export(
         table: The table that ``plan`` was made from; None for the float file alone.
         run: Whose folder gets the files.
         provenance: Stored as the files' metadata.
+        calibrated: Calibrates the float file itself, which has values that ``table`` does not name.
 
     Raises:
         InputError: the network cannot be exported, or a file cannot be written.
@@ -93,7 +96,7 @@ def export(
     export_int8(plan, int8, provenance)
     export_int8(plan, int8_cpu, provenance, for_cpu=True)
     beside = run.onnx_table(network.name)
-    onnx_table(network, table, model).write(beside)
+    onnx_table(network, table, model, calibrated(fp32) if calibrated else None).write(beside)
     return Exported(fp32, int8, int8_cpu, beside)
 
 
@@ -157,25 +160,31 @@ def _run_once(content: bytes, shape: list[int]) -> None:
     session.run(None, {INPUT: np.zeros(shape, np.float32)})
 
 
-def onnx_table(network: Network, table: CalibrationTable, model: onnx.ModelProto) -> CalibrationTable:
+def onnx_table(
+    network: Network, table: CalibrationTable, model: onnx.ModelProto, observed: CalibrationTable | None = None
+) -> CalibrationTable:
     """The calibration table, with an entry for those values of the ONNX file that have none of their own.
 
-    TensorRT runs a layer in INT8 from a table only if every tensor that it reads and writes has an entry. A reshaped
-    value takes its tensor's scale. A value that an in-place ReLU overwrites takes the scale of what overwrites it:
-    TensorRT merges the ReLU into the layer before it.
+    TensorRT runs a layer in INT8 from a table only if every tensor that it reads and writes has an entry. What
+    ``table`` does not name has the entry of ``observed``, which is TensorRT's. Without one, a reshaped value takes its
+    tensor's scale, and a value that an in-place ReLU overwrites that of what overwrites it: TensorRT merges the ReLU
+    into the layer before it.
 
     Args:
         network: What ``table`` was made for.
         table: The calibration table.
         model: The network as :func:`float_model` exports it.
+        observed: Made from the ONNX file itself.
     """
     values = {value.name for value in model.graph.input} | {name for node in model.graph.node for name in node.output}
-    scales = {}
+    shared = {}
     for node, name in value_names(network).items():
         tensor = network.tensor_of.get(node) or _overwritten_as(network, node)
         if name in values and tensor in table.scales:
-            scales[name] = table.scales[tensor]
-    return CalibrationTable(scales, table.algorithm, table.tensorrt_version)
+            shared[name] = table.scales[tensor]
+    own = {name: scale for name, scale in shared.items() if name in table.scales}
+    scales = {**(observed.scales if observed else {}), **own}
+    return dataclasses.replace(table, scales={**scales, **{k: v for k, v in shared.items() if k not in scales}})
 
 
 def value_names(network: Network) -> dict[str, str]:

@@ -244,6 +244,8 @@ def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> Non
     *networks, table = result["files"]
     assert [Path(file).name for file in networks] == ["LeNet_fp32.onnx", "LeNet_int8.onnx", "LeNet_int8_cpu.onnx"]
     assert Path(table).read_text().startswith("TRT-101200-EntropyCalibration2\n")
+    # TensorRT's own names of what no ONNX value is: a product before its bias, a constant, the softmax.
+    assert {"/ip1/Gemm_output", "ip1.bias_output", "/prob/Softmax_output"} <= CalibrationTable.read(table).scales.keys()
     images = torch.rand(3, 1, 28, 28)
     outputs = []
     for file in networks:

@@ -68,6 +68,18 @@ def test_batches_with_labels_are_taken_as_a_data_loader_gives_them(model: LeNet)
     assert calibrate(model, labelled).scales == calibrate(model, data).scales
 
 
+def test_what_int8_reads_and_is_clipped_much_is_named(model: LeNet, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    calibrate(model, images(), "percentile", options={"percentile": 99.9})
+    assert not caplog.records
+    calibrate(model, images(), "percentile", options={"percentile": 90})
+    (message,) = caplog.messages
+    assert message.startswith("percentile clips ")
+    assert message.endswith(": INT8 may lose accuracy; try another algorithm")
+    assert "% of pool1" in message
+    assert "% of conv1" not in message  # only the pooled values are read
+
+
 def test_progress_counts_batches(model: LeNet) -> None:
     seen: list[int] = []
     histograms = collect(trace(model), images(3), lambda batch, seconds: seen.append(batch))

@@ -127,6 +127,16 @@ def test_a_table_for_the_file_names_every_value():
     assert extended.header == table.header
 
 
+def test_a_table_made_of_the_file_itself_gives_the_entries_that_the_calibration_table_lacks():
+    plan = make_plan(make_network("residual"))
+    table, model = table_of(plan), float_model(plan.network)
+    observed = CalibrationTable({"data": 7.0, "/fc/Gemm_output": 0.5, "pool/flatten": 0.25})
+    completed = onnx_table(plan.network, table, model, observed)
+    assert {name: completed.scales[name] for name in table.scales} == table.scales
+    assert (completed.scales["/fc/Gemm_output"], completed.scales["pool/flatten"]) == (0.5, 0.25)
+    assert set(completed.scales) == produced(model) | {"/fc/Gemm_output"}
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_table_for_the_file_passes_the_check(name, tmp_path, capsys):
     """Without a tensor that the file lacks, and with all that it has but those of the exporter's own making."""
