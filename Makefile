@@ -38,10 +38,15 @@ help: ## List the targets
 	@echo "Variables: PYTHON=$(PYTHON) (3.10 to 3.13), JOBS=$(JOBS) (test processes), PYTEST_ARGS='-k table', MNIST_DIR=folder"
 
 demo: $(VENV)/.installed ## Set up, then train, quantize and evaluate the default run
-	@set -x; \
-	$(BIN)/python train.py; \
-	$(BIN)/python quantize.py --precision int8; \
-	$(BIN)/python evaluate.py --report
+	@SECONDS=0 most=-1 took='' slowest=''; \
+	trap 'test -z "$$took" || echo "demo:$$took in all $$SECONDS s, most of it in $$slowest" >&2' EXIT; \
+	for line in "train.py" "quantize.py --precision int8" "evaluate.py --report"; do \
+		echo "+ $(BIN)/python $$line" >&2; \
+		begin=$$SECONDS code=0; $(BIN)/python $$line || code=$$?; \
+		seconds=$$((SECONDS - begin)); took+=" $${line%% *} $$seconds s,"; \
+		if ((seconds > most)); then most=$$seconds slowest=$${line%% *}; fi; \
+		if ((code)); then exit $$code; fi; \
+	done
 
 test: $(VENV)/.installed-dev contract-env ## Set up, then run the whole test suite (MNIST_DIR names MNIST's folder)
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15 $(PYTEST_ARGS)
