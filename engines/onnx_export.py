@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from calib.explicit import Placement, is_plain_relu, place
+from calib.explicit import is_plain_relu, place
 from calib.graph import INPUT, OUTPUT, Int8Plan, Network
 from calib.int8 import weight_scales
 from calib.table import CalibrationTable
@@ -417,13 +417,13 @@ def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
 def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
-    Every value that is read in INT8 alone has a Q/DQ pair with the plan's scale: the output of a layer, then that of
-    the ReLU and of the pooling after it, although one pair would do. ONNX Runtime makes an integer operator of an
-    operation between two pairs; the repeated ones change no number.
+    As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and one
+    Q/DQ pair for each value that is read in INT8 alone: behind the ReLU of the layer that makes it, so that TensorRT
+    computes the two as one, and before the pooling and the reshaping that follow, which only move or choose values.
 
-    As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others). For
-    ONNX Runtime's CPU kernels, the same numbers can be written in another way: values in uint8 with zero point 128 (on
-    x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights, too
+    For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
+    operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
+    (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights, too
     (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
     ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, and convolutions of few
     channels with several columns at once (:mod:`engines.columns`).
@@ -439,10 +439,11 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     from onnxruntime.quantization.calibrate import TensorData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    placement = place(plan, before_relu=True)
+    placement = place(plan, before_relu=for_cpu)
     model, values = _float_graph(plan.network, placement.scales if for_cpu else ())
     computing = _Computing(plan.network, model.graph, values)
-    activations = _activations(plan.network, placement, values, computing)
+    quantized = placement.scales if for_cpu else placement.points
+    activations = _activations(plan.network, quantized, placement.partial, values, computing)
     weights = _weights(plan, model.graph, computing)
     kind = QuantType.QUInt8 if for_cpu else QuantType.QInt8
     zero_point = np.array(128, dtype=np.uint8) if for_cpu else np.array(0, dtype=np.int8)
@@ -524,15 +525,18 @@ class _Activation:
 
 
 def _activations(
-    network: Network, placement: Placement, values: Mapping[str, str], computing: _Computing
+    network: Network,
+    quantized: Mapping[str, float],
+    partial: Mapping[str, tuple[float, frozenset[str]]],
+    values: Mapping[str, str],
+    computing: _Computing,
 ) -> dict[str, _Activation]:
-    """ONNX value -> how it is quantized."""
+    """ONNX value -> how it is quantized, for the fx nodes ``quantized`` and ``partial`` (:class:`Placement`)."""
     nodes = {node.name: node for node in network.module.graph.nodes}
     wanted = {
-        name: (scale, frozenset(reader.name for reader in nodes[name].users))
-        for name, scale in placement.scales.items()
+        name: (scale, frozenset(reader.name for reader in nodes[name].users)) for name, scale in quantized.items()
     }
-    wanted.update(placement.partial)
+    wanted.update(partial)
     found: dict[str, _Activation] = {}
     for name, (scale, readers) in wanted.items():
         if name not in values:
