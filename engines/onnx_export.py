@@ -423,8 +423,8 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
 
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
-    (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights, too
-    (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
+    (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights,
+    too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
     ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, and convolutions of few
     channels with several columns at once (:mod:`engines.columns`).
 
