@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import linecache
 import logging
 import operator
-import traceback
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,6 +22,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
+from calib.constants import fold_constants
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 
@@ -229,6 +231,10 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
         raise InputError(f"network {name} cannot be traced: {first_line(error)}{_where(error)}") from error
     module = fx.GraphModule(root, graph, class_name=name)
     _check_ends(module, name)
+    try:
+        fold_constants(module)
+    except Exception as error:  # what user code raises is open-ended
+        raise InputError(f"network {name} cannot be traced: {first_line(error)}{_where(error)}") from error
     check = _Check(root, name, input_shape) if input_shape is not None else None
     _remove_nothing(module)
     _fold_batchnorm(module)
@@ -290,10 +296,16 @@ class _Check:
 
 
 def _where(error: BaseException) -> str:
-    """The last place outside PyTorch that the error passed through."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/torch/" not in frame.filename]
-    frames = [frame for frame in frames if frame.filename != __file__]
-    return f" ({frames[-1].filename}:{frames[-1].lineno}: {frames[-1].line})" if frames else ""
+    """The last place outside PyTorch and this package that the error passed through."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
+        code = step.tb_frame.f_code
+        if "/torch/" not in code.co_filename and Path(code.co_filename).parent != Path(__file__).parent:
+            line = step.tb_lineno or code.co_firstlineno  # a patched frame may have none
+            place = f" ({code.co_filename}:{line}: {linecache.getline(code.co_filename, line).strip()})"
+        step = step.tb_next
+    return place
 
 
 def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
@@ -357,16 +369,21 @@ def _of_shapes(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def _check_ends(module: fx.GraphModule, name: str) -> None:
-    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not node.args]
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not _is_optional(node)]
     if len(inputs) != 1:
         raise InputError(f"network {name} takes {len(inputs)} inputs: only networks with one image input are supported")
-    for node in [node for node in module.graph.nodes if node.op == "placeholder" and node.args]:
+    for node in [node for node in module.graph.nodes if node.op == "placeholder" and _is_optional(node)]:
         if node.users:
             raise InputError(f"network {name}: optional input {node.target!r} is not supported; give it a fixed value")
         module.graph.erase_node(node)
     result = next(node for node in module.graph.nodes if node.op == "output").args[0]
     if not isinstance(result, fx.Node):
         raise InputError(f"network {name} returns {type(result).__name__}: only one output tensor is supported")
+
+
+def _is_optional(node: fx.Node) -> bool:
+    """Whether an input has a default, or takes what is left over (``*args``, ``**kwargs``)."""
+    return bool(node.args) or str(node.target).startswith("*")
 
 
 def _remove_nothing(module: fx.GraphModule) -> None:
@@ -492,7 +509,9 @@ def _work_channels_last(module: fx.GraphModule) -> None:
 
     The values are the same but for rounding. ``view`` refuses such memory where ``reshape`` copies.
     """
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Conv2d):
+            submodule.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     for node in module.graph.nodes:
         if node.op == "call_method" and node.target == "view":
             node.target = "reshape"

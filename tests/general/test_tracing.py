@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
-from calib.graph import trace
+from calib.graph import plan_int8, trace
 from common.errors import InputError
+from engines.integer import IntegerNetwork
+from engines.onnx_export import int8_model
 
 SHAPE = (3, 6, 6)
 
@@ -143,3 +145,55 @@ def test_stochastic_depth_is_nothing() -> None:
 def test_a_concatenation_that_a_relu_overwrites_gives_its_inputs_no_scale() -> None:
     network = trace(Body(lambda x: F.relu(torch.cat([x, -x], 1), inplace=True), 8 * 6 * 6), input_shape=SHAPE)
     assert all(network.scale_source[name] == name for name in network.tensors)
+
+
+class Reads(nn.Module):
+    """A network that computes with a constant of its own."""
+
+    def __init__(self, constant: Callable[[Reads], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.constant = constant
+        self.conv = nn.Conv2d(3, 8, 1)
+        self.scale = nn.Parameter(torch.rand(8))
+        self.table = nn.Embedding(8, 1)
+        self.mix = nn.Linear(2, 8)
+        self.register_buffer("grid", torch.rand(1, 2))
+        self.register_buffer("deep", torch.rand(1, 2, 8, 6, 6))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc((self.conv(x) * self.constant(self)).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "constant",
+    [
+        lambda model: model.scale.view(1, -1, 1, 1),
+        lambda model: model.mix(model.grid).view(1, -1, 1, 1),
+        lambda model: model.table(torch.arange(8)).view(1, 8, 1, 1),
+        lambda model: model.deep[0, :1],
+    ],
+    ids=["parameter", "layer_on_buffer", "embedding", "five_dimensions"],
+)
+def test_what_depends_on_no_image_is_a_constant(constant: Callable[[Reads], Tensor]) -> None:
+    model = Reads(constant).eval()
+    images = torch.rand(4, *SHAPE)
+    network = trace(model, input_shape=SHAPE)
+    plan = plan_int8(network, calibrate(network, [images]))
+
+    with torch.no_grad():
+        expected = model(images).softmax(1)
+    torch.testing.assert_close(network.module(images), expected)
+    assert {layer.name for layer in plan.weighted} == {"conv", "fc"}
+    torch.testing.assert_close(IntegerNetwork(plan)(images), expected, atol=0.1, rtol=0)
+    int8_model(plan)
+
+
+def test_further_arguments_with_defaults_are_refused_in_one_line_where_they_branch() -> None:
+    class Extra(nn.Module):
+        def forward(self, x: Tensor, return_loss: bool = False, **kwargs: object) -> Tensor:
+            return x.mean() if return_loss else x.flatten(1)
+
+    with pytest.raises(InputError, match="network Extra "):
+        trace(Extra(), input_shape=SHAPE)

@@ -1,0 +1,79 @@
+"""Constants of a traced network: what depends on no image is computed once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+
+def attribute(module: nn.Module, path: str) -> Any:
+    """What lies at a dotted path, as in ``get_attr`` nodes."""
+    found: Any = module
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def fold_constants(module: fx.GraphModule) -> None:
+    """Compute every operation whose inputs are all parameters, buffers or such results, and store what others read.
+
+    They run in order on the real tensors, so that what changes a constant in place counts as well. What is random
+    stays, and an operation without any input only counts where it is a function (``torch.arange(8)``).
+
+    Raises:
+        NotImplementedError: an operation changes a parameter.
+    """
+    values: dict[fx.Node, Any] = {}
+    graph = module.graph
+    for node in list(graph.nodes):
+        if node.op == "get_attr":
+            values[node] = attribute(module, str(node.target))
+        elif _is_constant(node, values):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+            if writes(node) and isinstance(args[0], nn.Parameter):
+                raise NotImplementedError(f"{node.target} changes a parameter in the forward")
+            with torch.no_grad():
+                if node.op == "call_module":
+                    values[node] = module.get_submodule(str(node.target))(*args, **kwargs)
+                elif node.op == "call_method":
+                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    values[node] = node.target(*args, **kwargs)
+    number = 0
+    for node, value in values.items():
+        if node.op == "get_attr" or all(reader in values for reader in node.users):
+            continue
+        if not isinstance(value, Tensor):
+            for reader in [reader for reader in node.users if reader not in values]:
+                given = {item: item for item in reader.all_input_nodes} | {node: value}
+                reader.args, reader.kwargs = fx.map_arg((reader.args, reader.kwargs), given.__getitem__)
+            continue
+        while hasattr(module, f"constant_{number}"):
+            number += 1
+        module.register_buffer(f"constant_{number}", value.detach().clone())
+        with graph.inserting_before(node):
+            constant = graph.get_attr(f"constant_{number}")
+        constant.meta["val"] = value
+        for reader in [reader for reader in node.users if reader not in values]:
+            reader.replace_input_with(node, constant)
+    for node in reversed(list(graph.nodes)):
+        if node in values and not node.users:
+            graph.erase_node(node)
+
+
+def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
+    if node.op not in ("call_function", "call_method", "call_module"):
+        return False
+    if not node.all_input_nodes and node.op != "call_function":
+        return False
+    return all(item in values for item in node.all_input_nodes) and (
+        torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
+    )
+
+
+def writes(node: fx.Node) -> bool:
+    """Whether a function or method changes its first argument, by PyTorch's way of naming."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "_opname", "")
+    return node.op != "call_module" and str(name).endswith("_") and not str(name).endswith("__")
