@@ -49,10 +49,10 @@ demo: $(VENV)/.installed ## Set up, then train, quantize and evaluate the defaul
 	done
 
 test: $(VENV)/.installed-dev contract-env ## Set up, then run the whole test suite (MNIST_DIR names MNIST's folder)
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations 15 $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 15 $(PYTEST_ARGS)
 
 coverage: $(VENV)/.installed-dev contract-env ## Run the test suite and measure its coverage, branches too
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report term --cov-report html $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --cov --cov-report term --cov-report html $(PYTEST_ARGS)
 
 contract-env: $(VENV)/.installed-dev
 	@$(BIN)/python tests/contract/environment.py .contract

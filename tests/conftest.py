@@ -6,10 +6,12 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.forking import Template
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread in each worker, and in the commands that it starts: the workers share the cores. Before torch loads.
@@ -21,7 +23,13 @@ MNIST_STEMS = ("train-images", "train-labels", "t10k-images", "t10k-labels")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked ``gpu`` where there is none; torch is imported only if such a test was selected."""
+    """Begin with the files that take longest; skip what is marked ``gpu`` where there is none.
+
+    Each file goes to one worker (``--dist loadfile``): a long one that came last would keep one core alone busy. Torch
+    is imported only if a test for a GPU was selected.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.parent.name != "benchmarks", item.path not in slow))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -63,11 +71,24 @@ def chromium() -> str:
 
 
 @pytest.fixture(scope="session")
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
+def template(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Template | None]:
+    """What starts commands without importing PyTorch each time; None where processes are not safely forked."""
+    if not sys.platform.startswith("linux"):
+        yield None
+        return
+    process = Template(tmp_path_factory.mktemp("template"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def command(request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run one of the project's commands as a user does: ``command("train.py", "--seed", "1", cwd=tmp_path)``.
 
-    A first argument that ends in ``.py`` is a script of the checkout; any other is a module (``python -m``).
-    Keyword ``env`` adds variables; None as a value removes one. The exit code is the caller's to check.
+    A first argument that ends in ``.py`` is a script of the checkout; any other is a module (``python -m``). It is a
+    process of its own, forked from one that has imported the libraries. With ``fresh``, Python starts anew, which
+    takes seconds; ``env``, which adds variables, implies it (libraries read some when they are loaded); None as a
+    value removes one. The exit code is the caller's to check.
     """
 
     def run(
@@ -75,17 +96,23 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
         *arguments: str | os.PathLike[str],
         cwd: Path | None = None,
         env: dict[str, str | None] | None = None,
+        fresh: bool = False,
         timeout: float = 600,
     ) -> subprocess.CompletedProcess[str]:
-        program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+        words = [os.fspath(argument) for argument in arguments]
+        template = None if fresh or env else request.getfixturevalue("template")
+        if template is not None:
+            ended = template.start([name, *words], cwd or ROOT, variables=variables).wait(timeout)
+            return subprocess.CompletedProcess([name, *words], ended.code, ended.stdout, ended.stderr)
         for key, value in (env or {}).items():
             if value is None:
                 variables.pop(key, None)
             else:
                 variables[key] = value
+        program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
         return subprocess.run(
-            [sys.executable, *program, *(os.fspath(argument) for argument in arguments)],
+            [sys.executable, *program, *words],
             cwd=cwd or ROOT,
             env=variables,
             stdin=subprocess.DEVNULL,

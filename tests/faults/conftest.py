@@ -15,7 +15,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from machinery import COMMANDS, Scene, Template, shim
+from machinery import COMMANDS, Scene, shim
+
+from tests.forking import Template
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +42,7 @@ def template(place: Callable[[str], Path]) -> Iterator[Template]:
     if shutil.which("cc") is None:
         pytest.skip("needs a C compiler (cc) for the library that injects faults")
     scratch = place("template")
-    process = Template(shim(scratch), scratch)
+    process = Template(scratch, shim(scratch))
     yield process
     process.close()
 

@@ -6,7 +6,9 @@ import signal
 import time
 
 import pytest
-from machinery import COMMANDS, Fault, check_whole, digests, leftovers
+from machinery import COMMANDS, check_whole, digests, leftovers
+
+from tests.forking import Fault
 
 pytestmark = pytest.mark.e2e
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 
 import pytest
-from machinery import Ended, Fault, assert_next_run_works, assert_old_or_new, leftovers
+from machinery import assert_next_run_works, assert_old_or_new, leftovers
+
+from tests.forking import Ended, Fault
 
 pytestmark = pytest.mark.e2e
 

@@ -7,7 +7,9 @@ import signal
 import time
 
 import pytest
-from machinery import CODES, SIGNALS, Ended, Fault, Scene, assert_next_run_works, assert_old_or_new, digests, leftovers
+from machinery import CODES, SIGNALS, Scene, assert_next_run_works, assert_old_or_new, digests, leftovers
+
+from tests.forking import Ended, Fault
 
 pytestmark = pytest.mark.e2e
 

@@ -7,6 +7,7 @@ runs the real command, `train.py` or another, and can be killed like any other. 
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import mmap
 import os
@@ -14,6 +15,7 @@ import runpy
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,7 +26,8 @@ ACTIONS = {"count": 0, "kill": 1, "tear": 2, "fail": 3, "full": 4, "raise": 5}
 def warm() -> None:
     """Import what the commands import; nothing here may start a thread."""
     import lightning.pytorch
-    import onnxruntime
+    import onnx
+    import onnxruntime.quantization
     import sklearn.datasets
     import torch
     import torchmetrics.classification
@@ -34,13 +37,17 @@ def warm() -> None:
     import common.cli
     import data
     import engines.eager
+    import engines.onnx_export
     import engines.ort
     import evaluation.pipeline
     import evaluation.report
     import models.fit
 
-    used = (lightning.pytorch, onnxruntime, sklearn.datasets, torch, torchmetrics.classification, torchvision)
+    used = (lightning.pytorch, onnx, onnxruntime, sklearn.datasets, torch, torchmetrics.classification, torchvision)
     assert all((*used, SummaryWriter, common.cli, data, engines, evaluation, models))
+    # What is there stays where it is, shared with what is forked.
+    gc.collect()
+    gc.freeze()
 
 
 def child(request: dict[str, Any], counter: mmap.mmap) -> NoReturn:
@@ -57,6 +64,9 @@ def child(request: dict[str, Any], counter: mmap.mmap) -> NoReturn:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.chdir(request["cwd"])
+    if (variables := request["variables"]) is not None:
+        os.environ.clear()
+        os.environ.update(variables)
     script, *arguments = request["argv"]
     sys.argv = [script, *arguments]
     if fault := request.get("fault"):
@@ -69,15 +79,22 @@ def child(request: dict[str, Any], counter: mmap.mmap) -> NoReturn:
             ACTIONS[fault["action"]],
             fault.get("detail", 0),
         )
-    code: Any = 3
+    code: Any = 0
     try:
-        runpy.run_path(script, run_name="__main__")
-        code = 0
+        if script.endswith(".py"):
+            sys.path[0] = str(Path(script).parent)
+            runpy.run_path(script, run_name="__main__")
+        else:
+            sys.path[0] = request["cwd"]
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         code = stop.code
     except KeyboardInterrupt:
         # Before the command took over: Python ends like this.
         code = 130
+    except BaseException:  # noqa: BLE001 - as the interpreter does
+        traceback.print_exc()
+        code = 1
     finally:
         # As the interpreter does when it ends, but without the template's frames above.
         import threading
@@ -124,5 +141,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     main()
