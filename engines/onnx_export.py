@@ -414,7 +414,7 @@ def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
                 node.input[index] = new
 
 
-def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
+def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False) -> onnx.ModelProto:
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and one
@@ -431,6 +431,8 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
         for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
+        int8_weights: With ``for_cpu``, int8 weights with zero point 0 all the same: for the CPU at hand, where
+            :func:`engines.ort.int8_weights_are_exact`, and where they are faster.
 
     Raises:
         InputError: the network cannot be exported.
@@ -445,15 +447,17 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
     quantized = placement.scales if for_cpu else placement.points
     activations = _activations(plan.network, quantized, placement.partial, values, computing)
     weights = _weights(plan, model.graph, computing)
-    kind = QuantType.QUInt8 if for_cpu else QuantType.QInt8
-    zero_point = np.array(128, dtype=np.uint8) if for_cpu else np.array(0, dtype=np.int8)
+    unsigned = QuantType.QUInt8, np.array(128, dtype=np.uint8)
+    signed = QuantType.QInt8, np.array(0, dtype=np.int8)
+    kind, zero_point = unsigned if for_cpu else signed
+    weight_kind, weight_zero_point = unsigned if for_cpu and not int8_weights else signed
     overrides: dict[str, list[dict[str, Any]]] = {}
     for value, activation in activations.items():
         scale = np.array(activation.scale, dtype=np.float32)
         overrides[value] = [{"scale": scale, "zero_point": zero_point}]
     for weight in weights:
         overrides[weight.name] = [
-            {"scale": scale, "zero_point": zero_point, "axis": weight.axis, "quant_type": kind}
+            {"scale": scale, "zero_point": weight_zero_point, "axis": weight.axis, "quant_type": weight_kind}
             for scale in weight.scales
         ]
     # The ranges are asked for, but the overrides come first.
@@ -465,7 +469,7 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False) -> onnx.ModelProto:
         model,
         per_channel=True,
         reduce_range=False,
-        weight_qType=kind,
+        weight_qType=weight_kind,
         activation_qType=kind,
         tensors_range=ranges,
         nodes_to_quantize=[],
