@@ -20,7 +20,7 @@ from torch.distributed import ProcessGroup
 from calib.device_histogram import DeviceHistograms
 from calib.graph import INPUT, Network, trace
 from calib.histogram import AbsHistogram
-from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable
+from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.threshold import Threshold, threshold
 from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
@@ -362,7 +362,9 @@ def find_thresholds(
     scales = {name: value.value / LEVELS for name, value in thresholds.items()}
     if scales[INPUT] == 0:
         raise InputError("all calibration images are zero: there is nothing to calibrate")
-    table = CalibrationTable(scales, algorithm, tensorrt_version)
+    given = options or {}
+    legacy = Legacy(given.get("cutoff", Legacy.cutoff), given.get("quantile", Legacy.quantile))
+    table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
     return Calibration(table, thresholds, histograms, time.perf_counter() - start)
 
 

@@ -280,8 +280,16 @@ class _Check:
             ) from error
 
     def compare(self, module: nn.Module) -> None:
-        """Raise InputError if ``module`` computes other probabilities than the model, or than its scores' softmax."""
+        """Raise InputError if ``module`` computes other probabilities than the model, or than its scores' softmax.
+
+        Also if the model gives one value for an image: it is no classifier.
+        """
         found, expected = self._run(module), self._expected
+        if expected.dim() == 2 and expected.shape[1] == 1:
+            raise InputError(
+                f"network {self._name} gives one value for an image, of which the softmax makes 1 whatever it is: "
+                "only classifiers of two classes or more are supported"
+            )
         # Folded batch normalisation rounds otherwise; the softmax passes on at most the scores' own difference.
         tolerance = 1e-3 * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
         for reference in (expected, torch.softmax(expected, 1)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from calib import calibrate
 from calib.calibrator import collect, find_thresholds
 from calib.graph import trace
+from calib.table import Legacy
 from common.errors import InputError
 from models import LeNet
 
@@ -43,6 +44,13 @@ def test_minmax_is_the_absolute_maximum_of_all_batches(model: LeNet) -> None:
     with torch.no_grad():
         largest = torch.cat([model.conv1(batch) for batch in data]).abs().max()
     assert table.scales["conv1"] == pytest.approx(float(largest) / 127, rel=1e-6)
+
+
+def test_the_table_of_a_legacy_calibration_holds_its_parameters(model: LeNet) -> None:
+    histograms = collect(trace(model), images())
+    chosen = find_thresholds(histograms, "legacy", options={"quantile": 0.99, "cutoff": 0.5}).table
+    assert chosen.legacy == Legacy(cutoff=0.5, quantile=0.99)
+    assert find_thresholds(histograms, "legacy").table.header == "0 3ff0000000000000 3fefff2e48e8a71e"
 
 
 def test_a_threshold_lies_half_a_bin_above_the_kept_bins(model: LeNet) -> None:

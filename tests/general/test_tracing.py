@@ -42,6 +42,12 @@ def statement(change: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
     return function
 
 
+def test_a_single_value_is_no_classifier() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)).eval()
+    with pytest.raises(InputError, match="gives one value for an image, .*only classifiers of two classes or more"):
+        trace(model, "score", input_shape=SHAPE)
+
+
 @pytest.mark.parametrize(
     "function",
     [
