@@ -1,6 +1,6 @@
 """Which entries TensorRT's calibrators give an ONNX network, under which names, and which entries share a scale.
 
-Read from the tables that TensorRT 10.6 wrote for seven networks (tests/calib/tensorrt). ``entropy2`` and ``minmax``
+Read from the tables that TensorRT 10.6 wrote for 27 networks (tests/calib/tensorrt). ``entropy2`` and ``minmax``
 calibrate the network as the parser made it: every float value has an entry, window pooling takes its input's scale,
 constants and what the parser adds have entries as well. ``entropy`` and ``legacy`` calibrate after layer fusion: what
 is fused away has no entry, and pooling has a histogram of its own.
@@ -27,6 +27,7 @@ FUSED_ALGORITHMS: Final = frozenset({"entropy", "legacy"})
 
 WINDOW_POOLING: Final = frozenset({"AveragePool", "MaxPool"})
 ELEMENTWISE: Final = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
+COMPARISONS: Final = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
 RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
@@ -79,6 +80,10 @@ class Graph:
             self.producer.update((name, node) for name in node.output if name)
             if all(name in self.constant for name in read) and not node.op_type.startswith("Random"):
                 self.constant.update(node.output)
+
+    def used(self, value: str) -> bool:
+        """Whether a node reads ``value`` or it is an output."""
+        return value in self.readers or value in self.outputs
 
     def sole_reader(self, value: str) -> onnx.NodeProto | None:
         """The only node that reads ``value``, or None if there are others or it is an output."""
@@ -154,9 +159,10 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]
             if name:
                 pooled = node.op_type in WINDOW_POOLING and not index
                 source[name] = source.get(node.input[0], node.input[0]) if pooled else name
-                if node.op_type == "Softmax" and node.name:
+                if node.op_type in ("DepthToSpace", "Softmax") and node.name:
                     found.append(Entry(f"{node.name}_output", name))
-                found.append(Entry(name, source[name]))
+                if graph.used(name):
+                    found.append(Entry(name, source[name]))
     return list({entry.name: entry for entry in found}.values())
 
 
@@ -199,7 +205,11 @@ def _constants(graph: Graph, node: onnx.NodeProto, folder: Path, names: _Names) 
         biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in graph.constant
         bias = _broadcast(graph, node, node.input[2], folder, names) if biased else []
         return [entry for entry in weights if entry], bias
-    if node.op_type in ELEMENTWISE:
+    if node.op_type in COMPARISONS and graph.constant.intersection(node.input):
+        # What is compared is broadcast as well, but has no entry.
+        names.passed(node.op_type)
+        names.broadcast()
+    if node.op_type in ELEMENTWISE | {"PRelu"}:
         read = [name for name in node.input if name in graph.constant]
         return [entry for name in read for entry in _broadcast(graph, node, name, folder, names)], []
     return [], []
@@ -239,7 +249,9 @@ def _fused(graph: Graph) -> Iterator[str]:
     for node in graph.nodes:
         for name in filter(None, node.output):
             reader = graph.sole_reader(name)
-            gone = name in graph.constant or name in taken or node.op_type in RESHAPES
+            gone = name in graph.constant or name in taken or not graph.used(name)
+            # A reshape copies nothing, except into its place in a concatenation.
+            gone = gone or (node.op_type in RESHAPES and not _is(reader, {"Concat"}))
             if reader is not None and node.op_type in WEIGHTED | {"Add", "BatchNormalization"}:
                 scaled = reader.op_type in ELEMENTWISE and bool(graph.constant.intersection(reader.input))
                 gone = gone or reader.op_type in ACTIVATIONS | {"BatchNormalization"}
