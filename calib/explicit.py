@@ -51,7 +51,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
     """
     network = plan.network
     nodes = [node for node in network.module.graph.nodes if network.kinds.get(node.name, "shape") != "shape"]
-    layers = {layer.node for layer in network.layers if layer.name in plan.layers}
+    layers = {layer.node: layer for layer in network.layers if layer.name in plan.layers}
     scales: dict[str, float] = {}
     partial: dict[str, tuple[float, frozenset[str]]] = {}
     for node in reversed(nodes):
@@ -60,7 +60,8 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
             if reader.op == "output":
                 wanted[reader.name] = plan.output_scale
             elif reader.name in layers:
-                wanted[reader.name] = plan.scales[node.name]
+                in_int8 = plan.reads_int8(layers[reader.name], node.name)
+                wanted[reader.name] = plan.scales[node.name] if in_int8 else None
             elif _commutes(reader, plan, before_relu):
                 wanted[reader.name] = scales.get(reader.name)
             elif network.kinds[reader.name] != "shape":
@@ -70,8 +71,10 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
             scales[node.name] = next(scale for scale in different if scale is not None)
         elif different and None not in different and node.name in plan.own_scales:
             scales[node.name] = plan.own_scales[node.name]
-        elif layers & wanted.keys():
-            partial[node.name] = plan.scales[node.name], frozenset(layers & wanted.keys())
+        else:
+            readers = frozenset(name for name in layers.keys() & wanted.keys() if wanted[name] is not None)
+            if readers:
+                partial[node.name] = plan.scales[node.name], readers
 
     points: dict[str, float] = {}
     quantized: set[str] = set()
@@ -114,7 +117,25 @@ def _is_tuple(node: fx.Node) -> bool:
     return any(reader.target is operator.getitem for reader in node.users)
 
 
-def fake_quantize(plan: Int8Plan) -> fx.GraphModule:
+def place_in_front(plan: Int8Plan) -> Placement:
+    """Quantize each value right in front of the INT8 layers that read it, and nowhere else.
+
+    TensorRT moves quantization from there to where it can be fused: past pooling and concatenation, up to the layer
+    before. It does not move it down.
+    """
+    scales: dict[str, float] = {}
+    readers: dict[str, set[str]] = {}
+    for layer in plan.network.layers:
+        for node in layer.inputs:
+            if plan.reads_int8(layer, node):
+                scales[node] = plan.scales[node]
+                readers.setdefault(node, set()).add(layer.node)
+    output = next(node for node in plan.network.module.graph.nodes if node.op == "output").all_input_nodes[0].name
+    whole = {} if plan.output_scale is None else {output: plan.output_scale}
+    return Placement(whole, whole, {node: (scales[node], frozenset(readers[node])) for node in scales}, {})
+
+
+def fake_quantize(plan: Int8Plan, placement: Placement | None = None) -> fx.GraphModule:
     """The network with explicit quantization: float arithmetic on values that INT8 represents.
 
     Activations go through ``torch.fake_quantize_per_tensor_affine`` (zero point 0, codes -128 to 127) with the table's
@@ -125,11 +146,12 @@ def fake_quantize(plan: Int8Plan) -> fx.GraphModule:
 
     Args:
         plan: Which layers run in INT8, and the scales.
+        placement: Where values are quantized; what :func:`place` finds if None.
 
     Returns:
         A module from ``data`` float32 [B, C, H, W] to ``prob`` float32 [B, classes], in eval mode.
     """
-    placement = place(plan)
+    placement = placement or place(plan)
     module = copy.deepcopy(plan.network.module)
     own_weights(module)
     nodes = {node.name: node for node in module.graph.nodes}

@@ -654,6 +654,7 @@ class Int8Plan:
         kept: Layer -> why it stays in float although it could run in INT8.
         output_scale: Scale of the network's output where that is quantized too.
         own_scales: fx node name -> scale of its tensor in the table, for every activation that has a usable one.
+        float_inputs: INT8 layer -> the fx nodes among its inputs that it reads in float nevertheless.
     """
 
     network: Network
@@ -663,6 +664,11 @@ class Int8Plan:
     kept: Mapping[str, str]
     output_scale: float | None = None
     own_scales: Mapping[str, float] = field(default_factory=dict)
+    float_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def reads_int8(self, layer: Layer, node: str) -> bool:
+        """Whether ``layer`` runs in INT8 and takes the value of the fx node ``node`` quantized."""
+        return layer.name in self.layers and node in layer.inputs and node not in self.float_inputs.get(layer.name, ())
 
 
 def plan_int8(

@@ -127,7 +127,8 @@ class IntegerNetwork(fx.Interpreter):
 
     def _dequantized(self, node: fx.Node) -> Any:
         """Run a layer without weights (addition, average pooling, ...) on the values that its input codes stand for."""
-        kept = {source: self.env[source] for source in node.all_input_nodes if source.name in self.plan.scales}
+        layer = self._layers[node.name]
+        kept = {source: self.env[source] for source in node.all_input_nodes if self.plan.reads_int8(layer, source.name)}
         for source in kept:
             self.env[source] = self._input_codes(source) * self.plan.scales[source.name]
         try:

@@ -26,10 +26,11 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from calib.explicit import is_plain_relu, place
+from calib.explicit import is_plain_relu, place, place_in_front
 from calib.graph import INPUT, OUTPUT, Int8Plan, Network
 from calib.int8 import weight_scales
 from calib.table import CalibrationTable
+from calib.tensorrt_form import for_tensorrt
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
@@ -417,9 +418,9 @@ def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
 def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False) -> onnx.ModelProto:
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
-    As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and one
-    Q/DQ pair for each value that is read in INT8 alone: behind the ReLU of the layer that makes it, so that TensorRT
-    computes the two as one, and before the pooling and the reshaping that follow, which only move or choose values.
+    As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and
+    the plan in the form that TensorRT fuses (:func:`calib.tensorrt_form.for_tensorrt`), with one Q/DQ pair for each
+    value, right in front of the layers that read it in INT8.
 
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
@@ -441,7 +442,8 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
     from onnxruntime.quantization.calibrate import TensorData
     from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
 
-    placement = place(plan, before_relu=for_cpu)
+    plan = plan if for_cpu else for_tensorrt(plan)
+    placement = place(plan, before_relu=True) if for_cpu else place_in_front(plan)
     model, values = _float_graph(plan.network, placement.scales if for_cpu else ())
     computing = _Computing(plan.network, model.graph, values)
     quantized = placement.scales if for_cpu else placement.points

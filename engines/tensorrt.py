@@ -24,12 +24,13 @@ from torch.nn import functional as F
 
 from calib import tensorrt_build
 from calib.cache import read_provenance, weights_fingerprint
-from calib.explicit import fake_quantize
+from calib.explicit import fake_quantize, place_in_front
 from calib.graph import Network, plan_int8
 from calib.table import CalibrationTable
 from calib.tensorrt import usable
 from calib.tensorrt_build import Build, build_engine, first_line, takes_half
 from calib.tensorrt_calibrator import CalibratorRun, table_calibrator
+from calib.tensorrt_form import for_tensorrt
 from calib.tensorrt_rules import (
     Gpu,
     Installed,
@@ -163,9 +164,11 @@ class TorchTensorRTEngine:
                     "leave --engine.int8_fp16 out"
                 )
             plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
+            plan = for_tensorrt(plan)
             details["int8 layers"] = ", ".join(layer.name for layer in network.layers if layer.name in plan.layers)
             content = table.dumps().encode()
-            return Job(network.name, "int8-explicit", fake_quantize(plan), build, False, content, None, details)
+            module = fake_quantize(plan, place_in_front(plan))
+            return Job(network.name, "int8-explicit", module, build, False, content, None, details)
         path = self._folder / "tensorrt" / f"CalibrationTable{network.name}"
         content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
 

@@ -18,6 +18,7 @@ from calib.__main__ import main as check
 from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.int8 import quantize_weight
 from calib.table import CalibrationTable
+from calib.tensorrt_form import for_tensorrt
 from common.errors import InputError
 from common.run import Run
 from engines import onnx_export
@@ -196,7 +197,7 @@ def check_int8_model(name: str, option: str, for_cpu: bool) -> None:
     model = int8_model(plan, for_cpu)
     onnx.checker.check_model(model, full_check=True)
     batch = images(name, 32, seed=3)
-    expected = IntegerNetwork(plan)(batch).numpy()
+    expected = IntegerNetwork(plan if for_cpu else for_tensorrt(plan))(batch).numpy()
     result = run(model, batch)
     # A code that differs at a tie moves a probability by little.
     step = plan.output_scale or 0.0
@@ -229,8 +230,8 @@ def test_portable_model_is_symmetric_int8_with_float_biases():
     model = int8_model(plan)
     assert {name: scale for name, (scale, _, _) in pairs(model).items()} == {
         "data": plan.scales["data"],
-        "conv1": plan.scales["pool1"],
-        "conv2": plan.scales["flatten"],
+        "pool1": plan.scales["pool1"],
+        "pool2": plan.scales["flatten"],
         "ip1": plan.scales["relu1"],
     }
     assert {(zero, str(kind)) for _, zero, kind in pairs(model).values()} == {(0, "int8")}

@@ -15,6 +15,7 @@ from calib.calibrator import calibrate
 from calib.explicit import fake_quantize
 from calib.graph import Int8Plan, Network
 from calib.table import CalibrationTable
+from calib.tensorrt_form import for_tensorrt
 from engines.integer import IntegerNetwork
 from engines.onnx_export import float_model, int8_model
 from tests.general import zoo
@@ -41,6 +42,11 @@ def plan(name: str) -> Int8Plan:
 @cache
 def simulated(name: str) -> Tensor:
     return IntegerNetwork(plan(name))(zoo.images_of(name, IMAGES))
+
+
+@cache
+def simulated_for_tensorrt(name: str) -> Tensor:
+    return IntegerNetwork(for_tensorrt(plan(name)))(zoo.images_of(name, IMAGES))
 
 
 @cache
@@ -144,7 +150,8 @@ def test_onnx_runtime_agrees_with_the_simulation_in_int8(name: str, for_cpu: boo
         int8_model(plan(name), for_cpu), zoo.images_of(name, IMAGES), None if for_cpu else without_saturation()
     )
 
-    torch.testing.assert_close(found, simulated(name), atol=1e-6, rtol=1e-5)
+    expected = simulated(name) if for_cpu else simulated_for_tensorrt(name)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def _run(model: onnx.ModelProto, images: Tensor, options: onnxruntime.SessionOptions | None = None) -> Tensor:
