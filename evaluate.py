@@ -140,7 +140,7 @@ def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) 
         processes.divide(config.engine)
         subject = open_subject(config, run, cache)
         check_range(subject.images, options.batch_size, options.start, options.batches)
-        sizes = (options.batch_size, *options.latency_batch_sizes)
+        sizes = (options.batch_size, *(options.latency_batch_sizes if processes.first else ()))
         selection = select_engine(config.engine, subject.int8.quantization, run.folder, sizes)
         logger.info("engine %s: %s", selection.engine.name, selection.reason)
         try:

@@ -59,9 +59,9 @@ class TorchTensorRTEngine:
         config: Its options.
         quantization: How INT8 goes, and which layers stay in float.
         folder: The run's folder: engines go to ``engines/``, TensorRT's own table lies in ``tensorrt/``.
-        batch_sizes: That will be run. The engine of the first one is built by ``compile``, so that what cannot be
-            built is known there; the others by their first batch. A batch from the CPU of another size is padded to
-            one of these where it fits.
+        batch_sizes: That will be run. Their engines are built by ``compile``, so that what cannot be built is known
+            there and costs one precision alone. A batch from the CPU of another size is padded to one of these where
+            it fits.
     """
 
     name = "torch-tensorrt"
@@ -119,7 +119,8 @@ class TorchTensorRTEngine:
             job = self._job(torch_tensorrt, installed, network, precision, table)
             engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
             if network.input_shape is not None:
-                engines.module((self._batch_sizes[0], *network.input_shape))
+                for size in self._batch_sizes:
+                    engines.module((size, *network.input_shape))
         except TensorRTError as error:
             raise EngineError(str(error)) from error
         details = {**job.details, "TF32": "allowed" if self._config.tf32 else "off"}

@@ -71,20 +71,19 @@ class TestCompiling:
         assert compiled.details["TensorRT"] == "10.12.0.36"
         assert compiled.details["TF32"] == "off"
 
-    def test_the_first_engine_is_built_at_once_the_others_when_needed(self, machine, network, tmp_path):
+    def test_each_batch_size_has_its_engine_before_anything_runs(self, machine, network, tmp_path):
         upstream = machine()
-        compiled = engine(tmp_path, (4, 1)).compile(network, "fp32", None)
-        assert built_sizes(upstream) == [4]
-        compiled.run(images(4))
-        assert built_sizes(upstream) == [4]
-        compiled.run(images(1))
+        compiled = engine(tmp_path, (4, 1, 4)).compile(network, "fp32", None)
+        assert built_sizes(upstream) == [4, 1]
+        for count in (4, 1):
+            compiled.run(images(count))
         assert built_sizes(upstream) == [4, 1]
 
     def test_an_odd_batch_is_padded_not_built_for(self, machine, network, tmp_path):
         upstream = machine()
         compiled = engine(tmp_path, (8, 1)).compile(network, "fp32", None)
         torch.testing.assert_close(compiled.run(images(3)), network.module(images(3)))
-        assert built_sizes(upstream) == [8]
+        assert built_sizes(upstream) == [8, 1]
 
     def test_a_batch_larger_than_expected_is_built_for(self, machine, network, tmp_path):
         upstream = machine()
@@ -277,6 +276,19 @@ class TestRefusing:
             engine(tmp_path).compile(network, "fp32", None)
         assert str(caught.value) == "TensorRT could not build the engine: no kernel image"
         assert not (tmp_path / "engines").exists()
+
+    def test_a_batch_size_that_cannot_be_built_is_known_when_compiling(self, machine, network, tmp_path):
+        upstream = machine()
+        build = upstream.compile
+
+        def full(module, **arguments):
+            if arguments["inputs"][0][0][0] > 2:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            return build(module, **arguments)
+
+        upstream.compile = full
+        with pytest.raises(EngineError, match="GPU 0 has too little free memory for batches of 256"):
+            engine(tmp_path, (2, 256)).compile(network, "fp32", None)
 
     def test_a_later_build_error_is_one_too(self, machine, network, tmp_path):
         upstream = machine()
