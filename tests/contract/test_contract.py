@@ -1,7 +1,4 @@
-"""Our TensorRT path against the real Torch-TensorRT wheel: the scenarios of ``drive.py`` in a subprocess.
-
-The environment is made by ``environment.py`` (``make test`` does it); CONTRACT_DIR names another one.
-"""
+"""Our TensorRT path against the real Torch-TensorRT wheel: the scenarios of ``drive.py`` in a subprocess."""
 
 from __future__ import annotations
 
@@ -16,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.contract.made import FOLDER, ROOT, require
+
 pytestmark = pytest.mark.contract
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("CONTRACT_DIR", ROOT / ".contract")).resolve()
 DRIVE = Path(__file__).with_name("drive.py")
 MARKER = "stand-in: TensorRT was asked for a builder"
 EXIT_CODE = 86
@@ -28,11 +25,7 @@ EXIT_CODE = 86
 @pytest.fixture(scope="session")
 def found(tmp_path_factory) -> dict[str, Any]:
     """What all scenarios found."""
-    reason = FOLDER / "unavailable.txt"
-    if reason.exists():
-        pytest.skip(f"the contract environment cannot be made here: {reason.read_text().strip()}")
-    if not (FOLDER / "complete.json").exists():
-        pytest.skip(f"no contract environment in {FOLDER}: python tests/contract/environment.py {FOLDER.name}")
+    require(FOLDER, "contract environment")
     folder = tmp_path_factory.mktemp("contract")
     environment = {
         **os.environ,

@@ -1,12 +1,8 @@
-"""Our ONNX files with explicit quantization in the real parser and builder of TensorRT-RTX, which need no GPU.
-
-The environment is made by ``environment.py`` (``make test`` does it); CONTRACT_DIR names another one.
-"""
+"""Our ONNX files with explicit quantization in the real parser and builder of TensorRT-RTX, which need no GPU."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,23 +12,19 @@ import onnx
 import pytest
 
 from engines.onnx_export import float_model, int8_model
+from tests.contract.made import FOLDER, require
 from tests.networks import NETWORKS, make_network, make_plan
 
 pytestmark = pytest.mark.contract
 
-ROOT = Path(__file__).resolve().parents[2]
-FOLDER = Path(os.environ.get("CONTRACT_DIR", ROOT / ".contract")).resolve() / "rtx"
+RTX = FOLDER / "rtx"
 BUILD = Path(__file__).with_name("build_rtx.py")
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """Name of a file -> what became of it."""
-    reason = FOLDER / "unavailable.txt"
-    if reason.exists():
-        pytest.skip(f"TensorRT-RTX cannot be had here: {reason.read_text().strip()}")
-    if not (FOLDER / "complete.json").exists():
-        pytest.skip(f"no TensorRT-RTX in {FOLDER}: python tests/contract/environment.py {FOLDER.parent.name}")
+    require(RTX, "TensorRT-RTX")
     folder = tmp_path_factory.mktemp("rtx")
     paths = []
     for name in NETWORKS:
@@ -43,7 +35,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         for form, model in models.items():
             paths.append(folder / f"{name}_{form}.onnx")
             onnx.save(model, paths[-1])
-    command = [sys.executable, str(BUILD), str(FOLDER / "site"), *map(str, paths)]
+    command = [sys.executable, str(BUILD), str(RTX / "site"), *map(str, paths)]
     process = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert process.returncode == 0, process.stderr
     found = json.loads(process.stdout.splitlines()[-1])
