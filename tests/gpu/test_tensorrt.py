@@ -1,5 +1,7 @@
 """The whole TensorRT path on a real GPU with TensorRT: what no other machine can test."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from tests.upstream import provenance
 
 pytestmark = pytest.mark.gpu
 
+CONFIG = EngineConfig(timing_iterations=1)  # what is built here need not be the fastest
 SUBSET = Subset(torch.randperm(200, generator=torch.Generator().manual_seed(1))[:100], 10)
 
 
@@ -34,6 +37,12 @@ def installed():
 def network():
     torch.manual_seed(1)
     return trace(LeNet(), "LeNet", (1, 28, 28))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A run's folder that all tests share, so that an engine which several of them take is built once."""
+    return tmp_path_factory.mktemp("run")
 
 
 class Source:
@@ -53,8 +62,9 @@ def ours(network):
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp16", 5e-3)])
 @pytest.mark.parametrize("graphs", [False, True])
-def test_float_engines(network, tmp_path, precision, tolerance, graphs):
-    engine = TorchTensorRTEngine(EngineConfig(cuda_graphs=graphs), QuantizationConfig(), tmp_path, (8, 1))
+def test_float_engines(network, folder, precision, tolerance, graphs):
+    config = replace(CONFIG, cuda_graphs=graphs)
+    engine = TorchTensorRTEngine(config, QuantizationConfig(), folder, (8, 1))
     compiled = engine.compile(network, precision, None)
     for count in (8, 1, 5):
         batch = Source().images(torch.arange(count))
@@ -67,10 +77,8 @@ def test_float_engines(network, tmp_path, precision, tolerance, graphs):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_an_engine_as_a_cuda_graph_follows_its_input(network, tmp_path, precision):
-    compiled = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (8,)).compile(
-        network, precision, None
-    )
+def test_an_engine_as_a_cuda_graph_follows_its_input(network, folder, precision):
+    compiled = TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (8,)).compile(network, precision, None)
     source = torch.zeros(8, 1, 28, 28, device="cuda")
     replay = compiled.captured(source)
     for first in (0, 8, 16):
@@ -79,10 +87,10 @@ def test_an_engine_as_a_cuda_graph_follows_its_input(network, tmp_path, precisio
         assert torch.equal(replay(), compiled.run_on_device(batch))
 
 
-def test_the_report_times_the_engine_and_the_call_through_its_runtime(network, tmp_path):
+def test_the_report_times_the_engine_and_the_call_through_its_runtime(network, folder):
     pixels = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
     source = TensorImages(pixels, torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28))
-    compiled = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (1,)).compile(network, "fp32", None)
+    compiled = TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (1,)).compile(network, "fp32", None)
     ((entry,),) = measure_latency([compiled], source, [1], seconds=0.1, runs=10)
     assert entry.without_graph is not None
     assert entry.end_to_end is not None
@@ -90,8 +98,8 @@ def test_the_report_times_the_engine_and_the_call_through_its_runtime(network, t
     assert entry.without_graph.median > 0
 
 
-def test_explicit_int8(network, ours, tmp_path):
-    engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode="explicit"), tmp_path, (8,))
+def test_explicit_int8(network, ours, folder):
+    engine = TorchTensorRTEngine(CONFIG, QuantizationConfig(mode="explicit"), folder, (8,))
     compiled = engine.compile(network, "int8", ours)
     batch = Source().images(torch.arange(8))
     torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
@@ -101,29 +109,29 @@ def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
     if not has_calibrator(installed.torch_tensorrt):
         pytest.skip(f"torch_tensorrt {installed.torch_tensorrt} has no DataLoaderCalibrator")
     path = tmp_path / "tensorrt" / "CalibrationTableLeNet"
-    theirs = calibrate(network, lambda: (Source(), SUBSET), path, provenance(), EngineConfig())
+    theirs = calibrate(network, lambda: (Source(), SUBSET), path, provenance(), CONFIG)
     assert theirs.calibrated
     pairs = [pair for pair in compare(ours, theirs.table, made_by(network)) if pair.ratio is not None]
     assert ("data", "input_0") in [(pair.reference, pair.tensorrt) for pair in pairs]
     for pair in pairs:
         assert pair.ratio == pytest.approx(1, rel=0.02), pair
 
-    engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode="implicit"), tmp_path, (8,))
+    engine = TorchTensorRTEngine(CONFIG, QuantizationConfig(mode="implicit"), tmp_path, (8,))
     compiled = engine.compile(network, "int8", ours)
     batch = Source().images(torch.arange(8))
     torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
 
-    again = calibrate(network, lambda: pytest.fail("touched the data"), path, provenance(), EngineConfig())
+    again = calibrate(network, lambda: pytest.fail("touched the data"), path, provenance(), CONFIG)
     assert not again.calibrated
 
 
-def test_an_engine_is_loaded_from_its_file(network, tmp_path):
+def test_an_engine_is_loaded_from_its_file(network, folder):
     def compiled():
-        return TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path, (2,)).compile(network, "fp32", None)
+        return TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (8,)).compile(network, "fp32", None)
 
-    batch = Source().images(torch.arange(2))
+    batch = Source().images(torch.arange(8))
     first = compiled().run(batch)
-    (engine,) = (tmp_path / "engines").glob("*.ts")
+    (engine,) = (folder / "engines").glob("*_fp32_b8_*.ts")
     written = engine.stat().st_mtime_ns
     assert torch.equal(compiled().run(batch), first)
     assert engine.stat().st_mtime_ns == written
