@@ -558,6 +558,7 @@ def summarize(
             "header": by_tensorrt.calibration.table.header,
             "calibrated": by_tensorrt.calibration.calibrated,
             "reason": by_tensorrt.calibration.reason,
+            "seconds": by_tensorrt.calibration.seconds,
             "tensors": [{**dataclasses.asdict(pair), "ratio": pair.ratio} for pair in by_tensorrt.pairs],
         }
     if table.calibration is not None:

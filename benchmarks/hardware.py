@@ -1,0 +1,206 @@
+"""The README's hardware table: ``python -m benchmarks.hardware``, on a machine with an NVIDIA GPU and TensorRT.
+
+For each configuration the three commands run as a user starts them: training, calibration by DataLoaderCalibrator
+beside the reference, and FP32, FP16 and INT8 engines compared; then ``evaluate.py`` once more, which must build
+nothing. Latency is that of the engine replayed as a CUDA graph, with the call through Torch-TensorRT in brackets.
+Nothing else should run on the machine.
+
+    python -m benchmarks.hardware --epochs 3
+    python -m benchmarks.hardware --configs configs/resnet18_imagefolder.yaml --data-dir /data/parts
+
+Options that it does not know go to all three commands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.process import run_process
+from common.cli import ROOT
+from common.command import run_command
+from common.console import start_logging
+from common.errors import ExitCode
+from common.files import write_json, write_text
+from evaluation.results import Latency, Report, Row, read_report
+from evaluation.text import milliseconds, percent, points, size
+
+logger = logging.getLogger("benchmarks")
+
+CONFIGS = ("configs/lenet_mnist.yaml", "configs/small_resnet_mnist.yaml")
+TENSORRT = ("--engine", "torch-tensorrt")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the commands found with one configuration.
+
+    Attributes:
+        config: The file.
+        seconds: Command -> seconds that it took; ``evaluate again`` is the second run.
+        prepared: What ``quantize.py --json`` printed.
+        report: Of ``evaluate.py``.
+        rebuilt: Engines that the second run of ``evaluate.py`` built.
+    """
+
+    config: str
+    seconds: dict[str, float]
+    prepared: dict[str, Any]
+    report: Report
+    rebuilt: int
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    result = argparse.ArgumentParser(
+        prog="python -m benchmarks.hardware",
+        description="Run the three commands with TensorRT and print the hardware table.",
+        epilog="Other options go to all three commands.",
+        allow_abbrev=False,
+    )
+    result.add_argument("--configs", nargs="+", default=list(CONFIGS), help="configurations of the runs")
+    result.add_argument("--epochs", type=int, help="epochs of training; the configuration's if not given")
+    result.add_argument("--artifacts", type=Path, default=Path("artifacts/hardware"), help="folder of the runs")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    options, others = parser().parse_known_args(argv)
+    start_logging()
+    found = []
+    for config in options.configs:
+        found.append(measure(config, options.artifacts.absolute(), options.epochs, others))
+        write_json(options.artifacts / "hardware.json", [_plain(one) for one in found])
+    page = markdown(found)
+    write_text(options.artifacts / "hardware.md", page)
+    print(page)
+    return ExitCode.PASSED
+
+
+def measure(config: str, artifacts: Path, epochs: int | None, others: Sequence[str]) -> Measured:
+    """Run the three commands with one configuration.
+
+    Args:
+        config: Its file, relative to the checkout.
+        artifacts: Folder of the runs.
+        epochs: Of training; None for the configuration's.
+        others: Further arguments of all three commands.
+
+    Raises:
+        InputError: a command failed.
+    """
+    arguments = ["--config", config, "--artifacts", str(artifacts), *others]
+    trained = [] if epochs is None else ["--trainer.max_epochs", str(epochs)]
+    seconds: dict[str, float] = {}
+
+    def command(name: str, program: str, *further: str) -> tuple[str, str]:
+        logger.info("%s: %s", config, name)
+        begin = time.perf_counter()
+        line = [sys.executable, str(ROOT / program), *arguments, *further]
+        done = run_process(name, line, codes=(ExitCode.PASSED, ExitCode.FAILED))
+        seconds[name] = time.perf_counter() - begin
+        return done.stdout, done.stderr
+
+    command("train", "train.py", *trained)
+    prepared = json.loads(command("quantize", "quantize.py", *TENSORRT, "--precision", "int8", "--json")[0])
+    folder = artifacts / prepared["run"]
+    command("evaluate", "evaluate.py", *TENSORRT, "--no-analysis", "--report", str(folder / "report"))
+    _, log = command("evaluate again", "evaluate.py", *TENSORRT, "--no-analysis", "--json")
+    rebuilt = sum(line.startswith("building ") for line in log.splitlines())
+    return Measured(config, seconds, prepared, read_report(folder / "report" / "report.json"), rebuilt)
+
+
+def markdown(found: Sequence[Measured]) -> str:
+    """What was measured, as the README and docs/hardware.md show it."""
+    return "\n\n".join([_machine(found[0].report), *(part for one in found for part in _section(one))]) + "\n"
+
+
+def _machine(report: Report) -> str:
+    here = report.environment
+    versions = {**here.versions, "TensorRT": next((row.details["TensorRT"] for row in _tensorrt(report)), "none")}
+    rows = [
+        ("GPU", f"{here.gpu}, driver {here.gpu_details.get('driver_version', 'unknown')}"),
+        ("host", f"{here.processor}, {here.cores} cores"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions.items())),
+    ]
+    return table(("", ""), rows)
+
+
+def _section(one: Measured) -> list[str]:
+    report, row = one.report, {row.precision: row for row in one.report.rows if row.role != "baseline"}
+    title = f"{report.model.name} on {report.data.title}"
+    sizes = sorted({entry.batch_size for item in row.values() for entry in item.latency})
+    columns = (title, "top-1", "points", "engine", *(f"batch {batch}" for batch in sizes))
+    lines = [_line(item, sizes) for item in row.values()]
+    return [table(columns, lines), "\n".join(f"- {sentence}" for sentence in _facts(one))]
+
+
+def _line(row: Row, sizes: Iterable[int]) -> tuple[str, ...]:
+    name = row.precision.upper()
+    if row.accuracy is None:
+        return (name, f"skipped: {row.skipped}", "", "", *("" for _ in sizes))
+    latency = {entry.batch_size: entry for entry in row.latency}
+    lost = "" if row.paired is None else points(row.paired.top1_points)
+    cells = [_latency(latency[batch]) if batch in latency else "" for batch in sizes]
+    return (name, f"{percent(row.accuracy.top1)} %", lost, size(row.size), *cells)
+
+
+def _latency(entry: Latency) -> str:
+    """Median milliseconds; in brackets those of the call."""
+    call = entry.without_graph
+    graph = milliseconds(entry.compute.median)
+    return graph if call is None else f"{graph} ({milliseconds(call.median)})"
+
+
+def _facts(one: Measured) -> list[str]:
+    calibration, tensorrt = one.prepared.get("calibration"), one.prepared.get("tensorrt")
+    facts = [f"Verdict: {'PASSED' if one.report.verdict.passed else 'FAILED'}."]
+    facts += [f"{row.precision.upper()}: TF32 {row.details['TF32']}." for row in _tensorrt(one.report)[:1]]
+    if calibration is not None:
+        took = sum(calibration["batch_seconds"]) + calibration["post_seconds"]
+        facts.append(f"The reference calibration of {calibration['images']} images took {took:.3g} s.")
+    if tensorrt is not None:
+        paired = [pair for pair in tensorrt["tensors"] if pair["ratio"] is not None]
+        equal = sum(abs(pair["ratio"] - 1) < 1e-6 for pair in paired)
+        named = sum(pair["reference"] is not None for pair in tensorrt["tensors"])
+        facts.append(
+            f"TensorRT's own took {tensorrt['seconds']:.3g} s, its engine included. Of {named} tensors, "
+            f"{len(paired)} have a counterpart in its table, {equal} of them with our scale to within 1e-6."
+        )
+    facts.append(
+        f"Building took {one.report.seconds['compile']:.3g} s in evaluate.py; a second run built {one.rebuilt} engines."
+    )
+    facts.append("Commands: " + ", ".join(f"{name} {took:.3g} s" for name, took in one.seconds.items()) + ".")
+    return facts
+
+
+def _tensorrt(report: Report) -> list[Row]:
+    return [row for row in report.rows if "TensorRT" in row.details]
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _plain(one: Measured) -> dict[str, Any]:
+    return {
+        "config": one.config,
+        "seconds": one.seconds,
+        "prepared": one.prepared,
+        "report": f"{one.report.run}/report/report.json",
+        "rebuilt": one.rebuilt,
+    }
+
+
+if __name__ == "__main__":
+    run_command(main)
