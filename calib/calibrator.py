@@ -363,7 +363,7 @@ def find_thresholds(
     if scales[INPUT] == 0:
         raise InputError("all calibration images are zero: there is nothing to calibrate")
     given = options or {}
-    legacy = Legacy(given.get("cutoff", Legacy.cutoff), given.get("quantile", Legacy.quantile))
+    legacy = Legacy(quantile=given.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
     return Calibration(table, thresholds, histograms, time.perf_counter() - start)
 
@@ -373,5 +373,5 @@ def algorithm_options(config: CalibrationConfig) -> dict[str, float]:
     if config.algorithm == "percentile":
         return {"percentile": config.percentile}
     if config.algorithm == "legacy":
-        return {"quantile": config.quantile, "cutoff": config.cutoff}
+        return {"quantile": config.quantile}
     return {}

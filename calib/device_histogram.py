@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from calib.histogram import BINS, PIECE, SMALLEST, AbsHistogram, flat
+from calib.histogram import BINS, PIECE, SMALLEST, AbsHistogram, flat, refuse_infinite
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -151,12 +151,7 @@ class DeviceHistograms:
             number = self._rank + self._checked * self._processes + 1
             self._checked += 1
             for name, value in zip(self.names, largest.tolist(), strict=True):
-                if not np.isfinite(value):
-                    kind = "NaN" if np.isnan(value) else "infinity"
-                    raise InputError(
-                        f"calibration batch {number}, tensor {name}: the values hold {kind}: "
-                        "the weights or the images are broken"
-                    )
+                refuse_infinite(value, f"calibration batch {number}, tensor {name}: ")
 
     def bases(self) -> list[float]:
         """The range that each tensor began with; 0 while it was all zeros."""

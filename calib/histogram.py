@@ -51,7 +51,7 @@ class AbsHistogram:
         """Count one batch.
 
         Args:
-            batch: Any shape, any device; float32, or float16 and bfloat16, whose values float32 holds.
+            batch: Any shape, on the CPU; float32, or float16 and bfloat16, whose values float32 holds.
 
         Raises:
             InputError: the batch holds NaN or infinity; the histogram is as it was before.
@@ -72,9 +72,7 @@ class AbsHistogram:
         Raises:
             InputError: it is NaN or infinite; the histogram is as it was before.
         """
-        if not math.isfinite(largest):
-            kind = "NaN" if math.isnan(largest) else "infinity"
-            raise InputError(f"the values hold {kind}: the weights or the images are broken")
+        refuse_infinite(largest)
         if largest < SMALLEST:
             return
         self.maximum = max(self.maximum, largest)
@@ -107,14 +105,29 @@ class AbsHistogram:
             scale = 2.0**64
         factor = float(np.float32(BINS / (self.range * scale)))
         # One counter more than bins: a value equal to the range may fall into it.
-        counts = torch.zeros(BINS + 1, dtype=torch.int64, device=values.device)
+        counts = torch.zeros(BINS + 1, dtype=torch.int64)
         for piece in values.split(PIECE):
             scaled = piece.to(torch.float32) if scale == 1 else piece.to(torch.float32) * scale
             bins = torch.mul(scaled, factor).to(torch.int16)
             counts += torch.bincount(bins.abs_() if signed else bins, minlength=BINS + 1)
-        found = counts.cpu().numpy()
+        found = counts.numpy()
         self.counts += found[:BINS]
         self.counts[-1] += found[BINS]
+
+
+def refuse_infinite(largest: float, where: str = "") -> None:
+    """Refuse a tensor whose absolute maximum is no finite number.
+
+    Args:
+        largest: The maximum.
+        where: What the message begins with.
+
+    Raises:
+        InputError: it is NaN or infinite.
+    """
+    if not math.isfinite(largest):
+        kind = "NaN" if math.isnan(largest) else "infinity"
+        raise InputError(f"{where}the values hold {kind}: the weights or the images are broken")
 
 
 def flat(batch: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def calibrate_onnx(
     for value in model.graph.input:
         if scales.get(value.name) == 0:
             raise InputError(f"input {value.name!r} is zero in all calibration batches: there is nothing to calibrate")
-    legacy = Legacy(options.get("cutoff", 1.0), options.get("quantile", 0.9999))
+    legacy = Legacy(quantile=options.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
     return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds)
 

@@ -51,7 +51,6 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("--percentile", type=float, default=99.99, metavar="P", help="of percentile (default: 99.99)")
     parser.add_argument("--quantile", type=float, default=0.9999, metavar="Q", help="of legacy (default: 0.9999)")
-    parser.add_argument("--cutoff", type=float, default=1.0, metavar="C", help="of legacy (default: 1)")
     parser.add_argument(
         "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
     )
@@ -239,11 +238,10 @@ def _options(arguments: argparse.Namespace) -> dict[str, float]:
     """The parameters of the algorithm, checked."""
     if not 0 < arguments.percentile <= 100:
         raise InputError(f"--percentile must lie in (0, 100], and is {arguments.percentile:g}")
-    for name in ("quantile", "cutoff"):
-        if not 0 < getattr(arguments, name) <= 1:
-            raise InputError(f"--{name} must lie in (0, 1], and is {getattr(arguments, name):g}")
-    chosen = {"percentile": ("percentile",), "legacy": ("quantile", "cutoff")}.get(arguments.algorithm, ())
-    return {name: getattr(arguments, name) for name in chosen}
+    if not 0 < arguments.quantile <= 1:
+        raise InputError(f"--quantile must lie in (0, 1], and is {arguments.quantile:g}")
+    name = {"percentile": "percentile", "legacy": "quantile"}.get(arguments.algorithm)
+    return {name: getattr(arguments, name)} if name else {}
 
 
 def _pixels(arguments: argparse.Namespace) -> Pixels:

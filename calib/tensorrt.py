@@ -285,7 +285,7 @@ def run_calibration(
     device = tensorrt_build.gpu_device(build.device)
     first = source.images(subset.positions[: subset.batch_size])
     refuse_partial(torch_tensorrt, network, first.shape)
-    known = {name: value for name, value in (options or {}).items() if name in ("quantile", "cutoff")}
+    known = {name: value for name, value in (options or {}).items() if name == "quantile"}
     with tempfile.TemporaryDirectory(prefix="calibration-") as folder:
         path = Path(folder) / "table"
         run = data_calibrator(torch_tensorrt, source, subset, path, algorithm, device, **known)

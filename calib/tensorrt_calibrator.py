@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Subset as DatasetSubset
 
 from calib.subset import Subset
-from calib.table import CalibrationTable
+from calib.table import CalibrationTable, Legacy
 from calib.tensorrt_rules import TENSORRT_ALGORITHMS, TensorRTError, algorithm_problem
 from common.config import AlgorithmName
 
@@ -112,7 +112,6 @@ def data_calibrator(
     algorithm: AlgorithmName,
     device: torch.device,
     quantile: float = 0.9999,
-    cutoff: float = 1.0,
 ) -> CalibratorRun:
     """A DataLoaderCalibrator over the subset, writing its table to ``table``.
 
@@ -124,7 +123,6 @@ def data_calibrator(
         algorithm: Of TensorRT.
         device: Where TensorRT reads the batches.
         quantile: Of ``legacy``.
-        cutoff: Of ``legacy``.
 
     Raises:
         TensorRTError: TensorRT does not have the algorithm.
@@ -145,7 +143,7 @@ def data_calibrator(
         collate_fn=keep,  # type: ignore[arg-type]  # __getitems__ gives a whole batch, not a list
     )
     run.calibrator = _upstream(torch_tensorrt, loader, algorithm, table, use_cache=False, device=device)
-    _finish_class(run, algorithm, quantile, cutoff)
+    _finish_class(run, algorithm, quantile)
     return run
 
 
@@ -155,7 +153,6 @@ def table_calibrator(
     algorithm: AlgorithmName,
     device: torch.device,
     quantile: float = 0.9999,
-    cutoff: float = 1.0,
 ) -> CalibratorRun:
     """A DataLoaderCalibrator that has TensorRT read ``table`` (which TensorRT wrote) and touches no data.
 
@@ -168,7 +165,7 @@ def table_calibrator(
     # Its loader is never asked for a batch, but the class wants one.
     loader: DataLoader[Tensor] = DataLoader([], batch_size=1)  # type: ignore[arg-type]
     run.calibrator = _upstream(torch_tensorrt, loader, algorithm, table, use_cache=True, device=device)
-    _finish_class(run, algorithm, quantile, cutoff)
+    _finish_class(run, algorithm, quantile)
     return run
 
 
@@ -195,7 +192,7 @@ def _upstream(
         )
 
 
-def _finish_class(run: CalibratorRun, algorithm: AlgorithmName, quantile: float, cutoff: float) -> None:
+def _finish_class(run: CalibratorRun, algorithm: AlgorithmName, quantile: float) -> None:
     """Wrap the callbacks on the calibrator's class, where the C++ side looks for them.
 
     Upstream makes a class of its own for each calibrator, so that no other one is touched.
@@ -229,6 +226,6 @@ def _finish_class(run: CalibratorRun, algorithm: AlgorithmName, quantile: float,
     if algorithm == "legacy":
         # Torch-TensorRT's C++ asks the object for these and takes -1 where they are missing.
         kind.get_quantile = lambda self: quantile
-        kind.get_regression_cutoff = lambda self: cutoff
+        kind.get_regression_cutoff = lambda self: Legacy.cutoff
         kind.read_histogram_cache = lambda self, length: None
         kind.write_histogram_cache = lambda self, content, length: None

@@ -6,7 +6,8 @@ entropy search. What it leaves open was found from TensorRT's answers: which can
 equal divergences the largest candidate wins, as if searched downward. ``entropy`` (IInt8EntropyCalibrator, the first
 version) is the same search; in TensorRT it differs from ``entropy2`` in when it calibrates: after layer fusion.
 
-``legacy`` (IInt8LegacyCalibrator) is verified with a regression cutoff of 1; see :func:`_legacy` for others.
+``legacy`` (IInt8LegacyCalibrator) is the one with a regression cutoff of 1, which sampleINT8 has. TensorRT's rule for a
+smaller cutoff is not known.
 """
 
 from __future__ import annotations
@@ -57,7 +58,6 @@ def threshold(
     *,
     percentile: float = 99.99,
     quantile: float = 0.9999,
-    cutoff: float = 1.0,
 ) -> Threshold:
     """The threshold of one tensor.
 
@@ -66,7 +66,6 @@ def threshold(
         algorithm: ``entropy2``, ``entropy``, ``minmax``, ``percentile`` or ``legacy``.
         percentile: Share of the values that stay in range, in percent (``percentile``).
         quantile: The same as a fraction (``legacy``).
-        cutoff: Fraction of the maximum where the regression begins; 1 for none (``legacy``).
 
     Returns:
         The threshold; its value is 0 if all values were zero.
@@ -83,7 +82,7 @@ def threshold(
     if algorithm == "percentile":
         return Threshold(_float32(_quantile(histogram, percentile / 100)))
     if algorithm == "legacy":
-        return Threshold(_float32(_legacy(histogram, quantile, cutoff)))
+        return Threshold(_float32(_legacy(histogram, quantile)))
     raise InputError(f"unknown calibration algorithm {algorithm!r}")
 
 
@@ -172,25 +171,11 @@ def _quantile(histogram: AbsHistogram, share: float) -> float:
     return min((last + 1) * histogram.range / BINS, histogram.maximum)
 
 
-def _legacy(histogram: AbsHistogram, quantile: float, cutoff: float) -> float:
+def _legacy(histogram: AbsHistogram, quantile: float) -> float:
     """Upper end of the first bin at which the cumulative share of the values exceeds ``quantile``, of all bins else.
 
     The shares are summed in float64, as TensorRT sums them, and the end is not limited to the maximum.
-
-    TensorRT's rule for ``cutoff`` < 1 is not known. Here, a line is fitted (least squares) to the logarithm of the
-    counts of the non-empty bins above cutoff * maximum; the region ends where it falls to one value per bin, if that
-    is earlier. Fewer than two such bins, or a line that does not fall, say nothing.
     """
     shares = np.cumsum(histogram.counts / histogram.total)
     last = min(int(np.searchsorted(shares, quantile, side="right")), BINS - 1)
-    limit = (last + 1) * histogram.range / BINS
-    centres = (np.arange(BINS) + 0.5) * histogram.range / BINS
-    tail = (centres > cutoff * histogram.maximum) & (histogram.counts > 0)
-    if np.count_nonzero(tail) < 2:
-        return limit
-    x, y = centres[tail], np.log(histogram.counts[tail])
-    centred = x - x.mean()
-    slope = (centred @ y) / (centred @ centred)
-    if slope >= 0:
-        return limit
-    return min(limit, float(x.mean() - y.mean() / slope))
+    return (last + 1) * histogram.range / BINS

@@ -141,7 +141,6 @@ class CalibrationConfig:
             are the others.
         percentile: Share of the values that stay in range (``percentile``), in percent.
         quantile: Of ``legacy``.
-        cutoff: Regression cutoff of ``legacy``.
         subset: How the representative images are chosen; ``first`` is the training file in its order, as NVIDIA's
             sampleINT8 reads it.
         batches: Calibration batches.
@@ -153,7 +152,6 @@ class CalibrationConfig:
     algorithm: AlgorithmName = "entropy2"
     percentile: float = 99.99
     quantile: float = 0.9999
-    cutoff: float = 1.0
     subset: Literal["stratified", "first", "random"] = "stratified"
     batches: int = 10
     batch_size: int = 50
@@ -166,7 +164,6 @@ class CalibrationConfig:
         _require(self.skip >= 0, f"calibration.skip must not be negative, not {self.skip}")
         _require(0 < self.percentile <= 100, f"calibration.percentile must be in (0, 100], not {self.percentile}")
         _require(0 < self.quantile <= 1, f"calibration.quantile must be in (0, 1], not {self.quantile}")
-        _require(0 < self.cutoff <= 1, f"calibration.cutoff must be in (0, 1], not {self.cutoff}")
 
 
 @dataclass

@@ -48,8 +48,8 @@ def test_minmax_is_the_absolute_maximum_of_all_batches(model: LeNet) -> None:
 
 def test_the_table_of_a_legacy_calibration_holds_its_parameters(model: LeNet) -> None:
     histograms = collect(trace(model), images())
-    chosen = find_thresholds(histograms, "legacy", options={"quantile": 0.99, "cutoff": 0.5}).table
-    assert chosen.legacy == Legacy(cutoff=0.5, quantile=0.99)
+    chosen = find_thresholds(histograms, "legacy", options={"quantile": 0.99}).table
+    assert chosen.legacy == Legacy(quantile=0.99)
     assert find_thresholds(histograms, "legacy").table.header == "0 3ff0000000000000 3fefff2e48e8a71e"
 
 

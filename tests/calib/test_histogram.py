@@ -202,9 +202,3 @@ def test_share_above_a_threshold_is_right_to_a_bin(values, threshold):
 def test_share_above_of_zeros_is_zero():
     assert histogram_of([0.0, 0.0]).share_above(0.0) == 0.0
     assert AbsHistogram().share_above(1.0) == 0.0
-
-
-@pytest.mark.gpu
-def test_gpu_counts_as_the_cpu_does():
-    values = torch.randn(300_000)
-    assert histogram_of(values.cuda()).counts.tolist() == histogram_of(values).counts.tolist()

@@ -227,25 +227,6 @@ def test_legacy_is_not_limited_to_the_maximum():
     assert threshold(histogram, "legacy").value == float(np.float32((math.floor(1.1 * 1024) + 1) / 1024))
 
 
-def test_legacy_is_the_quantile_unless_the_tail_ends_earlier():
-    histogram = AbsHistogram()
-    histogram.add(torch.randn(200_000, generator=torch.Generator().manual_seed(3)))
-    quantile = threshold(histogram, "legacy", quantile=0.999).value
-    maximum = threshold(histogram, "legacy", quantile=1.0).value
-    regression = threshold(histogram, "legacy", quantile=1.0, cutoff=0.3).value
-    assert quantile < regression < maximum == histogram.maximum
-    assert threshold(histogram, "legacy", quantile=0.999, cutoff=0.3).value == quantile
-
-
-def test_legacy_without_a_falling_tail_is_the_quantile():
-    rising = with_counts(np.arange(1, BINS + 1))
-    assert threshold(rising, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
-    flat = with_counts(np.full(BINS, 3))
-    assert threshold(flat, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
-    lone = with_counts(spike(2047))
-    assert threshold(lone, "legacy", quantile=1.0, cutoff=0.5).value == 1.0
-
-
 def test_unknown_algorithm():
     with pytest.raises(InputError, match="entropy3"):
         threshold(with_counts(spike(5)), "entropy3")

@@ -160,7 +160,7 @@ def provenance() -> Provenance:
 
 
 def data_run(torch_tensorrt: Any, source: Images, path: Path, algorithm: Any = "entropy2") -> CalibratorRun:
-    return data_calibrator(torch_tensorrt, source, SUBSET, path, algorithm, CPU, quantile=0.999, cutoff=0.5)
+    return data_calibrator(torch_tensorrt, source, SUBSET, path, algorithm, CPU, quantile=0.999)
 
 
 def versions() -> dict[str, Any]:

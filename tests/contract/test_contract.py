@@ -117,7 +117,7 @@ class TestCalibrator:
 
     def test_legacy_gets_its_numbers(self, found):
         facts = found["algorithms"]
-        assert facts["legacy_numbers"] == [0.999, 0.5]
+        assert facts["legacy_numbers"] == [0.999, 1.0]
         assert facts["legacy_batch"] == [[7, 3]]
 
     def test_percentile_is_refused(self, found):
