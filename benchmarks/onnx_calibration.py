@@ -22,6 +22,7 @@ from calib.onnx_model import network_inputs, read_float_model
 from calib.onnx_observe import open_session
 from calib.onnx_rules import entries, with_products
 from calib.onnx_source import DEFAULT_BATCH, Pixels, open_source
+from common.threads import available_cores
 from engines.onnx_export import export_fp32
 
 PLAIN = "plain run in ONNX Runtime, all cores"
@@ -66,7 +67,7 @@ def run(setting: Setting) -> Findings:
 
 
 def _opened(path: Path) -> Callable[[NDArray[np.float32]], object]:
-    session = open_session(path, read_float_model(path))
+    session = open_session(path, read_float_model(path), available_cores())
     return lambda batch: session.run(None, {INPUT: batch})
 
 

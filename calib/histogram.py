@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -57,14 +58,27 @@ class AbsHistogram:
             InputError: the batch holds NaN or infinity; the histogram is as it was before.
             TypeError: another dtype.
         """
-        if batch.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise TypeError(f"AbsHistogram counts float32 values, not {batch.dtype}")
-        values = flat(batch.detach())
-        if values.numel() == 0:
-            return
-        low, high = (extreme.item() for extreme in torch.aminmax(values))
-        self.widen(max(-low, high))
-        self._count(values, signed=low < 0)
+        counted = count(batch, self.range)
+        if not counted.fits:
+            self.widen(counted.largest)
+            counted = count(batch, self.range)
+        self.add_counted(counted)
+
+    def add_counted(self, part: Counted) -> None:
+        """Add a part of a batch that was counted with this histogram's range, or with one that it had before.
+
+        Args:
+            part: What fits the range that it was counted with.
+        """
+        if part.largest >= SMALLEST:
+            self.maximum = max(self.maximum, part.largest)
+        counts, limit = part.counts, part.range
+        while 0 < limit < self.range:
+            # What is equal to the range lies in the middle of the doubled one.
+            counts = np.concatenate([_halved(counts[:BINS]), counts[BINS:], np.zeros(BINS // 2, dtype=np.int64)])
+            limit *= 2
+        self.counts += counts[:BINS]
+        self.counts[-1] += counts[BINS]
 
     def widen(self, largest: float) -> None:
         """Make room for values up to ``largest``, the absolute maximum of the next batch.
@@ -79,8 +93,7 @@ class AbsHistogram:
         if self.range == 0:
             self.range = largest
         while largest > self.range:
-            merged = self.counts.reshape(BINS // 2, 2).sum(axis=1)
-            self.counts = np.concatenate([merged, np.zeros(BINS // 2, dtype=np.int64)])
+            self.counts = np.concatenate([_halved(self.counts), np.zeros(BINS // 2, dtype=np.int64)])
             self.range *= 2
 
     def share_above(self, threshold: float) -> float:
@@ -93,26 +106,66 @@ class AbsHistogram:
         inside = min(math.floor(threshold * BINS / self.range) + 1, BINS)
         return float(self.counts[inside:].sum() / self.counts.sum())
 
-    def _count(self, values: Tensor, signed: bool) -> None:
-        """Add ``values`` (flat, contiguous, within the range) to the counts."""
-        if self.range == 0:
-            self.counts[0] += values.numel()
-            return
-        scale = 1.0
-        if self.range < BINS * SMALLEST:
-            # 2048 / range would overflow, or give a bin to values that are zeros.
-            values = torch.where(values.abs() < SMALLEST, 0.0, values)
-            scale = 2.0**64
-        factor = float(np.float32(BINS / (self.range * scale)))
-        # One counter more than bins: a value equal to the range may fall into it.
-        counts = torch.zeros(BINS + 1, dtype=torch.int64)
-        for piece in values.split(PIECE):
-            scaled = piece.to(torch.float32) if scale == 1 else piece.to(torch.float32) * scale
-            bins = torch.mul(scaled, factor).to(torch.int16)
-            counts += torch.bincount(bins.abs_() if signed else bins, minlength=BINS + 1)
-        found = counts.numpy()
-        self.counts += found[:BINS]
-        self.counts[-1] += found[BINS]
+
+@dataclass(frozen=True)
+class Counted:
+    """Part of a batch, counted with a range that was known before.
+
+    Attributes:
+        counts: int64 [2049]: one counter more than bins, for values that are equal to the range. All zero where the
+            values do not fit.
+        range: Upper end of the last bin; 0 where only zeros were seen before.
+        largest: Absolute maximum of the values; NaN if they hold one.
+    """
+
+    counts: NDArray[np.int64]
+    range: float
+    largest: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the values lie within the range."""
+        return self.largest <= self.range or self.largest < SMALLEST
+
+
+def count(batch: Tensor, limit: float) -> Counted:
+    """Count values as :class:`AbsHistogram` does, reading them once.
+
+    Args:
+        batch: As :meth:`AbsHistogram.add` takes it.
+        limit: Upper end of the last bin; 0 where only zeros were seen before.
+
+    Raises:
+        TypeError: another dtype.
+    """
+    if batch.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise TypeError(f"AbsHistogram counts float32 values, not {batch.dtype}")
+    values = flat(batch.detach())
+    counts = torch.zeros(BINS + 1, dtype=torch.int64)
+    nothing = np.zeros(BINS + 1, dtype=np.int64)
+    # 2048 / range would overflow here, or give a bin to values that are zeros.
+    small = limit < BINS * SMALLEST
+    scale = 2.0**64 if small else 1.0
+    factor = float(np.float32(BINS / (limit * scale))) if limit else 0.0
+    largest = 0.0
+    for piece in values.split(PIECE) if values.numel() else ():
+        low, high = (extreme.item() for extreme in torch.aminmax(piece))
+        largest = max(largest, -low, high) if low == low else math.nan
+        if not (largest <= limit or largest < SMALLEST):
+            low, high = (extreme.item() for extreme in torch.aminmax(values))
+            return Counted(nothing, limit, max(-low, high))
+        exact = piece.to(torch.float32)
+        if small:
+            exact = torch.where(exact.abs() < SMALLEST, 0.0, exact) * scale
+        bins = torch.mul(exact, factor).to(torch.int16)
+        counts += torch.bincount(bins.abs_() if low < 0 else bins, minlength=BINS + 1)
+    return Counted(counts.numpy(), limit, largest)
+
+
+def _halved(counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Half as many bins, of twice the width."""
+    halved: NDArray[np.int64] = counts.reshape(-1, 2).sum(axis=1)
+    return halved
 
 
 def refuse_infinite(largest: float, where: str = "") -> None:

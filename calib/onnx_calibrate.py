@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,9 @@ import torch
 from numpy.typing import NDArray
 
 from calib.histogram import AbsHistogram
+from calib.onnx_histograms import collect
 from calib.onnx_model import read_float_model
-from calib.onnx_observe import Observed, absolute_maxima
+from calib.onnx_observe import Observed
 from calib.onnx_rules import FUSED_ALGORITHMS, Entry, entries, with_products
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
@@ -84,7 +85,7 @@ def calibrate_onnx(
     options = dict(options or {})
     start = time.perf_counter()
     observed = Observed(path, model, [entry.value for entry in entries if entry.value is not None])
-    histograms, infinite = _collect(observed, batches, progress)
+    histograms, infinite = collect(observed, batches, progress)
     seconds = time.perf_counter() - start
     arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}
     for name, array in arrays.items():
@@ -127,59 +128,3 @@ def complete_table(
     observed = model if algorithm in FUSED_ALGORITHMS else with_products(model)
     found = entries(model, algorithm, path.parent)
     return calibrate_onnx(path, observed, found, batches, algorithm, options=options).table
-
-
-def _collect(
-    observed: Observed, batches: Batches, progress: Callable[[int, float], None] | None
-) -> tuple[dict[str, AbsHistogram], tuple[str, ...]]:
-    """Histogram of each value, and the values that were infinite.
-
-    A batch is run in parts, so that memory stays bounded. The whole first batch sets the range, and so it is run twice
-    if it has several parts.
-    """
-    histograms = {name: AbsHistogram() for name in observed.values}
-    infinite: dict[str, None] = {}
-
-    def maxima(number: int, values: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-        found = absolute_maxima(values)
-        for name, largest in found.items():
-            if np.isnan(largest):
-                raise InputError(f"calibration batch {number}, tensor {name}: the values hold NaN")
-            if np.isinf(largest):
-                infinite.setdefault(name)
-        return {name: largest for name, largest in found.items() if name not in infinite}
-
-    def add(number: int, name: str, value: NDArray[Any]) -> None:
-        try:
-            histograms[name].add(torch.from_numpy(value))
-        except InputError:
-            maxima(number, {name: value})
-
-    with ThreadPoolExecutor(available_cores()) as pool:
-        for number, batch in enumerate(batches, start=1):
-            start = time.perf_counter()
-            for name, value in batch.items():
-                if value.dtype.kind == "f" and not np.isfinite(value).all():
-                    raise InputError(f"calibration batch {number}, input {name}: the values hold NaN or infinity")
-            parts = observed.parts(batch)
-            if number == 1 and len(parts) > 1:
-                for name, largest in _joined(maxima(number, observed.run(part)) for part in parts).items():
-                    histograms[name].widen(largest)
-            for part in parts:
-                # Histograms of several values at a time: the large ones first, so that no thread is left with one.
-                values = sorted(observed.run(part).items(), key=lambda item: -item[1].size)
-                done = [pool.submit(add, number, name, value) for name, value in values if name not in infinite]
-                for future in done:
-                    future.result()
-            if progress is not None:
-                progress(number, time.perf_counter() - start)
-    return {name: histogram for name, histogram in histograms.items() if name not in infinite}, tuple(infinite)
-
-
-def _joined(maxima: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The largest of each name."""
-    joined: dict[str, float] = {}
-    for one in maxima:
-        for name, largest in one.items():
-            joined[name] = max(joined.get(name, 0.0), largest)
-    return joined

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from calib.onnx_source import Batch
 from common.errors import InputError, first_line
@@ -20,9 +21,12 @@ from common.threads import available_cores
 
 if TYPE_CHECKING:
     import onnx
+    from torch import Tensor
 
-_BUDGET = 192 * 2**20
-"""Bytes of observed values at a time; a batch that has more is run in parts."""
+_BUDGET = 384 * 2**20
+"""Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
+
+_CPU = "CPUExecutionProvider"
 
 _LEAST = 1e-300
 
@@ -43,6 +47,7 @@ class Observed:
 
     Attributes:
         values: The float ones of them.
+        provider: What ONNX Runtime computes with, such as ``CPUExecutionProvider``.
 
     Raises:
         InputError: ONNX Runtime does not take the network.
@@ -52,38 +57,77 @@ class Observed:
         inputs = {value.name for value in model.graph.input}
         self._passed = [name for name in values if name in inputs]
         asked = [name for name in dict.fromkeys(values) if name not in inputs]
-        self._session = open_session(path, with_outputs(model, asked))
+        self._path, self._model = path, with_outputs(model, asked)
+        self._cores = available_cores()
+        self._session = open_session(path, self._model, self._cores)
         kinds = {output.name: output.type for output in self._session.get_outputs()}
         floats = {name for name, kind in kinds.items() if kind in ("tensor(float)", "tensor(float16)")}
         self._asked = [name for name in asked if name in floats]
         self.values = [*self._passed, *self._asked]
-        self._part: int | None = None
+        self.provider: str = self._session.get_providers()[0]
         self._fixed = next((item.shape[0] for item in self._session.get_inputs() if _is_fixed(item)), None)
-        self._path = path
+        self._images = self._at_a_time = 0
 
-    def parts(self, batch: Batch) -> list[Batch]:
-        """A batch cut so that the values of one part stay within a fixed amount of memory."""
-        images = len(next(iter(batch.values())))
-        if self._part is None:
-            least = self._fixed or 1
-            values = self.run({name: array[:least] for name, array in batch.items()})
-            size = sum(value.nbytes for value in values.values()) / least
-            self._part = self._fixed or int(max(_BUDGET // max(size, 1), 1))
-        bounds = range(0, images, self._part)
-        return [{name: array[begin : begin + self._part] for name, array in batch.items()} for begin in bounds]
+    def waves(self, batch: Batch) -> list[list[Batch]]:
+        """A batch cut into parts: lists of those that :meth:`run` takes at a time, in as many threads.
 
-    def run(self, batch: Batch) -> dict[str, NDArray[Any]]:
-        """The float values of one batch, by name.
+        The values of one list stay within a fixed amount of memory. On a CPU, each part is run by a core of its own:
+        the cores need not wait for each other then after every operator, as they do when they share its work.
+        """
+        unit = self._fixed or 1
+        units = len(next(iter(batch.values()))) // unit
+        if not self._images:
+            self._divide({name: array[:unit] for name, array in batch.items()}, units)
+        count = -(-units // self._images)
+        bounds = [units * index // count * unit for index in range(count + 1)]
+        waves: list[list[Batch]] = []
+        for begin, end in pairwise(bounds):
+            length = unit if self._fixed else max(-(-(end - begin) // self._at_a_time), 1)
+            ranges = [slice(start, min(start + length, end)) for start in range(begin, end, length)]
+            waves.append([{name: array[part] for name, array in batch.items()} for part in ranges])
+        return waves
+
+    def _divide(self, first: Batch, units: int) -> None:
+        """Find how many images (or fixed batches) are run at a time, and by how many threads.
+
+        Args:
+            first: One of them.
+            units: How many a batch has.
+        """
+        size = sum(value.nbytes for value in self.run(first).values())
+        self._images = max(_BUDGET // max(size, 1), 1)
+        self._at_a_time = 1 if self.provider != _CPU else min(self._cores, self._images, units)
+        if self._fixed:
+            self._images = min(self._images, self._at_a_time)
+        if self._at_a_time > 1:
+            del self._session
+            self._session = open_session(self._path, self._model, self._cores // self._at_a_time)
+
+    def run(self, batch: Batch) -> dict[str, Tensor]:
+        """The float values of one part of a batch, by name, on the CPU; several threads may call it at a time.
 
         Raises:
             InputError: ONNX Runtime cannot run the network on it.
         """
+        import onnxruntime
+        import torch
+
+        values = {name: batch[name] for name in self._passed if batch[name].dtype in (np.float32, np.float16)}
+        fed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in batch.items()}
         try:
-            found = self._session.run(self._asked, dict(batch)) if self._asked else []
+            found = self._session.run_with_ort_values(self._asked, fed) if self._asked else []
         except Exception as error:  # its exceptions share no base class of their own
             raise InputError(f"ONNX Runtime does not run {self._path}: {_reason(error)}") from error
-        values = {name: batch[name] for name in self._passed if batch[name].dtype in (np.float32, np.float16)}
-        return {**values, **dict(zip(self._asked, found, strict=True))}
+        tensors = {name: torch.from_numpy(array) for name, array in values.items()}
+        return {**tensors, **{name: _tensor(value) for name, value in zip(self._asked, found, strict=True)}}
+
+
+def _tensor(value: Any) -> Tensor:
+    """An OrtValue as PyTorch's tensor, without a copy where ONNX Runtime (1.23 or newer) can hand over its memory."""
+    from torch import from_numpy
+    from torch.utils.dlpack import from_dlpack
+
+    return from_dlpack(value) if hasattr(value, "__dlpack__") else from_numpy(value.numpy())
 
 
 def _is_fixed(item: Any) -> bool:
@@ -102,8 +146,8 @@ def with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelPro
     return copy
 
 
-def open_session(path: Path, model: onnx.ModelProto, optimize: bool = True) -> Any:
-    """A session for ``model``, whose external weights lie where ``path`` is.
+def open_session(path: Path, model: onnx.ModelProto, threads: int) -> Any:
+    """A session for ``model``, whose external weights lie where ``path`` is, with so many threads for an operator.
 
     Raises:
         InputError: ONNX Runtime does not take the network.
@@ -111,16 +155,14 @@ def open_session(path: Path, model: onnx.ModelProto, optimize: bool = True) -> A
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = available_cores()
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors are raised as well
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
-    if not optimize:
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if platform.machine() in ("x86_64", "AMD64"):
         # Sums of two products of integers do not saturate with this.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    providers: list[Any] = ["CPUExecutionProvider"]
+    providers: list[Any] = [_CPU]
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
     try:
@@ -169,26 +211,16 @@ def compare_outputs(
     names = [value.name for value in model.graph.output]
     floats, other = Observed(path, model, names), Observed(path, quantized, names)
     signal, noise = dict.fromkeys(floats.values, 0.0), dict.fromkeys(floats.values, 0.0)
-    for batch in batches:
-        for part in floats.parts(batch):
-            found = other.run(part)
-            for name, value in floats.run(part).items():
-                if value.shape == found[name].shape:
-                    x, y = value.astype(np.float64), found[name].astype(np.float64)
-                    signal[name] += float((x**2).sum())
-                    noise[name] += float(((x - y) ** 2).sum())
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for batch in batches:
+            for wave, same in zip(floats.waves(batch), other.waves(batch), strict=True):
+                for found, approximate in zip(pool.map(floats.run, wave), pool.map(other.run, same), strict=True):
+                    for name, value in found.items():
+                        if value.shape == approximate[name].shape:
+                            x, y = value.double(), approximate[name].double()
+                            signal[name] += float((x**2).sum())
+                            noise[name] += float(((x - y) ** 2).sum())
     return {
         name: 10 * math.log10(max(signal[name], _LEAST) / noise[name]) if noise[name] else None
         for name in floats.values
     }
-
-
-def absolute_maxima(values: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-    """Largest absolute value of each array; NaN if it holds one, 0 if it is empty."""
-    import torch
-
-    maxima = {}
-    for name, array in values.items():
-        low, high = torch.aminmax(torch.from_numpy(array)) if array.size else (torch.zeros(()), torch.zeros(()))
-        maxima[name] = max(-low.item(), high.item())
-    return maxima

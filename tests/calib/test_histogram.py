@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.histogram import BINS, SMALLEST, AbsHistogram
+from calib.histogram import BINS, SMALLEST, AbsHistogram, count
 from common.errors import InputError
 from tests.calib import oracle
 
@@ -202,3 +202,27 @@ def test_share_above_a_threshold_is_right_to_a_bin(values, threshold):
 def test_share_above_of_zeros_is_zero():
     assert histogram_of([0.0, 0.0]).share_above(0.0) == 0.0
     assert AbsHistogram().share_above(1.0) == 0.0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=30), min_size=2, max_size=6))
+def test_parts_counted_with_an_earlier_range_are_those_of_a_doubled_one(parts):
+    """The range itself, 1, is a value of each part: it lies in the last bin, and in the middle of a doubled one."""
+    tensors = [torch.tensor([*part, 1.0, -1.0]) for part in parts]
+    small = [part for part in tensors if part.abs().max() <= 1]
+    wanted = AbsHistogram()
+    wanted.add(torch.ones(1))
+    wanted.add(torch.cat(tensors))
+    found = AbsHistogram()
+    found.add(torch.ones(1))
+    counted = [count(part, found.range) for part in small]
+    assert all(part.fits for part in counted)
+    found.widen(max(part.abs().max().item() for part in tensors))
+    for one in counted:
+        found.add_counted(one)
+    for part in tensors:
+        if part.abs().max() > 1:
+            assert not count(part, 1.0).fits
+            found.add_counted(count(part, found.range))
+    assert found.counts.tolist() == wanted.counts.tolist()
+    assert (found.range, found.maximum) == (wanted.range, wanted.maximum)

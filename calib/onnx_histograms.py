@@ -1,0 +1,123 @@
+"""Histograms of an ONNX network's values over calibration batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calib.histogram import AbsHistogram, Counted, count, refuse_infinite
+from calib.onnx_observe import Observed
+from calib.onnx_source import Batch, Batches
+from common.errors import InputError
+from common.threads import available_cores
+
+
+def collect(
+    observed: Observed, batches: Batches, progress: Callable[[int, float], None] | None = None
+) -> tuple[dict[str, AbsHistogram], tuple[str, ...]]:
+    """Histogram of each value, and the names of those that were infinite.
+
+    A thread runs a part of a batch and at once counts its values, with the range that is known before. What exceeds it
+    is counted again when the maximum over all parts is known; that is everything of the first batch, which is run twice
+    where its values are too many to be kept.
+
+    Args:
+        observed: The network.
+        batches: The calibration batches. The first one sets the histograms' range.
+        progress: Called after each batch with (batches done, seconds it took).
+
+    Raises:
+        InputError: ONNX Runtime does not run the network, or values are NaN.
+    """
+    histograms = _Histograms(observed)
+    with ThreadPoolExecutor(available_cores()) as pool:
+        for number, batch in enumerate(batches, start=1):
+            start = time.perf_counter()
+            for name, array in batch.items():
+                if array.dtype.kind == "f" and not np.isfinite(array).all():
+                    raise InputError(f"calibration batch {number}, input {name}: the values hold NaN or infinity")
+            waves = observed.waves(batch)
+            if number == 1 and len(waves) > 1:
+                found = chain.from_iterable(pool.map(histograms.maxima, wave) for wave in waves)
+                histograms.widen(number, found)
+            for wave in waves:
+                parts = list(pool.map(histograms.count, wave))
+                histograms.widen(number, ({name: one.largest for name, (one, _) in part.items()} for part in parts))
+                over = [(name, value) for part in parts for name, (_, value) in part.items() if value is not None]
+                over.sort(key=lambda item: -item[1].numel())  # so that no thread is left with a large one
+                histograms.add(
+                    [(name, one) for part in parts for name, (one, value) in part.items() if value is None]
+                    + list(pool.map(histograms.again, over))
+                )
+            if progress is not None:
+                progress(number, time.perf_counter() - start)
+    return histograms.finite(), tuple(histograms.infinite)
+
+
+class _Histograms:
+    """The histograms, and what threads and the main thread do with them in turns."""
+
+    def __init__(self, observed: Observed) -> None:
+        self._observed = observed
+        self._of = {name: AbsHistogram() for name in observed.values}
+        self.infinite: dict[str, None] = {}
+
+    def maxima(self, part: Batch) -> dict[str, float]:
+        """Absolute maximum of each value of a part."""
+        return {name: _largest(value) for name, value in self._observed.run(part).items()}
+
+    def count(self, part: Batch) -> dict[str, tuple[Counted, Tensor | None]]:
+        """What was counted of each value of a part, and the value itself where it exceeds the range."""
+        found: dict[str, tuple[Counted, Tensor | None]] = {}
+        for name, value in self._observed.run(part).items():
+            if name not in self.infinite:
+                counted = count(value, self._of[name].range)
+                found[name] = counted, None if counted.fits else value
+        return found
+
+    def again(self, item: tuple[str, Tensor]) -> tuple[str, Counted]:
+        """Count a value that exceeded the range."""
+        return item[0], count(item[1], self._of[item[0]].range)
+
+    def widen(self, number: int, maxima: Iterable[Mapping[str, float]]) -> None:
+        """Make room for the values of batch ``number``, whose parts have these absolute maxima.
+
+        Raises:
+            InputError: values are NaN.
+        """
+        largest: dict[str, float] = {}
+        for part in maxima:
+            for name, value in part.items():
+                largest[name] = float(np.maximum(largest.get(name, 0.0), value))  # NaN stays
+        for name, value in largest.items():
+            if math.isnan(value):
+                refuse_infinite(value, f"calibration batch {number}, tensor {name}: ")
+            if math.isinf(value):
+                self.infinite.setdefault(name)
+            else:
+                self._of[name].widen(value)
+
+    def add(self, counted: Sequence[tuple[str, Counted]]) -> None:
+        """Add what was counted; values that were infinite are left out."""
+        for name, one in counted:
+            if name not in self.infinite:
+                self._of[name].add_counted(one)
+
+    def finite(self) -> dict[str, AbsHistogram]:
+        """The histograms of the values that were never infinite."""
+        return {name: histogram for name, histogram in self._of.items() if name not in self.infinite}
+
+
+def _largest(value: Tensor) -> float:
+    """Absolute maximum; NaN if the tensor holds one, 0 if it is empty."""
+    if not value.numel():
+        return 0.0
+    low, high = torch.aminmax(value)
+    return max(-low.item(), high.item())
