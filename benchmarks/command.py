@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("names", nargs="*", metavar="NAME", help="benchmarks to run (default: all)")
     result.add_argument(
-        "--quick", action="store_true", help="a trial on the digits with two repetitions; its figures mean nothing"
+        "--quick", action="store_true", help="a trial on the digits without repetitions; its figures mean nothing"
     )
     result.add_argument("--page", action="store_true", help="write docs/benchmarks.md from the results")
     result.add_argument(

@@ -19,7 +19,7 @@ Whatever is compared takes turns, so that a change of clock or of load hits all 
 turns, with the smallest and the largest beside it. "Times as fast" is against the row with 1: the median of the turns'
 ratios.
 """
-QUICK = "This was a trial with two repetitions on the digits: the figures mean nothing."
+QUICK = "This was a trial without repetitions on the digits: the figures mean nothing."
 
 
 def print_benchmark(benchmark: Benchmark) -> None:

@@ -61,8 +61,8 @@ class Setting:
         return f"{self.checkpoint.meta.network} on {self.data.info.title}"
 
     def rounds(self, full: int) -> int:
-        """How often to repeat; twice in a trial."""
-        return 2 if self.quick else full
+        """How often to repeat; once in a trial."""
+        return 1 if self.quick else full
 
     def images(self, full: int) -> int:
         """How many images to take; a tenth in a trial."""

@@ -258,7 +258,7 @@ def one_line_or_config(capsys, arguments):
     try:
         config, _ = parse(PARSER, arguments)
     except InputError as error:
-        assert len(str(error).splitlines()) == 1 or str(error).strip()
+        assert len(str(error).splitlines()) == 1
     except SystemExit as stop:
         assert stop.code == 2
         assert capsys.readouterr().err.count("\n") == 1
