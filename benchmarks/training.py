@@ -90,7 +90,8 @@ def run(setting: Setting) -> Findings:
 def _options(setting: Setting) -> Table:
     """What precision, memory format and compilation give, in the bare loop."""
     batch = max(BATCH_SIZES)
-    steps = setting.images(IMAGES) // batch
+    # One in a trial: bfloat16 is slow where the CPU lacks instructions for it.
+    steps = 1 if setting.quick else IMAGES // batch
     images = setting.data.train
     variants = {
         "32-true": _Variant("32-true", channels_last=False),
@@ -107,6 +108,7 @@ def _options(setting: Setting) -> Table:
         {name: partial(_bare, setting, images, batch, steps, variant) for name, variant in variants.items()},
         setting.rounds(4),
         {name: setting.rounds(2) for name, variant in variants.items() if variant.compiled},
+        warm_up=not setting.quick,
     )
     rates = {name: [steps * batch / figure for figure in figures] for name, figures in seconds.items()}
     reference = "32-true"
@@ -148,7 +150,7 @@ def _race(setting: Setting, batch: int, steps: int, precision: str, rounds: int)
         BARE: lambda: _bare(setting, splits.train, batch, steps, _Variant(precision)),
         USUAL: lambda: lightning(train_dataloaders=usual, val_dataloaders=module.val_dataloader()),
     }
-    seconds = in_turns(contestants, rounds)
+    seconds = in_turns(contestants, rounds, warm_up=not setting.quick)
     return {name: [steps * batch / figure for figure in figures] for name, figures in seconds.items()}
 
 

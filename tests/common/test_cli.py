@@ -278,6 +278,9 @@ def test_wrong_options_end_each_command_with_two(name, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_largest_configuration_is_digested_soon():
-    """The limit on the size bounds the time as well: a table of all its values takes PyYAML some seconds at most."""
-    assert cli.MAX_CONFIG_BYTES <= 256 * 1024
+def test_the_largest_configuration_is_taken(refused, tmp_path):
+    head = f"trainer: {{callbacks: [{'x, ' * 9000}]}} # "
+    largest = head + "x" * (cli.MAX_CONFIG_BYTES - len(head))
+    config, _ = parse(PARSER, ["--config", write(tmp_path, largest)])
+    assert len(config.trainer["callbacks"]) == 9000
+    assert "is larger than" in refused(["--config", write(tmp_path, largest + "x")])

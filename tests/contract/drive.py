@@ -320,8 +320,9 @@ def parses() -> dict[str, Any]:
     if hasattr(torch_tensorrt.ts, "ptq"):
         run = data_run(torch_tensorrt, Images(), Path("unused"))
         arguments = compile_arguments(torch_tensorrt, SHAPE, builds["int8"])
-        spec = _parse_compile_spec({"inputs": arguments["inputs"], "calibrator": run.calibrator})
-        result["with_calibrator"] = spec.ptq_calibrator is not None if hasattr(spec, "ptq_calibrator") else True
+        for name, calibrator in (("with_calibrator", run.calibrator), ("without_calibrator", None)):
+            spec = _parse_compile_spec({"inputs": arguments["inputs"], "calibrator": calibrator})
+            result[name] = spec._get_calibrator_handle()  # an address
     return result
 
 

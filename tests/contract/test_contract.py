@@ -220,7 +220,7 @@ class TestCompileSpec:
 
     @pytest.mark.usefixtures("calibrator")
     def test_takes_the_calibrator(self, found):
-        assert found["parses"]["with_calibrator"]
+        assert found["parses"]["with_calibrator"] != found["parses"]["without_calibrator"] == 0
 
 
 class TestFrontEnd:

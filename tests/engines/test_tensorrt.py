@@ -1,6 +1,9 @@
 """The Torch-TensorRT engine over a stand-in, on the CPU: what is built, reused, padded and refused."""
 
 import json
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -355,6 +358,12 @@ def test_fp32_beside_a_dla_core_runs_on_the_gpu(machine, network, tmp_path):
     assert upstream.calls[0][1]["device"]["device_type"] == "gpu"
 
 
-def test_the_modules_import_without_torch_tensorrt(monkeypatch):
-    assert not hasattr(calibration, "torch_tensorrt")
-    assert not hasattr(subject, "torch_tensorrt")
+@pytest.mark.parametrize(
+    "file",
+    [*Path(calibration.__file__).parent.glob("*.py"), *Path(subject.__file__).parent.glob("*.py")],
+    ids=lambda file: f"{file.parent.name}.{file.stem}",
+)
+def test_nothing_imports_tensorrt_before_it_is_used(monkeypatch, file):
+    for name in ("tensorrt", "torch_tensorrt"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    runpy.run_path(str(file), run_name=f"{file.parent.name}.{file.stem}")

@@ -14,6 +14,7 @@ import struct
 import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from common.config import DataConfig, QuantizationConfig
 from common.errors import InputError
 from data.base import DatasetInfo, Preprocessing
 from data.idx import read_idx
-from evaluation.results import read_report
+from evaluation import results
 from models import LeNet, load_checkpoint, save_checkpoint
 from models.checkpoint import CheckpointMeta
 from models.network import load_state, read_weights
@@ -46,6 +47,29 @@ PROVENANCE = Provenance(
     data="0" * 64,
     preprocessing={"channels": 1},
     weights="1" * 64,
+)
+REPORT = results.Report(
+    version=results.VERSION,
+    run="x",
+    created="2026-01-02T03:04:05+00:00",
+    seconds={"accuracy": 1.0},
+    verdict=results.Verdict(False, 0.5, "INT8 did not run", []),
+    model=results.Model("LeNet", "models.LeNet", 431080, 1, 1, ["conv1"], {"mul": "mul"}),
+    data=results.Data("digits", "digits", "test", 5, 2, 0, None, ["0", "1"], [1, 28, 28], "0" * 64),
+    engine="torch",
+    engine_reason="asked for",
+    rows=[
+        results.Row("fp32", "torch", "reference", latency=[results.Latency(1, results.Timing(5, 2.0, 3, 4, 2, 500))]),
+        results.Row("int8", "torch", "compared", skipped="no table"),
+    ],
+    calibration=results.Calibration("entropy2", "10.12.0", {"made by": "reference"}, {"data": 0.0078}),
+    tensors=[results.TensorFigures("data", results.Histogram(1.0, [3, 2], 0.99), True, 0.0078, 0.99)],
+    analysis=None,
+    changed=[results.ChangedImage(3, 1, "int8", "lost", 1, 0.75, 0, 0.5, "data:image/png;base64,AA==")],
+    changed_total={"int8": 1},
+    environment=results.Environment("CPU", ["avx2"], 2, 2, None, "Linux", {"torch": "2.8.0"}),
+    seed=1,
+    config={"run": "x"},
 )
 
 
@@ -82,7 +106,7 @@ def record(content: bytes) -> None:
 
 
 def report(content: bytes) -> None:
-    read_report(file("report.json", content))
+    results.read_report(file("report.json", content))
 
 
 def idx_images(content: bytes) -> None:
@@ -183,7 +207,7 @@ def seeds() -> Mapping[str, bytes]:
         "table": (place / "table").read_bytes(),
         "side_file": (place / "table.json").read_bytes(),
         "record": (place / "quantization.json").read_bytes(),
-        "report": json.dumps({"version": 1, "run": "x", "rows": [], "seconds": {"a": 1.0}}).encode(),
+        "report": json.dumps(asdict(REPORT)).encode(),
         "idx_images": bytes([0, 0, 8, 3]) + struct.pack(">3I", 2, 3, 4) + bytes(range(24)),
         "idx_labels": gzip.compress(bytes([0, 0, 8, 1]) + struct.pack(">I", 5) + bytes(range(5))),
         "checkpoint": (place / "model.ckpt").read_bytes(),

@@ -62,6 +62,33 @@ def assert_same(one, two) -> None:
         assert torch.equal(value, two[name]), name
 
 
+class Steps(Callback):
+    """Keeps the weights before each step, its gradients, and the weights after it."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[dict[str, torch.Tensor], ...]] = []
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer) -> None:
+        gradients = {name: value.grad.clone() for name, value in pl_module.network.named_parameters()}
+        self.steps.append((weights(pl_module), gradients))
+
+    def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+        self.steps[-1] += (weights(pl_module),)
+
+
+def test_the_configuration_of_caffes_solver_steps_as_caffe_does(run, root):
+    """V <- mu V - lr (g + wd W), W <- W + V: equal to PyTorch's update while the rate stays."""
+    config, _ = parse(config_parser("train.py", "", {}), ["--config", str(root / "configs" / "lenet_caffe.yaml")])
+    steps = Steps()
+    run(max_steps=6, optimizer=dataclasses.replace(config.optimizer, schedule="constant"), callbacks=(steps,))
+    assert len(steps.steps) == 6
+    velocity = dict.fromkeys(steps.steps[0][0], 0.0)
+    for before, gradients, after in steps.steps:
+        for name, weight in before.items():
+            velocity[name] = 0.9 * velocity[name] - 0.01 * (gradients[name] + 5e-4 * weight)
+            torch.testing.assert_close(after[name], weight + velocity[name])
+
+
 class StopAt(Callback):
     """Ends the training as a crash does, after so many steps."""
 
@@ -423,10 +450,10 @@ def test_record_tells_what_decides_the_result(info):
     assert record["optimizer"]["lr"] == 0.05
 
 
-def test_progress_tells_each_epoch(run, monkeypatch):
-    lines = []
-    monkeypatch.setattr(progress.logger, "info", lambda text, *values: lines.append(text % values))
-    run(max_epochs=2, enable_progress_bar=True)
+def test_progress_tells_each_epoch(run, caplog):
+    with caplog.at_level("INFO", progress.logger.name):
+        run(max_epochs=2, enable_progress_bar=True)
+    lines = [record.getMessage() for record in caplog.records if record.name == progress.logger.name]
     assert len(lines) == 2
     for number, line in enumerate(lines, start=1):
         assert line.startswith((f"epoch {number}/2: loss 0.", f"epoch {number}/2: loss 1."))
@@ -437,7 +464,10 @@ def test_progress_tells_each_epoch(run, monkeypatch):
 def test_progress_bar_on_a_terminal(run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     run(max_epochs=2, enable_progress_bar=True)
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "epoch 2/2" in shown.err
+    assert "12/12" in shown.err
 
 
 @pytest.mark.parametrize(

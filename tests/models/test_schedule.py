@@ -3,7 +3,6 @@ from __future__ import annotations
 import itertools
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -58,17 +57,3 @@ def test_values_out_of_range(wrong):
     (name,) = wrong
     with pytest.raises(InputError, match=rf"^optimizer\.{name} must"):
         OptimizerConfig(**wrong)
-
-
-def test_caffe_is_sgd_with_momentum():
-    """Caffe: V <- mu V - lr (g + wd W), W <- W + V; equal to PyTorch's update while the rate stays."""
-    weight, velocity = torch.tensor([1.0, -2.0]), torch.zeros(2)
-    parameter = torch.nn.Parameter(weight.clone())
-    optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=0.9, weight_decay=5e-4)
-    for _ in range(5):
-        gradient = torch.sin(weight)
-        parameter.grad = gradient.clone()
-        optimizer.step()
-        velocity = 0.9 * velocity - 0.01 * (gradient + 5e-4 * weight)
-        weight = weight + velocity
-    torch.testing.assert_close(parameter.detach(), weight)
