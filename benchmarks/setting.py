@@ -31,6 +31,9 @@ EPOCHS = 3
 BATCHES, BATCH, FIRST = 10, 50, 50
 """Calibration as sampleINT8 does it: 10 batches of 50 of the training file, in its order; the first batch skipped."""
 
+SHORT = [f"--evaluation.{option}" for option in ("latency_seconds=0.01", "latency_runs=1", "analysis_images=32")]
+"""Options of the commands in a trial."""
+
 
 @dataclass
 class Setting:
@@ -53,7 +56,8 @@ class Setting:
     def arguments(self) -> list[str]:
         """Of the three commands, for this run."""
         config = ROOT / "configs" / ("lenet_digits.yaml" if self.quick else "lenet_mnist.yaml")
-        return ["--config", str(config), "--run", self.run.name, "--artifacts", str(self.artifacts.absolute())]
+        common = ["--config", str(config), "--run", self.run.name, "--artifacts", str(self.artifacts.absolute())]
+        return common + (SHORT if self.quick else [])
 
     @property
     def subject(self) -> str:

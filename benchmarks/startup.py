@@ -32,6 +32,7 @@ def run(setting: Setting) -> Findings:
         {name: timed(_start(arguments)) for name, arguments in {**helps, **tools, **whole}.items()},
         rounds,
         dict.fromkeys(whole, setting.rounds(3)),
+        warm_up=not setting.quick,
     )
     measured = {name: spread(figures) for name, figures in seconds.items()}
     tables = [

@@ -135,6 +135,9 @@ class Running:
         """Of the process, as the kernel abbreviates it: ``T`` is stopped."""
         return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
 
+    def alive(self) -> bool:
+        return self.state() not in "XZ"
+
     def wait(self, timeout: float = TIMEOUT) -> Ended:
         """How it ends; it is killed after ``timeout`` seconds."""
         answer = self.template.ask({"do": "wait", "pid": self.pid, "timeout": timeout})

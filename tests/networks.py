@@ -182,13 +182,13 @@ def mnist(folder: Path) -> ImageData:
 
 @cache
 def trained_lenet(folder: Path) -> LeNet:
-    """LeNet after one quick epoch on MNIST: about 98 % right."""
+    """LeNet after 250 steps on MNIST: about 97 % right."""
     data = mnist(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = LeNet()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-        for index in torch.randperm(len(data.train)).split(64):
+        for index in torch.randperm(len(data.train))[: 250 * 64].split(64):
             optimizer.zero_grad()
             F.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index]).backward()
             optimizer.step()

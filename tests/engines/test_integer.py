@@ -28,9 +28,10 @@ def test_matrix_products_are_exact(terms: int, extreme: bool) -> None:
         layer.weight[:, 0] = 127  # so that the scale is 1 and the codes are the weights
         if extreme:
             layer.weight.fill_(127)
-    codes = (
-        torch.full((3, terms), -128.0) if extreme else torch.randint(-128, 128, (3, terms), generator=generator).float()
-    )
+    codes = torch.randint(-128, 128, (3, terms), generator=generator).float()
+    if extreme:
+        codes.fill_(-128)
+        codes[:, -1] = -127  # an odd sum, which float32 cannot hold beyond 2**24
     weighted = _WeightedLayer(trace(nn.Sequential(nn.Flatten(), layer), "L").layers[0], layer, 1.0)
     expected = codes.long() @ layer.weight.long().T
     assert torch.equal(weighted.accumulate(codes).long(), expected)

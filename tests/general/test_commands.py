@@ -71,7 +71,7 @@ def images(tmp_path: Path) -> Path:
             folder = tmp_path / "images" / part / name
             folder.mkdir(parents=True)
             for number in range(count):
-                pixels = torch.randint(0, 120, (68, 72, 3), generator=generator) + 45 * label
+                pixels = torch.randint(0, 120, (34, 38, 3), generator=generator) + 45 * label
                 Image.fromarray(pixels.byte().numpy()).save(folder / f"{number}.jpg")
     return tmp_path / "images"
 
@@ -85,12 +85,15 @@ def test_a_folder_of_images(config: str, unsupported: set[str], images: Path, tm
     run = f"{config}_imagefolder"
     common: tuple[Any, ...] = (
         *("--config", ROOT / "configs" / f"{run}.yaml", "--artifacts", tmp_path, "--data-dir", images),
-        *("--data.image_size", "64", "--data.resize", "72", "--data.batch_size", "8"),
+        *("--data.image_size", "32", "--data.resize", "36", "--data.batch_size", "8"),
     )
     passed(command("train.py", *common, "--epochs", "1", "--trainer.precision", "32-true"))
     calibration = ("--calibration.batches", "2", "--calibration.batch_size", "12")
     passed(command("quantize.py", *common, *calibration, "--export", "onnx"))
-    quick = ("--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01", "--tolerance", "100")
+    quick = (
+        *("--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01", "--evaluation.latency_runs", "1"),
+        *("--evaluation.analysis_images", "2", "--tolerance", "100"),
+    )
     result = passed(command("evaluate.py", *common, *quick, "--report", "--json"))
 
     report = json.loads(result.stdout)
@@ -101,7 +104,7 @@ def test_a_folder_of_images(config: str, unsupported: set[str], images: Path, tm
     table = CalibrationTable.read(folder / f"CalibrationTable{config}")
     assert {tensor["name"] for tensor in report["tensors"]} == set(table.scales)
     session = onnxruntime.InferenceSession(folder / f"{config}_int8.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["prob"], {"data": torch.rand(3, 3, 64, 64).numpy()})
+    (found,) = session.run(["prob"], {"data": torch.rand(3, 3, 32, 32).numpy()})
     assert found.shape == (3, 3)
 
 

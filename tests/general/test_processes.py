@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from common.config import EngineConfig
 from common.errors import InputError
 from evaluation.processes import ALONE, Processes, joined
+from tests.forking import Template
 
 ROOT = Path(__file__).resolve().parents[2]
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -61,12 +62,16 @@ def test_processes_of_a_machine_share_its_cores() -> None:
     assert given.threads == 3
 
 
-def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run ``evaluate.py`` in several processes."""
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(port)]
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run ``evaluate.py`` in several processes."""
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
     return subprocess.run(
         [sys.executable, "-m", *launcher, str(ROOT / "evaluate.py"), *map(str, arguments)],
         cwd=ROOT,
@@ -78,6 +83,19 @@ def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[
     )
 
 
+def forked(template: Template, count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run ``evaluate.py`` in several processes that are forked, with the variables that ``torchrun`` sets."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    running = []
+    for rank in map(str, range(count)):
+        variables = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+        running.append(template.start(["evaluate.py", *map(str, arguments)], ROOT, variables=variables))
+    first, *others = [one.wait() for one in running]
+    assert [ended.stdout for ended in others] == [""] * (count - 1)
+    return subprocess.CompletedProcess("evaluate.py", first.code, first.stdout, first.stderr)
+
+
 def figures(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
     """Everything that a report says of accuracy; the verdict may be negative (1), as it is without INT8."""
     assert result.returncode in (0, 1), result.stderr
@@ -87,12 +105,16 @@ def figures(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[Path, dict[str, Any]]:
-    """A run that two processes trained, calibrated, and what training printed."""
+    """Runs that two processes and one trained, the first calibrated, and what training printed of it."""
     artifacts = tmp_path_factory.mktemp("artifacts")
     common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", artifacts)
-    ddp = ("--trainer.strategy", "ddp", "--trainer.devices", "2", "--trainer.accelerator", "cpu")
-    trained = command("train.py", *common, *ddp, "--epochs", "2", "--trainer.precision", "32-true", "--json")
+    short = ("--epochs", "2", "--trainer.precision", "32-true", "--trainer.accelerator", "cpu", "--json")
+    ddp = ("--batch-size", "32", "--trainer.strategy", "ddp", "--trainer.devices", "2")
+    trained = command("train.py", *common, *short, "--data.augment=false", *ddp)
     assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.count("epoch 1/2") == 1
+    alone = command("train.py", *common, *short, "--data.augment=false", "--batch-size", "64", "--run", "alone")
+    assert alone.returncode == 0, alone.stderr
     calibrated = command("quantize.py", *common, "--engine", "torch")
     assert calibrated.returncode == 0, calibrated.stderr
     return artifacts, json.loads(trained.stdout)
@@ -100,12 +122,16 @@ def digits(tmp_path_factory: pytest.TempPathFactory, command: Command) -> tuple[
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_two_processes_train_with_the_metrics_of_one(digits: tuple[Path, dict[str, Any]]) -> None:
+def test_two_processes_train_as_one_does(digits: tuple[Path, dict[str, Any]]) -> None:
+    """On the same global batches, so that the gradients differ by rounding alone; the figures are of all images."""
     from models.checkpoint import load_checkpoint
     from models.reopen import reopen_data
 
     artifacts, summary = digits
-    checkpoint = load_checkpoint(artifacts / "lenet_digits" / "model.ckpt")
+    checkpoint, alone = (load_checkpoint(artifacts / run / "model.ckpt") for run in ("lenet_digits", "alone"))
+    for name, value in alone.network.state_dict().items():
+        torch.testing.assert_close(checkpoint.network.state_dict()[name], value, atol=1e-3, rtol=1e-2)
+
     data = reopen_data(checkpoint.meta, checkpoint.meta.data)
     images, labels = data.test.images(slice(None)), data.test.labels
     with torch.no_grad():
@@ -123,7 +149,9 @@ def test_two_processes_train_with_the_metrics_of_one(digits: tuple[Path, dict[st
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_processes_evaluate_with_the_figures_of_one(digits: tuple[Path, dict[str, Any]], command: Command) -> None:
+def test_processes_evaluate_with_the_figures_of_one(
+    digits: tuple[Path, dict[str, Any]], command: Command, template: Template | None
+) -> None:
     options = (
         *("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", digits[0], "--json", "--batch-size", "64"),
         *("--threads", "1", "--latency-batch-sizes", "[1]", "--evaluation.latency_seconds", "0.01"),
@@ -131,8 +159,8 @@ def test_processes_evaluate_with_the_figures_of_one(digits: tuple[Path, dict[str
     alone = figures(command("evaluate.py", *options))
 
     assert [row["precision"] for row in alone] == ["fp32", "fp16", "int8"]
-    assert figures(torchrun(2, *options)) == alone
-    assert figures(torchrun(3, *options)) == alone
+    for count in (2, 3):
+        assert figures(forked(template, count, *options) if template else torchrun(count, *options)) == alone
 
 
 def write_images(folder: Path) -> Path:
