@@ -313,7 +313,7 @@ def describe_dot_products(found: list[str] | None) -> str:
     """What :func:`dot_products` found, for a reader of latencies."""
     if found is None:
         return "not known on this system"
-    return ", ".join(found) or "none (no VNNI): INT8 gains little or nothing in speed here"
+    return ", ".join(found) or "none (no VNNI): INT8 gains less speed here than with them"
 
 
 def _require_half(optimized: onnx.ModelProto) -> None:

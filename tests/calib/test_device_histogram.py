@@ -179,7 +179,11 @@ def share(rank: int, processes: int, folder: str) -> None:
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_processes_give_the_table_of_one(processes: int, tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(share, (processes, str(tmp_path)), nprocs=processes)  # type: ignore[no-untyped-call]
+    # Forked from one process that has imported this file.
+    torch.multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    torch.multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        share, (processes, str(tmp_path)), nprocs=processes, start_method="forkserver"
+    )
 
 
 def test_late_tensors_are_in_the_test() -> None:

@@ -198,7 +198,9 @@ def test_an_error_of_one_process_ends_the_training_of_all_in_one_line_each(tmp_p
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_path: Path, command: Command) -> None:
+def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(
+    tmp_path: Path, command: Command, template: Template | None
+) -> None:
     from common.config import DataConfig
     from data import open_data
     from models import CheckpointMeta, SmallResNet, save_checkpoint
@@ -216,7 +218,8 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(tmp_
         *("--engine", "torch"),
     )
 
-    assert figures(torchrun(2, *options)) == figures(command("evaluate.py", *options))
+    together = forked(template, 2, *options) if template else torchrun(2, *options)
+    assert figures(together) == figures(command("evaluate.py", *options))
 
     # The last images are the second process's.
     broken.write_bytes(bytes(broken.stat().st_size))
