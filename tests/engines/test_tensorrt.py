@@ -364,6 +364,10 @@ def test_fp32_beside_a_dla_core_runs_on_the_gpu(machine, network, tmp_path):
     ids=lambda file: f"{file.parent.name}.{file.stem}",
 )
 def test_nothing_imports_tensorrt_before_it_is_used(monkeypatch, file):
-    for name in ("tensorrt", "torch_tensorrt"):
+    optional = ("tensorrt", "torch_tensorrt")
+    for name in optional:
         monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    runpy.run_path(str(file), run_name=f"{file.parent.name}.{file.stem}")
+    try:
+        runpy.run_path(str(file), run_name=f"{file.parent.name}.{file.stem}")
+    except ModuleNotFoundError as error:
+        assert error.name not in optional  # Triton is not everywhere, either

@@ -51,7 +51,7 @@ data: {dataset: digits}
 model:
   class_path: shop.networks:Net
   init_args: {width: 8}
-evaluation: {latency_batch_sizes: [1], latency_seconds: 0.01, tolerance: 100}
+evaluation: {latency_batch_sizes: [1], latency_seconds: 0.01, latency_runs: 1, analysis_images: 16, tolerance: 100}
 trainer: {max_epochs: 1, precision: 32-true}
 """
 
