@@ -84,8 +84,9 @@ def calibrate_onnx(
     """
     options = dict(options or {})
     start = time.perf_counter()
-    observed = Observed(path, model, [entry.value for entry in entries if entry.value is not None])
-    histograms, infinite = collect(observed, batches, progress)
+    values = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
+    heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole is not None}
+    histograms, infinite = collect(Observed(path, model, values), batches, progress, heads)
     seconds = time.perf_counter() - start
     arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}
     for name, array in arrays.items():

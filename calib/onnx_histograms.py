@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -19,8 +20,26 @@ from common.errors import InputError
 from common.threads import available_cores
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Some images of a batch.
+
+    Attributes:
+        batch: What the network is given.
+        begin: Images of the batch before them.
+        images: Images of the whole batch.
+    """
+
+    batch: Batch
+    begin: int
+    images: int
+
+
 def collect(
-    observed: Observed, batches: Batches, progress: Callable[[int, float], None] | None = None
+    observed: Observed,
+    batches: Batches,
+    progress: Callable[[int, float], None] | None = None,
+    heads: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, AbsHistogram], tuple[str, ...]]:
     """Histogram of each value, and the names of those that were infinite.
 
@@ -32,18 +51,19 @@ def collect(
         observed: The network.
         batches: The calibration batches. The first one sets the histograms' range.
         progress: Called after each batch with (batches done, seconds it took).
+        heads: Value -> the larger one of which as many values are counted in its place, from the batch's beginning.
 
     Raises:
         InputError: ONNX Runtime does not run the network, or values are NaN.
     """
-    histograms = _Histograms(observed)
+    histograms = _Histograms(observed, heads or {})
     with ThreadPoolExecutor(available_cores()) as pool:
         for number, batch in enumerate(batches, start=1):
             start = time.perf_counter()
             for name, array in batch.items():
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
                     raise InputError(f"calibration batch {number}, input {name}: the values hold NaN or infinity")
-            waves = observed.waves(batch)
+            waves = list(_placed(observed.waves(batch)))
             if number == 1 and len(waves) > 1:
                 found = chain.from_iterable(pool.map(histograms.maxima, wave) for wave in waves)
                 histograms.widen(number, found)
@@ -64,19 +84,31 @@ def collect(
 class _Histograms:
     """The histograms, and what threads and the main thread do with them in turns."""
 
-    def __init__(self, observed: Observed) -> None:
+    def __init__(self, observed: Observed, heads: Mapping[str, str]) -> None:
         self._observed = observed
+        self._heads = heads
         self._of = {name: AbsHistogram() for name in observed.values}
         self.infinite: dict[str, None] = {}
 
-    def maxima(self, part: Batch) -> dict[str, float]:
-        """Absolute maximum of each value of a part."""
-        return {name: _largest(value) for name, value in self._observed.run(part).items()}
+    def _values(self, part: _Part) -> dict[str, Tensor]:
+        values = self._observed.run(part.batch)
+        count = _images(part.batch)
+        heads = {}
+        for name, whole in self._heads.items():
+            if name in values and whole in values:
+                wanted = part.images * values[name].numel() // count
+                before = part.begin * values[whole].numel() // count
+                heads[name] = values[whole].reshape(-1)[: max(wanted - before, 0)]
+        return {**values, **heads}
 
-    def count(self, part: Batch) -> dict[str, tuple[Counted, Tensor | None]]:
+    def maxima(self, part: _Part) -> dict[str, float]:
+        """Absolute maximum of each value of a part."""
+        return {name: _largest(value) for name, value in self._values(part).items()}
+
+    def count(self, part: _Part) -> dict[str, tuple[Counted, Tensor | None]]:
         """What was counted of each value of a part, and the value itself where it exceeds the range."""
         found: dict[str, tuple[Counted, Tensor | None]] = {}
-        for name, value in self._observed.run(part).items():
+        for name, value in self._values(part).items():
             if name not in self.infinite:
                 counted = count(value, self._of[name].range)
                 found[name] = counted, None if counted.fits else value
@@ -113,6 +145,23 @@ class _Histograms:
     def finite(self) -> dict[str, AbsHistogram]:
         """The histograms of the values that were never infinite."""
         return {name: histogram for name, histogram in self._of.items() if name not in self.infinite}
+
+
+def _placed(waves: Iterable[Iterable[Batch]]) -> Iterator[list[_Part]]:
+    """The parts of one batch with their places in it."""
+    lists = [list(wave) for wave in waves]
+    images = sum(_images(part) for wave in lists for part in wave)
+    begin = 0
+    for wave in lists:
+        parts = []
+        for part in wave:
+            parts.append(_Part(part, begin, images))
+            begin += _images(part)
+        yield parts
+
+
+def _images(part: Batch) -> int:
+    return len(next(iter(part.values())))
 
 
 def _largest(value: Tensor) -> float:

@@ -46,11 +46,14 @@ class Entry:
         name: In the table.
         value: The ONNX value whose histogram it takes, or None for a constant.
         array: The constant, float32, or None.
+        whole: A larger value, in whose memory TensorRT keeps this one, and from whose beginning it counts as many
+            values as this one has; None elsewhere.
     """
 
     name: str
     value: str | None = None
     array: NDArray[Any] | None = None
+    whole: str | None = None
 
 
 class Graph:
@@ -142,7 +145,8 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]
     """
     graph = Graph(model)
     if algorithm in FUSED_ALGORITHMS:
-        return [Entry(name, name) for name in [*graph.inputs, *_fused(graph)]]
+        wholes = _wholes(graph, folder)
+        return [Entry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]]
     source = {name: name for name in graph.inputs}
     found = [Entry(name, name) for name in graph.inputs]
     names = _Names()
@@ -262,6 +266,47 @@ def _fused(graph: Graph) -> Iterator[str]:
                 gone = True
             if not gone:
                 yield name
+
+
+def _wholes(graph: Graph, folder: Path) -> dict[str, str]:
+    """Value -> the larger one in whose memory TensorRT keeps it after layer fusion, where it counts the wrong values.
+
+    That is the first operand of a concatenation of channels, and the first channels that a slice or a split takes.
+    Their histogram is of as many values, but of those that follow one another from the beginning of the larger one's
+    memory, so of all its channels and the first images alone. What lies further behind has its own values. A
+    concatenation that is sliced again is none in memory.
+    """
+    found: dict[str, str] = {}
+    for node in graph.nodes:
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        if node.op_type == "Concat" and axis == 1 and len(node.input) > 1:
+            first, whole = node.input[0], node.output[0]
+            if graph.sole_reader(first) is not None and not _is(graph.sole_reader(whole), {"Slice", "Split"}):
+                found[first] = whole
+        elif (node.op_type == "Split" and axis == 1) or (
+            node.op_type == "Slice" and _first_channels(graph, node, folder)
+        ):
+            found[node.output[0]] = node.input[0]
+    return {name: whole for name, whole in found.items() if not {name, whole} & graph.constant}
+
+
+def _first_channels(graph: Graph, node: onnx.NodeProto, folder: Path) -> bool:
+    """Whether a Slice takes neighbouring channels from the first one on."""
+    given = dict(zip(("data", "starts", "ends", "axes", "steps"), node.input, strict=False))
+    starts, axes, steps = (_integers(graph, given.get(key, ""), folder) for key in ("starts", "axes", "steps"))
+    return starts == [0] and axes == [1] and steps in ([1], None)
+
+
+def _integers(graph: Graph, name: str, folder: Path) -> list[int] | None:
+    """A constant vector of integers, or None where it is none."""
+    from onnx import numpy_helper
+
+    array = None
+    if name in graph.weights:
+        array = numpy_helper.to_array(graph.weights[name], base_dir=str(folder))
+    elif name in graph.producer and graph.producer[name].op_type == "Constant":
+        array = constant_value(graph.producer[name])
+    return None if array is None or array.dtype.kind != "i" else [int(number) for number in array.reshape(-1)]
 
 
 def _is(node: onnx.NodeProto | None, kinds: set[str]) -> bool:
