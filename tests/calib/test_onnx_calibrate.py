@@ -62,6 +62,14 @@ def images():
     return np.random.default_rng(3).random((40, 3, 16, 16), dtype=np.float32)
 
 
+def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnx_observe, "_BUDGET", 1)
+    wanted = CalibrationTable.read(TENSORRT / "tables" / "concat.entropy.cache")
+    network, images = TENSORRT / "nets" / "concat.onnx", TENSORRT / "nets" / "images.npy"
+    found = table_of(network, images, tmp_path, "--algorithm", "entropy")
+    assert found.scales["mul"] == pytest.approx(wanted.scales["mul"], rel=1e-4)
+
+
 def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch):
     network = save(classifier(), tmp_path / "network.onnx")
     images[7] *= 3
