@@ -10,13 +10,13 @@ Imports onnx inside functions: it is slow to load.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from calib.onnx_model import constant_value
+from calib.onnx_parser_names import ParserNames
 
 if TYPE_CHECKING:
     import onnx
@@ -27,15 +27,9 @@ FUSED_ALGORITHMS: Final = frozenset({"entropy", "legacy"})
 
 WINDOW_POOLING: Final = frozenset({"AveragePool", "MaxPool"})
 ELEMENTWISE: Final = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
-COMPARISONS: Final = frozenset({"Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual"})
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
 RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
-
-_BROADCAST = "ONNXTRT_Broadcast"
-# The parser numbers names that it gives again with one counter. A second Gemm gives four others before its broadcast,
-# an elementwise operation one, and Erf one of its own.
-_OTHER_NAMES: Final = {"Gemm": 4, "Erf": 1}
 
 
 @dataclass(frozen=True)
@@ -149,12 +143,13 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]
         return [Entry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]]
     source = {name: name for name in graph.inputs}
     found = [Entry(name, name) for name in graph.inputs]
-    names = _Names()
+    names = ParserNames(model, frozenset(graph.constant))
     for node in graph.nodes:
         if all(name in graph.constant for name in node.output):
             continue
-        before, after = _constants(graph, node, folder, names)
+        before, after = _constants(graph, node, folder, names.read(node))
         found += before
+        found += [Entry(f"{name}_output", array=array) for name, array in names.made]
         biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
         if node.name and (biased or node.op_type == "HardSwish"):
             found.append(Entry(f"{node.name}_output", f"{node.name}_output"))
@@ -170,61 +165,29 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]
     return list({entry.name: entry for entry in found}.values())
 
 
-class _Names:
-    """The names that TensorRT's parser gives to what it broadcasts."""
+def _constants(
+    graph: Graph, node: onnx.NodeProto, folder: Path, broadcasts: Mapping[int, str]
+) -> tuple[list[Entry], list[Entry]]:
+    """Entries of the constants that a node reads: those before a product's own entry, and those behind it.
 
-    def __init__(self) -> None:
-        self._given: Counter[str] = Counter()
-        self._number = 0
-
-    def passed(self, operator: str) -> None:
-        """Count the names that an operator takes besides."""
-        kind = operator if operator in _OTHER_NAMES else "elementwise"
-        others = _OTHER_NAMES.get(operator, 1)
-        if kind == "Erf":
-            self._number += others
-        elif kind == "Gemm":
-            # One of the four is that of elementwise operations.
-            self._number += (others - 1 if self._given["Gemm"] else 0) + (1 if self._given.total() else 0)
-            self._given["Gemm"] += 1
-        else:
-            self._number += 1 if self._given.total() else 0
-            self._given["elementwise"] += 1
-
-    def broadcast(self) -> str:
-        """The name of the next broadcast constant."""
-        if self._given.total() == 1:
-            return f"{_BROADCAST}_output"
-        name = f"{_BROADCAST}_{self._number}_output"
-        self._number += 1
-        return name
-
-
-def _constants(graph: Graph, node: onnx.NodeProto, folder: Path, names: _Names) -> tuple[list[Entry], list[Entry]]:
-    """Entries of the constants that a node reads: those before a product's own entry, and those behind it."""
-    if node.op_type == "Erf":
-        names.passed("Erf")
-    if node.op_type in ("Gemm", "MatMul"):
-        weights = [_entry(graph, name, folder) for name in node.input[:2] if name in graph.constant]
-        biased = node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in graph.constant
-        bias = _broadcast(graph, node, node.input[2], folder, names) if biased else []
-        return [entry for entry in weights if entry], bias
-    if node.op_type in COMPARISONS and graph.constant.intersection(node.input):
-        # What is compared is broadcast as well, but has no entry.
-        names.passed(node.op_type)
-        names.broadcast()
-    if node.op_type in ELEMENTWISE | {"PRelu"}:
-        read = [name for name in node.input if name in graph.constant]
-        return [entry for name in read for entry in _broadcast(graph, node, name, folder, names)], []
-    return [], []
-
-
-def _broadcast(graph: Graph, node: onnx.NodeProto, name: str, folder: Path, names: _Names) -> list[Entry]:
-    entry = _entry(graph, name, folder)
-    if entry is None:
-        return []
-    names.passed(node.op_type)
-    return [entry, Entry(names.broadcast(), array=entry.array)]
+    Args:
+        graph: The graph.
+        node: One of its nodes.
+        folder: Where external weights lie.
+        broadcasts: Names of the constants' broadcasts, by the input's position.
+    """
+    if node.op_type not in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"}:
+        return [], []
+    before: list[Entry] = []
+    after: list[Entry] = []
+    for index, name in enumerate(node.input):
+        entry = _entry(graph, name, folder) if name in graph.constant else None
+        if entry is not None:
+            entries = after if node.op_type == "Gemm" and index == 2 else before
+            entries.append(entry)
+            if index in broadcasts:
+                entries.append(Entry(f"{broadcasts[index]}_output", array=entry.array))
+    return before, after
 
 
 def _entry(graph: Graph, name: str, folder: Path) -> Entry | None:

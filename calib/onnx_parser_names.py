@@ -1,0 +1,313 @@
+"""The names that TensorRT's ONNX parser gives to what it adds to a network.
+
+A layer or tensor whose name is taken gets a number behind it, and one counter numbers them all. So the number in
+``ONNXTRT_Broadcast_23`` depends on every name that was taken twice before: those of layers that share an operator's
+name, and those of the layers that compute shapes where a dimension (the batch) is not fixed. The rules are those of
+onnx-tensorrt (10.1, the newest that is public in source; what TensorRT 10.6 named agrees). Not counted here are
+the layers of Expand, Pad, Where with an open dimension, TopK and CumSum: numbers behind them are too low.
+
+Imports onnx inside functions: it is slow to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import onnx
+
+Shape = Sequence[int | None]
+"""Dimensions; None for one that is not fixed."""
+
+_ELEMENTWISE = frozenset(
+    {"Add", "And", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mul", "Or", "Pow", "Sub", "Sum", "Xor"}
+)
+_LAYERS = {"Celu": 7, "HardSwish": 2}
+"""Layers that an operator becomes under one name, where they are not one."""
+
+
+class ParserNames:
+    """The parser's counter, driven by the network's nodes in order.
+
+    Args:
+        model: The network.
+        constant: Its values that are constants.
+
+    Attributes:
+        made: The constants that the parser made for the node read last: name and value.
+    """
+
+    def __init__(self, model: onnx.ModelProto, constant: frozenset[str]) -> None:
+        import onnx
+
+        graph = onnx.shape_inference.infer_shapes(model).graph
+        self._shapes, self._ones = _shapes(graph), _ones(graph)
+        self._stored = {weight.name for weight in graph.initializer}
+        self._stored.update(node.output[0] for node in graph.node if node.op_type == "Constant")
+        self._integers = {
+            value.name for value in graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        }
+        self._constant = constant
+        self._layers: set[str] = set()
+        self._weights: set[str] = set()
+        self._number = 0
+        self.made: list[tuple[str, NDArray[np.float32]]] = []
+
+    def read(self, node: onnx.NodeProto) -> dict[int, str]:
+        """Count the layers of the next node; names of the broadcasts of its constants, by the input's position."""
+        name = node.name or f"node_of_{node.output[0]}"
+        kind = node.op_type
+        found: dict[int, str] = {}
+        self.made = []
+        if kind in _ELEMENTWISE or kind in ("PRelu", "Where"):
+            found = self._operands(node, range(len(node.input)))
+            count = 1 if kind in ("PRelu", "Where") else max(len(node.input) - 1, 1)
+            self._all(name, count)
+        elif kind in ("GreaterOrEqual", "LessOrEqual"):
+            found = self._operands(node, range(2))
+            self._all(name, 3)
+        elif kind == "MatMul":
+            found = self._operands(node, range(2))
+            self._layer(name)
+        elif kind == "Gemm":
+            self._operands(node, range(2), broadcast=False)
+            self._layer(name)
+            if len(node.input) > 2 and node.input[2]:
+                found = self._operands(node, [2], rank=2)
+        elif kind == "Celu":
+            self._celu(node)
+            self._all(name, _LAYERS[kind])
+        elif kind in ("LogSoftmax", "Softmax"):
+            self._layer(name)
+            self._reshape(self._shape(node.input[0]), name=None)
+        elif kind == "Flatten":
+            self._flatten(node, name)
+        elif kind == "Reshape":
+            self._layer("ONNXTRT_ShapeShuffle")
+            self._layer(name)
+        elif kind in ("Squeeze", "Unsqueeze"):
+            self._reshape(self._shape(node.input[0]), name, gathered=True, longer=kind == "Unsqueeze")
+        elif kind == "InstanceNormalization":
+            self._unsqueezed(node.input[1:3])
+            self._layer(name)
+        elif kind == "LayerNormalization":
+            self._temporary(2)
+            found = self._operands(node, range(1, len(node.input)), rank=len(self._shape(node.input[0])))
+            self._layer(name)
+        elif kind == "BatchNormalization":
+            if not self._stored.issuperset(node.input[1:]):
+                self._unsqueezed(node.input[1:])
+                self._temporary()
+            self._layer(name)
+        elif kind in ("ArgMax", "ArgMin"):
+            self._layer(name)
+            self._all("ONNXTRT_castHelper", 2)
+        elif kind == "Slice":
+            self._slice(node, name)
+        elif kind == "Split":
+            self._split(node, name)
+        elif kind == "DepthToSpace":
+            self._depth_to_space(self._shape(node.input[0]), name)
+        elif kind == "Gather":
+            self._operands(node, range(2), broadcast=False)
+            if node.input[0] not in self._integers:
+                self._layer("ONNXTRT_castHelper")
+            self._layer(name)
+        elif kind in ("Concat", "Erf"):
+            self._operands(node, range(len(node.input)), broadcast=False)
+            self._layer(name)
+        elif kind not in ("Constant", "Dropout"):
+            self._all(name, _LAYERS.get(kind, 1))
+        return found
+
+    def _layer(self, name: str, again: bool = True) -> str:
+        """Name a layer; where ``again`` is not set, one layer serves all that ask for it."""
+        if not again and name in self._layers:
+            return name
+        return self._unique(self._layers, name)
+
+    def _all(self, name: str, count: int) -> None:
+        for _ in range(count):
+            self._layer(name)
+
+    def _unique(self, taken: set[str], name: str) -> str:
+        chosen = name
+        while chosen in taken:
+            chosen = f"{name}_{self._number}"
+            self._number += 1
+        taken.add(chosen)
+        return chosen
+
+    def _temporary(self, count: int = 1) -> list[str]:
+        return [self._unique(self._weights, "tmp_weight") for _ in range(count)]
+
+    def _shape(self, value: str) -> Shape:
+        return self._shapes.get(value, ())
+
+    def _unsqueezed(self, values: Sequence[str]) -> None:
+        for value in values:
+            self._layer(value, again=False)
+            self._layer("ONNXTRT_ShapeShuffle")
+            self._layer("ONNXTRT_unsqueezeTensor")
+
+    def _operands(
+        self, node: onnx.NodeProto, positions: Sequence[int], broadcast: bool = True, rank: int = 0
+    ) -> dict[int, str]:
+        """Count operands: constants become layers, and what has fewer dimensions than another is reshaped."""
+        shapes = {index: self._shape(node.input[index]) for index in positions}
+        rank = max([rank, *map(len, shapes.values())])
+        found = {}
+        for index, shape in shapes.items():
+            constant = node.input[index] in self._constant
+            if constant:
+                self._layer(node.input[index], again=False)
+            if broadcast and len(shape) < rank and (shape or constant):
+                name = self._broadcast(shape)
+                if constant:
+                    found[index] = name
+        return found
+
+    def _broadcast(self, shape: Shape) -> str:
+        if None in shape:
+            self._known()
+            self._of_tensor()
+            self._layer("ONNXTRT_ShapeConcat")
+        self._layer("ONNXTRT_ShapeShuffle")
+        return self._layer("ONNXTRT_Broadcast")
+
+    def _known(self) -> None:
+        """A shape that is known becomes a constant layer."""
+        self._temporary()
+        self._layer("ONNXTRT_ShapeTensorFromDims")
+
+    def _of_tensor(self) -> None:
+        """A tensor's shape is computed."""
+        self._layer("ONNXTRT_ShapeTensor")
+        self._layer("ONNXTRT_castHelper")
+
+    def _gather(self) -> None:
+        """Some dimensions of a tensor, not all of them fixed."""
+        self._known()
+        self._of_tensor()
+        self._layer("ONNXTRT_ShapeGather")
+
+    def _reshape(self, shape: Shape, name: str | None, gathered: bool = False, longer: bool = False) -> None:
+        """A reshape to the shape of a tensor, or to some of its dimensions, with one more between them."""
+        if None in shape:
+            if longer:
+                self._known()
+                self._of_tensor()
+                self._layer("ONNXTRT_ShapeConcat")
+                self._known()
+                self._layer("ONNXTRT_ShapeGather")
+            elif gathered:
+                self._gather()
+            else:
+                self._of_tensor()
+        self._layer("ONNXTRT_ShapeShuffle")
+        if name is not None:
+            self._layer(name)
+
+    def _flatten(self, node: onnx.NodeProto, name: str) -> None:
+        shape = self._shape(node.input[0])
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
+        axis += len(shape) if axis < 0 else 0
+        if len(shape) == 2 and axis == 1:
+            return
+        if None in shape:
+            for part in (shape[:axis], shape[axis:]):
+                self._product(part)
+                if None not in part:
+                    self._known()
+            self._layer("ONNXTRT_ShapeConcat")
+        self._layer("ONNXTRT_ShapeShuffle")
+        self._layer(name)
+
+    def _product(self, shape: Shape) -> None:
+        """The product of dimensions, one after the other; a factor of 1 is left out."""
+        known: int | None = 1
+        for size in shape:
+            if size is None:
+                self._gather()
+            if known != 1 and size != 1 and (known is None or size is None):
+                if known is not None or size is not None:
+                    self._known()
+                self._layer("ONNXTRT_ShapeElementWise")
+            known = None if known is None or size is None else known * size
+
+    def _depth_to_space(self, shape: Shape, name: str) -> None:
+        # With the batch open, it is gathered once and put before the other dimensions, which are known, twice.
+        if shape[:1] == (None,):
+            self._gather()
+        for layer in (name, None):
+            if shape[:1] == (None,):
+                self._known()
+                self._layer("ONNXTRT_ShapeConcat")
+            self._layer("ONNXTRT_ShapeShuffle")
+            if layer is not None:
+                self._layer(layer)
+
+    def _slice(self, node: onnx.NodeProto, name: str) -> None:
+        self._operands(node, range(1, min(len(node.input), 3)), broadcast=False)
+        self._all("ONNXTRT_castHelper", 2)
+        # The elementwise operations that turn starts, ends and steps into sizes.
+        stepped = len(node.input) > 4 and node.input[4] not in self._ones
+        for operations in (1, 1, 2, 2, 1, 3, 3, 1, *((1, 1) if stepped else ())):
+            self._known()
+            self._all("ONNXTRT_ShapeElementWise", operations)
+        self._layer("ONNXTRT_ShapeSlice")
+        self._layer(name)
+
+    def _split(self, node: onnx.NodeProto, name: str) -> None:
+        if None in self._shape(node.input[0]):
+            self._of_tensor()
+            self._known()  # which of the dimensions to take
+        for _ in node.output:
+            if None in self._shape(node.input[0]):
+                self._known()
+                self._layer("ONNXTRT_ShapeConcat")
+                self._layer("ONNXTRT_ShapeGather")
+            self._layer("ONNXTRT_ShapeSlice")
+            self._layer(name)
+
+    def _celu(self, node: onnx.NodeProto) -> None:
+        alpha = next((attribute.f for attribute in node.attribute if attribute.name == "alpha"), 1.0)
+        for weight, value in zip(self._temporary(3), (0.0, 1.0, alpha), strict=True):
+            array = np.full((), value, np.float32)
+            self.made.append((self._layer(weight), array))
+            if self._shape(node.input[0]):
+                self.made.append((self._broadcast(()), array))
+
+
+def _shapes(graph: onnx.GraphProto) -> Mapping[str, Shape]:
+    """The dimensions of the values that have a shape."""
+    found: dict[str, Shape] = {weight.name: tuple(weight.dims) for weight in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.name not in found and value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            found[value.name] = tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in dims)
+    for node in graph.node:
+        if node.op_type == "Constant":
+            found.setdefault(
+                node.output[0], next((tuple(item.t.dims) for item in node.attribute if item.name == "value"), ())
+            )
+    return found
+
+
+def _ones(graph: onnx.GraphProto) -> frozenset[str]:
+    """Constants that are all 1."""
+    from onnx import numpy_helper
+
+    tensors = {weight.name: weight for weight in graph.initializer if len(weight.dims) < 2}
+    for node in graph.node:
+        if node.op_type == "Constant":
+            tensors.update((node.output[0], item.t) for item in node.attribute if item.name == "value")
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if tensor.data_location != tensor.EXTERNAL and (numpy_helper.to_array(tensor) == 1).all()
+    )
