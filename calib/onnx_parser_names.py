@@ -4,7 +4,8 @@ A layer or tensor whose name is taken gets a number behind it, and one counter n
 ``ONNXTRT_Broadcast_23`` depends on every name that was taken twice before: those of layers that share an operator's
 name, and those of the layers that compute shapes where a dimension (the batch) is not fixed. The rules are those of
 onnx-tensorrt 10.1, checked with what TensorRT 10.6 named in 109 networks: 96 agree. Not counted here are the layers of
-Expand, Pad, TopK and CumSum, of Where with an open dimension and of Clip with one bound: numbers behind them are too low.
+Expand, Pad, TopK and CumSum, of Where with an open dimension and of Clip with one bound: numbers behind them are too
+low.
 
 Imports onnx inside functions: it is slow to load.
 """
