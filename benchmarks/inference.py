@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import kernels
 from benchmarks import onnxruntime_cpu as ort
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting, top1
@@ -31,6 +32,8 @@ SIMULATION = "INT8, integer simulation"
 ORT = "ONNX Runtime: "
 OPENVINO = {"fp32": "OpenVINO: FP32", "int8": "OpenVINO: INT8, from this project's Q/DQ model"}
 FILE_SHARE = 27.0
+PROFILED = 32
+"""Batch whose time is taken apart."""
 
 Runner = Callable[[Tensor], Tensor]
 
@@ -39,7 +42,9 @@ METHOD = (
     "first run not counted, and the turn's figure is the median of the others. Ratios are medians over the turns. "
     "quantize_static makes its models of the same float network with its defaults, calibrated on the same images. "
     "All engines have the same number of threads; all models run in ONNX Runtime as this project's engine runs them, "
-    "in the fastest way to use the threads, and quantize_static's also in a plain session."
+    "in the fastest way to use the threads, and quantize_static's also in a plain session. Where the time goes is what "
+    "ONNX Runtime's profiler says of a session of one thread: its convolutions and matrix products alone are the limit "
+    "of what INT8 can gain with these kernels."
 )
 
 
@@ -78,7 +83,8 @@ def run(setting: Setting) -> Findings:
         )
     ]
     targets: list[Target] = []
-    for size, goal in ort.GOALS.items():
+    goals = ort.GOALS_WITHOUT_DOT_PRODUCTS if dot_products() == [] else ort.GOALS
+    for size, goal in goals.items():
         batch = images[torch.arange(size) % len(images)]
         seconds = in_turns(
             {name: timed_often(partial(call, batch)) for name, call in runners.items()}, setting.rounds(40)
@@ -94,6 +100,8 @@ def run(setting: Setting) -> Findings:
             targets += _latency_targets(size, goal, seconds)
     if models:
         targets += _other_targets(models, tables[0])
+        batch = images[torch.arange(PROFILED) % len(images)]
+        tables.append(_operators(models, batch, setting.rounds(60)))
     return Findings(METHOD, tables, targets, skipped)
 
 
@@ -171,6 +179,19 @@ def _latency_targets(size: int, goal: float, seconds: dict[str, list[float]]) ->
             min(ratio(other, ours) for other in others),
         ),
     ]
+
+
+def _operators(models: dict[str, Any], batch: Tensor, rounds: int) -> Table:
+    """Where the time of FP32 and of this project's INT8 goes, on one thread."""
+    seconds = kernels.profile({name: models[name] for name in (ort.FP32, ort.OURS)}, batch.numpy(), rounds)
+    entries = []
+    for kind in [*kernels.KINDS, kernels.OTHERS]:
+        fp32, int8 = (1000 * seconds[name][kind] for name in (ort.FP32, ort.OURS))
+        figures = {"FP32, ms": fp32, "INT8, ms": int8, "times as fast": fp32 / int8 if int8 else "-"}
+        entries.append(Entry(kind, figures=figures))
+    fp32, int8 = (1000 * sum(seconds[name].values()) for name in (ort.FP32, ort.OURS))
+    entries.append(Entry("all", figures={"FP32, ms": fp32, "INT8, ms": int8, "times as fast": fp32 / int8}))
+    return Table(f"where the time goes, batch {len(batch)}, one thread", "", entries)
 
 
 def _other_targets(models: dict[str, Any], accuracy: Table) -> list[Target]:
