@@ -21,7 +21,8 @@ def columns_at_once(conv: nn.Module, width: int) -> int:
     """How many columns of its output a convolution should compute at once; 1 where that gains nothing.
 
     Limits of 192 terms in a sum and 192 channels made every first layer measured faster, on CPUs with AMX and with
-    VNNI alone (``python -m benchmarks columns``); beyond, the products with zeros cost what the larger patches save.
+    VNNI alone (``python -m benchmarks columns``), and LeNet's on one with AVX2 alone, where half as many take as
+    long; beyond, the products with zeros cost what the larger patches save.
 
     Args:
         conv: Any module.
