@@ -46,6 +46,7 @@ class OnnxCalibration:
         zero: Entries whose values were zero throughout.
         infinite: Values that were infinite, and so have no entry.
         seconds: Time of the network and the histograms.
+        provider: What ONNX Runtime computed with, such as ``CUDAExecutionProvider``.
     """
 
     table: CalibrationTable
@@ -54,6 +55,7 @@ class OnnxCalibration:
     zero: tuple[str, ...]
     infinite: tuple[str, ...]
     seconds: float
+    provider: str
 
 
 def calibrate_onnx(
@@ -86,7 +88,8 @@ def calibrate_onnx(
     start = time.perf_counter()
     values = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
     heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole is not None}
-    histograms, infinite = collect(Observed(path, model, values), batches, progress, heads)
+    observed = Observed(path, model, values)
+    histograms, infinite = collect(observed, batches, progress, heads)
     seconds = time.perf_counter() - start
     arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}
     for name, array in arrays.items():
@@ -108,7 +111,7 @@ def calibrate_onnx(
             raise InputError(f"input {value.name!r} is zero in all calibration batches: there is nothing to calibrate")
     legacy = Legacy(quantile=options.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
-    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds)
+    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds, observed.provider)
 
 
 def complete_table(

@@ -185,7 +185,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         write_table(arguments.output, table)
         print(
             f"{len(table.scales)} tensors, {calibration.images} images in {calibration.batches} batches, "
-            f"{calibration.seconds:.1f} s"
+            f"{calibration.seconds:.1f} s with {calibration.provider}"
         )
         if quantized is not None:
             _print_quantized(arguments.qdq, quantized)
@@ -198,6 +198,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "images": calibration.images,
         "batches": calibration.batches,
         "seconds": calibration.seconds,
+        "provider": calibration.provider,
         "scales": table.finite,
         "zero": list(calibration.zero),
         "infinite": list(calibration.infinite),

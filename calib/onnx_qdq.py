@@ -2,7 +2,8 @@
 
 The layout is what TensorRT fuses (developer guide, "Working with Quantized Types"): pairs in front of convolutions,
 matrix products and pooling, and on the shortcut of a residual sum; none between a convolution and its activation or
-sum, and none behind the last layer. Weights are int8, symmetric, per output channel; biases stay in float.
+sum, and none behind the last layer. Where two convolutions meet in a sum, the second is the shortcut, as in
+:func:`calib.tensorrt_form.fuse`. Weights are int8, symmetric, per output channel; biases stay in float.
 
 Imports onnx inside functions: it is slow to load.
 """
@@ -187,7 +188,7 @@ def _others(graph: Graph, chosen: set[int]) -> Iterable[tuple[int, int]]:
                 and graph.sole_reader(name) is not None
             ]
             if inner:
-                yield index, 1 - inner[-1]
+                yield index, 1 - inner[0]
 
 
 def _readers(graph: Graph, value: str) -> Iterable[onnx.NodeProto]:

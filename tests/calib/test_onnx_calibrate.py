@@ -179,6 +179,31 @@ def test_external_weights(images, tmp_path):
         table_of(network, tmp_path / "images.npy", tmp_path)
 
 
+def test_a_network_above_2_gib(tmp_path, capsys):
+    """A table of embeddings in a sparse file, of which a few rows are read."""
+    rows = 2**31 // 256 + 1000
+    with (tmp_path / "table.bin").open("wb") as file:
+        file.write(np.random.default_rng(0).standard_normal((4096, 64), dtype=np.float32).tobytes())
+        file.truncate(rows * 256)
+    table = TensorProto(name="table", data_type=TensorProto.FLOAT, dims=[rows, 64])
+    table.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "table.bin"), ("offset", "0"), ("length", str(rows * 256))):
+        table.external_data.add(key=key, value=value)
+    nodes = [
+        node("Cast", ["x"], ["index"], to=TensorProto.INT64),
+        node("Gather", ["table", "index"], ["embedding"]),
+        node("MatMul", ["embedding", "w"], ["y"]),
+    ]
+    weights = {"w": weight(np.random.default_rng(1), 64, 8)}
+    made = model(nodes, {"x": ["N", 4]}, {"y": ["N", 4, 8]}, weights)
+    made.graph.initializer.append(table)
+    np.save(tmp_path / "x.npy", np.random.default_rng(2).integers(0, 4096, (32, 4)).astype(np.float32))
+    network = save(made, tmp_path / "network.onnx")
+    found = table_of(network, tmp_path / "x.npy", tmp_path, "--qdq", tmp_path / "int8.onnx")
+    assert {"x", "embedding", "y"} <= found.scales.keys()
+    assert "operators in INT8: 1 MatMul" in capsys.readouterr().out
+
+
 def test_what_subgraphs_hold_stays_in_float(images, tmp_path, capsys):
     branches = {}
     for name, kind in (("then_branch", "Relu"), ("else_branch", "Neg")):
