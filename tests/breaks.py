@@ -52,8 +52,8 @@ BREAKS = (
         "float32 bins",
         "a bin is trunc(abs(x) * (2048 / range)), in float32",
         "calib/histogram.py",
-        "torch.mul(scaled, factor)",
-        "torch.mul(scaled.double(), BINS / (self.range * scale))",
+        "torch.mul(exact, factor)",
+        "torch.mul(exact.double(), BINS / (limit * scale))",
         "tests/calib/test_histogram.py::test_a_value_just_below_an_edge_can_count_above_it",
     ),
     Break(
