@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,9 @@ QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _LARGEST_FILE = 2**31
 """Protocol buffers end here; larger networks keep their weights in other files."""
+
+_SMALL = 1024
+"""Values of a constant that may hold sizes."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,27 @@ def no_floats(model: onnx.ModelProto) -> set[str]:
     floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
     values = [*graph.input, *graph.value_info, *graph.output]
     return {value.name for value in values if value.type.tensor_type.elem_type not in floats}
+
+
+def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The same network, to infer shapes and to check: large weights are inputs of their type and shape.
+
+    Both copy the whole model on their way to C++. Small constants stay: they can be the sizes that operators take.
+    """
+    import onnx
+
+    graph = model.graph
+    small = [weight for weight in graph.initializer if math.prod(weight.dims) <= _SMALL]
+    large = [weight for weight in graph.initializer if math.prod(weight.dims) > _SMALL]
+    names = {weight.name for weight in large}
+    inputs = [value for value in graph.input if value.name not in names]
+    inputs += [onnx.helper.make_tensor_value_info(weight.name, weight.data_type, weight.dims) for weight in large]
+    light = onnx.helper.make_graph(
+        graph.node, graph.name or "network", inputs, graph.output, small, value_info=graph.value_info
+    )
+    return onnx.helper.make_model(
+        light, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
+    )
 
 
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

@@ -2,7 +2,7 @@
 
 The values in both carry the names of the calibration table. PyTorch's exporter lets its caller name a graph's outputs
 and nothing else; so the network is exported with every named value as an output, and all outputs but ``prob`` are
-taken away again. The Q/DQ pairs are put in by ONNX Runtime's quantizer, with the scales of the plan.
+taken away again. Then come the Q/DQ pairs, with the scales of the plan (:mod:`engines.qdq`).
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from torch.nn import functional as F
 from calib.explicit import is_plain_relu, place, place_in_front
 from calib.graph import INPUT, OUTPUT, Int8Plan, Network
 from calib.int8 import weight_scales
+from calib.onnx_model import without_weights
 from calib.table import CalibrationTable
 from calib.tensorrt_form import for_tensorrt
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
 from engines.columns import columns_at_once, compute_columns_at_once
+from engines.qdq import Activation, Weight, write_pairs
 
 OPSET: Final = 17
 """Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
@@ -93,11 +95,11 @@ def export(
     _write(model, fp32, provenance)
     if plan is None or table is None:
         return Exported(fp32)
+    beside = run.onnx_table(network.name)
+    onnx_table(network, table, model, calibrated(fp32) if calibrated else None).write(beside)
     int8, int8_cpu = run.onnx(network.name, "int8"), run.onnx(network.name, "int8_cpu")
     export_int8(plan, int8, provenance)
     export_int8(plan, int8_cpu, provenance, for_cpu=True)
-    beside = run.onnx_table(network.name)
-    onnx_table(network, table, model, calibrated(fp32) if calibrated else None).write(beside)
     return Exported(fp32, int8, int8_cpu, beside)
 
 
@@ -138,7 +140,7 @@ def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) ->
     model.producer_name = _PROJECT
     with contextlib.suppress(PackageNotFoundError):
         model.producer_version = version(_PROJECT)
-    onnx.checker.check_model(model, full_check=True)
+    onnx.checker.check_model(without_weights(model), full_check=True)
     content = model.SerializeToString()
     shape = [size.dim_value or 1 for size in model.graph.input[0].type.tensor_type.shape.dim]
     try:
@@ -266,8 +268,10 @@ def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx
     _pad_explicitly(model)
     aliases = keep_output(model, OUTPUT)
     values = {node: aliases.get(value, value) for node, value in values.items()}
-    model = onnx.shape_inference.infer_shapes(model)
-    onnx.checker.check_model(model)
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    model.graph.value_info.extend(inferred.value_info)
+    for output, known in zip(model.graph.output, inferred.output, strict=True):
+        output.CopyFrom(known)
     return model, values
 
 
@@ -438,61 +442,20 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
     Raises:
         InputError: the network cannot be exported.
     """
-    from onnxruntime.quantization import QuantType
-    from onnxruntime.quantization.calibrate import TensorData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
     plan = plan if for_cpu else for_tensorrt(plan)
     placement = place(plan, before_relu=True) if for_cpu else place_in_front(plan)
     model, values = _float_graph(plan.network, placement.scales if for_cpu else ())
     computing = _Computing(plan.network, model.graph, values)
     quantized = placement.scales if for_cpu else placement.points
-    activations = _activations(plan.network, quantized, placement.partial, values, computing)
-    weights = _weights(plan, model.graph, computing)
-    unsigned = QuantType.QUInt8, np.array(128, dtype=np.uint8)
-    signed = QuantType.QInt8, np.array(0, dtype=np.int8)
-    kind, zero_point = unsigned if for_cpu else signed
-    weight_kind, weight_zero_point = unsigned if for_cpu and not int8_weights else signed
-    overrides: dict[str, list[dict[str, Any]]] = {}
-    for value, activation in activations.items():
-        scale = np.array(activation.scale, dtype=np.float32)
-        overrides[value] = [{"scale": scale, "zero_point": zero_point}]
-    for weight in weights:
-        overrides[weight.name] = [
-            {"scale": scale, "zero_point": weight_zero_point, "axis": weight.axis, "quant_type": weight_kind}
-            for scale in weight.scales
-        ]
-    # The ranges are asked for, but the overrides come first.
-    ranges = {
-        value: TensorData(lowest=np.float32(-activation.scale), highest=np.float32(activation.scale))
-        for value, activation in activations.items()
-    }
-    quantizer = QDQQuantizer(
+    write_pairs(
         model,
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=weight_kind,
-        activation_qType=kind,
-        tensors_range=ranges,
-        nodes_to_quantize=[],
-        nodes_to_exclude=[],
-        op_types_to_quantize=[],  # none by its kind: the plan says which
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "TensorQuantOverrides": overrides},
+        _activations(plan.network, quantized, placement.partial, values, computing),
+        _weights(plan, model.graph, computing),
+        unsigned=for_cpu,
+        unsigned_weights=for_cpu and not int8_weights,
+        integer_biases=for_cpu,
     )
-    for value in activations:
-        quantizer.quantize_activation_tensor(value)
-    for weight in weights:
-        quantizer.quantize_weight_tensor_per_channel(weight.name, weight.axis)
-        if for_cpu and weight.bias is not None:
-            quantizer.quantize_bias_tensor(weight.layer, weight.bias, weight.input, weight.name)
-    quantizer.quantize_model()
-    for value, activation in activations.items():
-        others = [node for node in quantizer.model.nodes() if node.name not in activation.readers]
-        _read_instead(others, quantizer.quantized_value_map[value].original.q_name, value)
-    quantizer.model.topological_sort()
-    result: onnx.ModelProto = quantizer.model.model
-    onnx.checker.check_model(result)
-    return result
+    return model
 
 
 class _Computing:
@@ -522,58 +485,38 @@ class _Computing:
         return list(found.values())
 
 
-@dataclass
-class _Activation:
-    """A value that INT8 layers read: its scale, and the names of the ONNX nodes that read it quantized."""
-
-    scale: float
-    readers: set[str]
-
-
 def _activations(
     network: Network,
     quantized: Mapping[str, float],
     partial: Mapping[str, tuple[float, frozenset[str]]],
     values: Mapping[str, str],
     computing: _Computing,
-) -> dict[str, _Activation]:
+) -> dict[str, Activation]:
     """ONNX value -> how it is quantized, for the fx nodes ``quantized`` and ``partial`` (:class:`Placement`)."""
     nodes = {node.name: node for node in network.module.graph.nodes}
     wanted = {
         name: (scale, frozenset(reader.name for reader in nodes[name].users)) for name, scale in quantized.items()
     }
     wanted.update(partial)
-    found: dict[str, _Activation] = {}
+    found: dict[str, Activation] = {}
     for name, (scale, readers) in wanted.items():
         if name not in values:
             continue
-        activation = found.setdefault(values[name], _Activation(scale, set()))
+        activation = found.setdefault(values[name], Activation(scale, set()))
         for reader in readers:
             activation.readers.update(node.name for node in computing(reader))
     return found
 
 
-@dataclass(frozen=True)
-class _Weight:
-    """The weight of a layer in INT8: an initializer, its channel axis and scales, and the layer's ONNX node."""
-
-    name: str
-    axis: int
-    scales: list[float]
-    bias: str | None
-    input: str
-    layer: str
-
-
-def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> list[_Weight]:
+def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> list[Weight]:
     """The weights of the plan's layers; each gets initializers of its own.
 
     Raises:
         InputError: a layer was exported to something else than one convolution or matrix product.
     """
     weights = []
+    initializers = {value.name: value for value in graph.initializer}
     for layer in plan.weighted:
-        initializers = {value.name: value for value in graph.initializer}
         nodes = [node for node in computing(layer.node) if node.op_type in _WEIGHTED and node.input[1] in initializers]
         if len(nodes) != 1:
             raise InputError(
@@ -582,17 +525,19 @@ def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> l
             )
         (node,) = nodes
         for index in range(1, len(node.input)):
-            _own_initializer(graph, node, index)
-        values = {value.name: onnx.numpy_helper.to_array(value) for value in graph.initializer}
+            _own_initializer(graph, node, index, initializers)
         axis = _channel_axis(node)
-        weight = torch.from_numpy(np.moveaxis(values[node.input[1]], axis, 0).copy())
+        values = onnx.numpy_helper.to_array(initializers[node.input[1]])
+        weight = torch.from_numpy(np.moveaxis(values, axis, 0).copy())
         scales = weight_scales(weight).numpy()
+        input_scale = plan.scales[layer.inputs[0]]
         bias = node.input[2] if len(node.input) > 2 else None
         if bias is not None:
             # Weights next to nothing, such as those of a dead channel behind folded batch normalisation, must not
             # make a scale in which the bias exceeds int32; what the coarser scale loses is below float32's precision.
-            scales = np.maximum(scales, np.abs(values[bias]) / (plan.scales[layer.inputs[0]] * _LARGEST_BIAS))
-        weights.append(_Weight(node.input[1], axis, scales.tolist(), bias, node.input[0], node.name))
+            largest = np.abs(onnx.numpy_helper.to_array(initializers[bias]))
+            scales = np.maximum(scales, largest / (input_scale * _LARGEST_BIAS)).astype(np.float32)
+        weights.append(Weight(node.input[1], axis, scales, bias, input_scale))
     return weights
 
 
@@ -604,17 +549,19 @@ def _channel_axis(node: onnx.NodeProto) -> int:
     return 0 if transposed else 1
 
 
-def _own_initializer(graph: onnx.GraphProto, node: onnx.NodeProto, index: int) -> None:
-    """Copy an initializer that other nodes read, too."""
+def _own_initializer(
+    graph: onnx.GraphProto, node: onnx.NodeProto, index: int, initializers: dict[str, onnx.TensorProto]
+) -> None:
+    """Copy an initializer that other nodes read, too; ``initializers`` is the graph's, by name."""
     name = node.input[index]
     readers = sum(value == name for other in graph.node for value in other.input)
-    source = next((value for value in graph.initializer if value.name == name), None)
+    source = initializers.get(name)
     if readers < 2 or source is None:
         return
-    taken = {value.name for value in graph.initializer}
     number = 1
-    while f"{name}_{number}" in taken:
+    while f"{name}_{number}" in initializers:
         number += 1
     own = graph.initializer.add()
     own.CopyFrom(source)
     own.name = node.input[index] = f"{name}_{number}"
+    initializers[own.name] = own
