@@ -30,6 +30,7 @@ ALIASES = {
     "--start": "evaluation.start",
     "--batches": "evaluation.batches",
     "--tolerance": "evaluation.tolerance",
+    "--agreement": "evaluation.agreement",
     "--precisions": "evaluation.precisions",
     "--latency-batch-sizes": "evaluation.latency_batch_sizes",
     "--engine": "engine.name",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from calib.subset import Subset
     from calib.table import CalibrationTable
     from calib.tensorrt import TensorRTCalibration
+    from common.macs import MacCount
     from data import ImageSet
     from engines import Selection
     from engines.base import Compiled, Engine
@@ -44,6 +45,7 @@ ALIASES = {
     "--quantize-output": "quantization.quantize_output",
     "--use-dla-core": "engine.dla_core",
     "--tolerance": "evaluation.tolerance",
+    "--agreement": "evaluation.agreement",
 }
 
 
@@ -88,7 +90,7 @@ def parser() -> Parser:
     result.add_argument(
         "--auto-mixed",
         action="store_true",
-        help="keep the fewest layers in float that bring INT8 within --tolerance of FP32 on the validation images",
+        help="keep the fewest layers in float that bring INT8 within --tolerance and --agreement (validation images)",
     )
     result.add_argument(
         "--export", type=Literal["onnx"] | None, help="write the FP32 and the Q/DQ INT8 network as ONNX"
@@ -156,8 +158,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         compiled = prepared(job, selection, flags.precision, table)
         if table is not None:
             warn_of_no_int8(job)
+        macs = counted(job, table, compiled) if table is not None else None
         files = exported(job, table) if flags.export else []
-    summary = summarize(job, table, by_tensorrt, compiled, selection.reason, files)
+    summary = summarize(job, table, by_tensorrt, compiled, selection.reason, files, macs)
     if flags.json:
         print(json.dumps(summary, indent=2))
     else:
@@ -337,6 +340,30 @@ def warn_of_no_int8(job: Job) -> None:
         logger.warning("no layer of %s is left in INT8: what is prepared as INT8 computes in float", job.network.name)
 
 
+def counted(job: Job, table: Table, compiled: Compiled) -> MacCount | None:
+    """What INT8 multiplies in INT8: as its engine executes it, else as its ONNX form says.
+
+    None where the network cannot be exported; a small share is a warning.
+    """
+    from calib.graph import plan_int8
+    from engines.onnx_macs import exported_macs
+
+    quantization = job.config.quantization
+    macs = compiled.macs
+    if macs is None:
+        try:
+            macs = exported_macs(
+                plan_int8(job.network, table.table, quantization.keep_fp, quantization.quantize_output)
+            )
+        except InputError as error:
+            logger.warning("multiply-accumulates are not counted: %s", error)
+            return None
+    warning = macs.warning()
+    if warning is not None:
+        logger.warning("%s", warning)
+    return macs
+
+
 def mix(job: Job, table: Table | None) -> None:
     """Extend the layers kept in float until INT8 is within the tolerance.
 
@@ -348,11 +375,14 @@ def mix(job: Job, table: Table | None) -> None:
 
     if table is None:
         raise InputError("--auto-mixed goes with --precision int8")
-    quantization, tolerance = job.config.quantization, job.config.evaluation.tolerance
-    found = mixed_precision(job.network, reopen_data(job.meta, job.config.data), table.table, quantization, tolerance)
+    quantization, options = job.config.quantization, job.config.evaluation
+    tolerance, agreement = options.tolerance, options.agreement
+    data = reopen_data(job.meta, job.config.data)
+    found = mixed_precision(job.network, data, table.table, quantization, tolerance, agreement)
     if found is None:
         raise InputError(
-            f"no choice of layers kept in float brings INT8 within {tolerance:g} points of FP32: "
+            f"no choice of layers kept in float brings INT8 within {tolerance:g} points of FP32 and to the same class "
+            f"for {agreement:g} % of the images: "
             "calibrate with more images or another algorithm"
         )
     layers, points = found
@@ -526,7 +556,13 @@ def _decibels(value: float | None) -> str:
 
 
 def summarize(
-    job: Job, table: Table | None, by_tensorrt: ByTensorRT | None, compiled: Compiled, why: str, files: list[str]
+    job: Job,
+    table: Table | None,
+    by_tensorrt: ByTensorRT | None,
+    compiled: Compiled,
+    why: str,
+    files: list[str],
+    macs: MacCount | None,
 ) -> dict[str, Any]:
     """The result, for ``--json`` and for the terminal."""
     summary: dict[str, Any] = {
@@ -542,6 +578,14 @@ def summarize(
     }
     if compiled.latency_note:
         summary["engine"]["note"] = compiled.latency_note
+    if macs is not None:
+        summary["macs"] = {
+            "summary": macs.summary(),
+            "total": macs.total,
+            "int8": macs.int8,
+            "share": macs.share,
+            **dataclasses.asdict(macs),
+        }
     if table is None:
         return summary
     summary["table"] = {
@@ -600,6 +644,8 @@ def show(table: Table | None, summary: dict[str, Any]) -> None:
     if "tensorrt" in summary:
         show_side_by_side(summary["tensorrt"])
     print(f"{summary['network']} is ready in {summary['precision']} on {engine['name']}, {engine['device']}")
+    if "macs" in summary:
+        print(f"{summary['macs']['summary']} ({summary['macs']['source']})")
     if summary["keep_fp"]:
         print(f"kept in float: {', '.join(summary['keep_fp'])}")
     for file in summary["files"]:

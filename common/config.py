@@ -239,6 +239,7 @@ class EvaluationConfig:
         start: Batches to skip.
         batches: Batches to evaluate; all if unset.
         tolerance: Largest loss of top-1 and of top-5 against FP32, in points.
+        agreement: Least share of the images that get the same class as in FP32, percent.
         latency_batch_sizes: Batch sizes of the latency measurement.
         latency_seconds: Timed seconds per engine and batch size.
         latency_runs: Least number of timed runs per engine and batch size.
@@ -253,6 +254,7 @@ class EvaluationConfig:
     start: int = 0
     batches: int | None = None
     tolerance: float = 1.0
+    agreement: float = 90.0
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32, 256])
     latency_seconds: float = 0.5
     latency_runs: int = 50
@@ -271,6 +273,7 @@ class EvaluationConfig:
             self.batches is None or self.batches >= 1, f"evaluation.batches must be at least 1, not {self.batches}"
         )
         _require(self.tolerance >= 0, f"evaluation.tolerance must not be negative, not {self.tolerance}")
+        _require(0 <= self.agreement <= 100, f"evaluation.agreement must lie between 0 and 100, not {self.agreement}")
         _require(all(size >= 1 for size in self.latency_batch_sizes), "evaluation.latency_batch_sizes must be positive")
         _require(self.latency_seconds > 0, "evaluation.latency_seconds must be positive")
         _require(self.latency_runs >= 1, "evaluation.latency_runs must be at least 1")

@@ -11,6 +11,7 @@ from torch import Tensor
 from calib.graph import Int8Plan, Network
 from calib.table import CalibrationTable
 from common.config import PrecisionName
+from common.macs import MacCount
 
 
 class EngineError(Exception):
@@ -33,6 +34,7 @@ class Compiled:
         captured: The same as a CUDA graph: takes an input on the GPU, and gives a function that replays the network
             on whatever lies in that input and returns the output's buffer, which the next replay overwrites. None
             where the network is not replayed.
+        macs: What it multiplies in INT8 and in float, where the engine shows it; None elsewhere.
     """
 
     engine: str
@@ -44,6 +46,7 @@ class Compiled:
     details: Mapping[str, str] = field(default_factory=dict)
     run_on_device: Callable[[Tensor], Tensor] | None = None
     captured: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    macs: MacCount | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.run(images)

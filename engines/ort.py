@@ -23,6 +23,7 @@ from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
 from common.threads import available_cores
 from engines.base import Compiled, EngineError
+from engines.ort_macs import IN_FLOAT, executed_macs
 
 if TYPE_CHECKING:
     import onnx
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 Array = npt.NDArray[np.float32]
 
 _INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
-_WEIGHTED: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"})
 _TRIAL: Final = 0.03
 """Seconds of trying one way to run a batch."""
 
@@ -76,6 +76,7 @@ class OnnxRuntimeEngine:
         run, optimized = open_runner(model, self._threads)
         if precision == "fp16":
             _require_half(optimized)
+        macs = executed_macs(network, model, optimized) if precision == "int8" else None
         assert network.input_shape is not None  # the export has asked for it
         try:
             run(np.zeros((1, *network.input_shape), np.float32))
@@ -88,6 +89,7 @@ class OnnxRuntimeEngine:
             lambda images: torch.from_numpy(run(images.numpy())),
             model.ByteSize(),
             details=_details(optimized, precision),
+            macs=macs,
         )
 
     def _model(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> onnx.ModelProto:
@@ -287,7 +289,7 @@ def _details(optimized: onnx.ModelProto, precision: PrecisionName) -> dict[str, 
 
     details = {"version": onnxruntime.__version__}
     if precision == "int8":
-        in_float = Counter(node.op_type for node in optimized.graph.node if node.op_type in _WEIGHTED)
+        in_float = Counter(node.op_type for node in optimized.graph.node if node.op_type in IN_FLOAT)
         details["integer operators"] = _counted(integer_operators(optimized)) or "none"
         details["convolutions and matrix products in float"] = _counted(in_float) or "none"
         details["integer dot products of the CPU"] = describe_dot_products(dot_products())
@@ -328,7 +330,7 @@ def _require_half(optimized: onnx.ModelProto) -> None:
     in_float = {
         node.op_type
         for node in optimized.graph.node
-        if node.op_type in _WEIGHTED and types.get(node.input[1]) != onnx.TensorProto.FLOAT16
+        if node.op_type in IN_FLOAT and types.get(node.input[1]) != onnx.TensorProto.FLOAT16
     }
     if in_float:
         raise EngineError(

@@ -25,7 +25,7 @@ from data.base import ImageSet, Preprocessing
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
 from evaluation.accuracy import Predictions, paired, predict, sqnr_db, tracked
-from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures, is_within
+from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures, agrees, is_within
 
 ARITHMETIC = 5e11
 """Floating-point operations that the layers' sensitivity may take, if the number of images is not given."""
@@ -262,8 +262,9 @@ def layers_to_keep(
     batch_size: int,
     classes: int,
     tolerance: float,
+    agreement: float,
 ) -> tuple[list[str], float] | None:
-    """The fewest layers, in ranked order, that must stay in float for INT8 to lose at most ``tolerance`` points.
+    """The fewest layers, in ranked order, that must stay in float for INT8 to be what the verdict asks for.
 
     Args:
         network: The float network.
@@ -273,9 +274,10 @@ def layers_to_keep(
         batch_size: Images per batch.
         classes: Number of classes.
         tolerance: Largest loss of top-1 and of top-5, in points.
+        agreement: Least share of the images that get the same class as in FP32, percent.
 
     Returns:
-        The layers (none if INT8 is within the tolerance as it is) and the points of top-1 that are then left, or None
+        The layers (none if INT8 is what is asked for as it is) and the points of top-1 that are then left, or None
         if one layer alone in INT8 still loses too much.
     """
     full = IntegerNetwork(plan)
@@ -286,7 +288,7 @@ def layers_to_keep(
             stream = tracked(images.batches(batch_size), len(images), f"keeping {count} layers")
             labels, (reference, mixed) = predict(networks, stream, classes)
         found = paired(mixed, reference, labels)
-        if is_within(found, tolerance):
+        if is_within(found, tolerance) and agrees(100 - _changed_share(mixed, reference), agreement):
             return keep, found.top1_points
     return None
 
@@ -298,6 +300,7 @@ def analyse(
     batch_size: int,
     classes: int,
     tolerance: float,
+    agreement: float,
     passed: bool,
 ) -> Analysis:
     """Rank the layers, and where the verdict failed say which to keep in float.
@@ -309,7 +312,8 @@ def analyse(
         batch_size: Images per batch.
         classes: Number of classes.
         tolerance: Of the verdict, points.
-        passed: Whether INT8 was within it.
+        agreement: Of the verdict, percent.
+        passed: Whether INT8 was within both.
     """
     found = sensitivities(network, plan, images, batch_size, classes)
     suggestion: list[str] = []
@@ -323,7 +327,7 @@ def analyse(
         )
     else:
         ranked = [layer.layer for layer in found.layers]
-        kept = layers_to_keep(network, plan, ranked, images, batch_size, classes, tolerance)
+        kept = layers_to_keep(network, plan, ranked, images, batch_size, classes, tolerance, agreement)
         suggestion, advice = _advice(kept, len(images), tolerance)
     return Analysis(found.images, ENGINE, found.layers, suggestion, advice)
 
@@ -331,7 +335,7 @@ def analyse(
 def _advice(kept: tuple[list[str], float] | None, images: int, tolerance: float) -> tuple[list[str], str]:
     if kept is None:
         return [], (
-            "No choice of layers to keep in float brings INT8 within the tolerance: calibrate with more images or "
+            "No choice of layers to keep in float makes INT8 pass: calibrate with more images or "
             "another algorithm, or train longer."
         )
     layers, points = kept

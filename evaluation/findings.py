@@ -24,6 +24,11 @@ def findings(report: Report) -> list[str]:
             fastest = max(row.latency, key=lambda entry: entry.batch_size)
             if fastest.speedup is not None:
                 sentences[-1] += f" At batch {fastest.batch_size} it is {fastest.speedup:.2f} times as fast as FP32."
+    if report.macs is not None:
+        sentences.append(f"{report.macs.summary()} ({report.macs.source}).")
+        warning = report.macs.warning()
+        if warning is not None:
+            sentences.append(f"{warning[0].upper()}{warning[1:]}.")
     if report.analysis is not None:
         sentences.append(report.analysis.advice)
     return sentences

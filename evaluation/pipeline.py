@@ -16,6 +16,7 @@ from calib.graph import plan_int8
 from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError
+from common.macs import MacCount
 from engines import Compiled, EngineError, Selection
 from evaluation.accuracy import Predictions, accuracy, measure_shared, paired
 from evaluation.analysis import (
@@ -29,7 +30,7 @@ from evaluation.analysis import (
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
 from evaluation.processes import ALONE, Processes
-from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, is_within, judge
+from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, agrees, is_within, judge
 from evaluation.subject import Subject
 
 logger = logging.getLogger(__name__)
@@ -126,13 +127,14 @@ def evaluate(
         run=config.run,
         created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         seconds=watch.seconds,
-        verdict=judge(rows, options.tolerance),
+        verdict=judge(rows, options.tolerance, options.agreement),
         model=_model(subject),
         data=_data(config, subject, len(labels)),
         engine=engine.name,
         engine_reason=selection.reason,
         rows=rows,
         calibration=subject.int8.description,
+        macs=_macs(subject, compiled["int8"]) if "int8" in compiled else None,
         tensors=[],
         analysis=None,
         changed=[],
@@ -170,9 +172,15 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
         with watch.part("layers"):
             count = options.analysis_images or affordable_images(network, plan, subject.images)
             some = sample(subject.images, first, total, count)
-            passed = row is not None and row.paired is not None and is_within(row.paired, options.tolerance)
             analysis = analyse(
-                network, plan, some, options.batch_size, len(subject.info.classes), options.tolerance, passed
+                network,
+                plan,
+                some,
+                options.batch_size,
+                len(subject.info.classes),
+                options.tolerance,
+                options.agreement,
+                row is not None and _passes(row, options.tolerance, options.agreement),
             )
     with watch.part("changed images"):
         changed, changed_total = changed_images(
@@ -185,6 +193,30 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
         analysis=analysis,
         changed=changed,
         changed_total=changed_total,
+    )
+
+
+def _macs(subject: Subject, int8: Compiled) -> MacCount | None:
+    """What INT8 multiplies: as its engine executes it, else as its ONNX file says; None where there can be none."""
+    from engines.onnx_macs import exported_macs
+
+    table, quantization = subject.int8.table, subject.int8.quantization
+    if int8.macs is not None or table is None:
+        return int8.macs
+    try:
+        return exported_macs(plan_int8(subject.network, table, quantization.keep_fp, quantization.quantize_output))
+    except InputError as error:
+        logger.warning("multiply-accumulates are not counted: %s", error)
+        return None
+
+
+def _passes(row: Row, tolerance: float, agreement: float) -> bool:
+    """Whether a precision alone is what the verdict asks for."""
+    return (
+        row.accuracy is not None
+        and row.paired is not None
+        and is_within(row.paired, tolerance)
+        and agrees(row.accuracy.agreement, agreement)
     )
 
 

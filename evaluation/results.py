@@ -15,9 +15,10 @@ from common.config import PrecisionName
 from common.decode import decode
 from common.errors import InputError
 from common.files import read_json
+from common.macs import MacCount
 from evaluation.text import points as signed
 
-VERSION = 2
+VERSION = 3
 """Of the format of ``report.json``; raised when a member is added, removed or changes its meaning."""
 
 
@@ -179,14 +180,17 @@ class Verdict:
     """Whether the lower precisions may replace FP32.
 
     Attributes:
-        passed: FP16 (where it ran) and INT8 lose at most ``tolerance`` points of top-1 and of top-5.
+        passed: FP16 (where it ran) and INT8 lose at most ``tolerance`` points of top-1 and of top-5, and predict the
+            same class as FP32 for at least ``agreement`` percent of the images.
         tolerance: Points.
+        agreement: Percent.
         summary: One sentence.
         reasons: Each finding that decided it.
     """
 
     passed: bool
     tolerance: float
+    agreement: float
     summary: str
     reasons: list[str]
 
@@ -208,10 +212,17 @@ def _within(points: float, tolerance: float) -> bool:
     return -points <= tolerance + 1e-9
 
 
-def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
-    """The verdict: FP16 and INT8 each lose at most ``tolerance`` points of top-1 and of top-5 against FP32.
+def agrees(agreement: float, least: float) -> bool:
+    """Whether at least ``least`` percent of the images are given the class that FP32 gives them."""
+    return agreement >= least - 1e-9
 
-    A gain never fails. FP16 may be absent (hardware without it); without INT8 there is no PASSED.
+
+def judge(rows: Sequence[Row], tolerance: float, agreement: float) -> Verdict:
+    """The verdict on FP16 and INT8, each against FP32.
+
+    Each must lose at most ``tolerance`` points of top-1 and of top-5, and predict the same class for at least
+    ``agreement`` percent of the images. A small gain passes; a precision that is right more often because it is another
+    network does not agree. FP16 may be absent (hardware without it); without INT8 there is no PASSED.
     """
     reasons: list[str] = []
     failed: list[str] = []
@@ -229,17 +240,23 @@ def judge(rows: Sequence[Row], tolerance: float) -> Verdict:
             reasons.append(f"{title} {name} is {signed(points)} points from FP32: {side} {tolerance:g}")
             if side == "outside":
                 failed.append(reasons[-1])
+        same = f"{title} predicts the same class as FP32 for {row.accuracy.agreement:.2f} % of the images"
+        if agrees(row.accuracy.agreement, agreement):
+            reasons.append(f"{same}: at least {agreement:g} %")
+        else:
+            reasons.append(f"{same}: less than {agreement:g} %")
+            failed.append(reasons[-1])
         if row.accuracy.non_finite:
             reasons.append(f"{title} gave NaN or infinity for {row.accuracy.non_finite:,} images, counted as wrong")
     if not any(row.precision == "int8" and row.role == "compared" for row in rows):
         failed.append("INT8 did not run")
         reasons.append(failed[-1])
     if failed:
-        return Verdict(False, tolerance, "; ".join(failed), reasons)
+        return Verdict(False, tolerance, agreement, "; ".join(failed), reasons)
     judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.paired is not None]
     verb = "is" if len(judged) == 1 else "are each"
     summary = f"{' and '.join(judged)} {verb} within {tolerance:g} point{'' if tolerance == 1 else 's'} of FP32"
-    return Verdict(True, tolerance, summary, reasons)
+    return Verdict(True, tolerance, agreement, summary, reasons)
 
 
 @dataclass(frozen=True)
@@ -473,6 +490,7 @@ class Report:
         engine_reason: Why that one.
         rows: One per precision, FP32 first, then baselines.
         calibration: The table; null without one.
+        macs: What INT8 multiplies in INT8 and in float, by layer; null where INT8 did not run or cannot be exported.
         tensors: In network order; empty where no report was asked for.
         analysis: Null where it was not asked for.
         changed: Images whose prediction changed; at most a few dozen per precision.
@@ -494,6 +512,7 @@ class Report:
     engine_reason: str
     rows: list[Row]
     calibration: Calibration | None
+    macs: MacCount | None
     tensors: list[TensorFigures]
     analysis: Analysis | None
     changed: list[ChangedImage]

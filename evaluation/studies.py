@@ -166,16 +166,22 @@ def outcomes(
 
 
 def mixed_precision(
-    network: Network, data: Splits, table: CalibrationTable, quantization: QuantizationConfig, tolerance: float
+    network: Network,
+    data: Splits,
+    table: CalibrationTable,
+    quantization: QuantizationConfig,
+    tolerance: float,
+    agreement: float,
 ) -> tuple[list[str], float] | None:
-    """The fewest layers to keep in float so that INT8 loses at most ``tolerance`` points of top-1.
+    """The fewest layers to keep in float so that INT8 is what the verdict asks for.
 
     Args:
         network: The traced network.
         data: Measured on its validation images.
         table: The calibration table.
         quantization: Layers kept in float already.
-        tolerance: Points.
+        tolerance: Points of top-1 and of top-5 that may be lost.
+        agreement: Percent of the images that must get the same class as in FP32.
 
     Returns:
         The layers, what hurts most first, and the points against FP32 with them in float; None if nothing suffices.
@@ -184,7 +190,7 @@ def mixed_precision(
     classes = len(data.info.classes)
     images = sample(data.validation, 0, len(data.validation), len(data.validation))
     ranked = [layer.layer for layer in sensitivities(network, plan, images, BATCH_SIZE, classes).layers]
-    return layers_to_keep(network, plan, ranked, images, BATCH_SIZE, classes, tolerance)
+    return layers_to_keep(network, plan, ranked, images, BATCH_SIZE, classes, tolerance, agreement)
 
 
 def _compiled(precision: str, run: object) -> Compiled:

@@ -26,6 +26,10 @@ def print_report(report: Report) -> None:
             print(f"* {report.title(row)}: {row.latency_note}")
         if row.skipped:
             print(f"{TITLES[row.precision]} skipped: {row.skipped}")
+    if report.macs is not None:
+        print(f"{report.macs.summary()} ({report.macs.source})")
+        if report.macs.warning() is not None:
+            print(f"warning: {report.macs.warning()}")
     if report.analysis is not None:
         print(report.analysis.advice)
     print_verdict(report)

@@ -119,7 +119,21 @@ def test_a_precision_that_was_not_asked_for(flags: list[str], capsys: pytest.Cap
 
 
 def test_a_part_of_the_training_file(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    part = ["--split", "train", "--batch-size", "32", "--start", "2", "--batches", "10", "--tolerance", "100", "--json"]
+    part = [
+        "--split",
+        "train",
+        "--batch-size",
+        "32",
+        "--start",
+        "2",
+        "--batches",
+        "10",
+        "--tolerance",
+        "100",
+        "--agreement",
+        "0",
+        "--json",
+    ]
 
     assert main([*flags, *part]) == 0
 

@@ -237,9 +237,10 @@ def test_a_report_with_little_in_it(report: Report) -> None:
     bare = replace(
         report,
         rows=rows,
-        verdict=judge(rows, 1.0),
+        verdict=judge(rows, 1.0, 90.0),
         analysis=None,
         calibration=None,
+        macs=None,
         tensors=[],
         changed=[],
         changed_total={},

@@ -59,7 +59,7 @@ def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: Spl
 
 def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
-    found = mixed_precision(network, data, table, QuantizationConfig(), tolerance=100.0)
+    found = mixed_precision(network, data, table, QuantizationConfig(), tolerance=100.0, agreement=0.0)
     assert found is not None
     assert found[0] == []
 
@@ -67,6 +67,7 @@ def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, d
 def test_a_ruined_scale_is_found_and_its_layer_kept(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
     ruined = type(table)({**table.scales, "ip1": table.scales["ip1"] / 500})
-    layers, points = mixed_precision(network, data, ruined, QuantizationConfig(), tolerance=2.0) or ([], -100.0)
+    found = mixed_precision(network, data, ruined, QuantizationConfig(), tolerance=2.0, agreement=0.0)
+    layers, points = found or ([], -100.0)
     assert layers == ["ip2"]
     assert points >= -2.0

@@ -1,0 +1,206 @@
+"""What an ONNX network multiplies, counted on the graph as it is written, with its quantize/dequantize operators.
+
+A convolution or matrix product counts as INT8 where both operands come out of a DequantizeLinear, as they are or
+through operators that only move or choose values: these are the patterns that TensorRT and ONNX Runtime replace by
+integer kernels. Operators that take integers themselves (QLinearConv, MatMulInteger, ...) count as INT8, too.
+
+Imports onnx inside functions: it is slow to load.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
+
+from calib.onnx_model import subgraph_nodes, without_weights
+from calib.onnx_rules import RESHAPES, Graph
+from common.errors import InputError, first_line
+from common.macs import LayerMacs, MacCount
+
+if TYPE_CHECKING:
+    import onnx
+
+_OPERANDS: Final[Mapping[str, tuple[int, int]]] = {
+    "Conv": (0, 1),
+    "ConvTranspose": (0, 1),
+    "Gemm": (0, 1),
+    "MatMul": (0, 1),
+    "Einsum": (0, 1),
+    "ConvInteger": (0, 1),
+    "MatMulInteger": (0, 1),
+    "QLinearConv": (0, 3),
+    "QLinearMatMul": (0, 3),
+}
+"""Operator -> positions of the two operands among its inputs."""
+
+_INTEGER: Final = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
+_OPAQUE: Final = frozenset({"LSTM", "GRU", "RNN", "Attention", "DeformConv"})
+"""Operators that multiply, and whose inner products are not counted here."""
+
+_MOVES: Final = RESHAPES | {
+    "Concat",
+    "DepthToSpace",
+    "Expand",
+    "Gather",
+    "Identity",
+    "MaxPool",
+    "Pad",
+    "Slice",
+    "SpaceToDepth",
+    "Split",
+    "Tile",
+    "Transpose",
+}
+
+
+def count_macs(
+    model: onnx.ModelProto,
+    source: str,
+    reasons: Mapping[str, str] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> MacCount:
+    """Count a network's multiply-accumulates, in INT8 and in float.
+
+    Args:
+        model: The network; external weights need not be there.
+        source: What it is, for people.
+        reasons: Layer -> why it is in float, where more is known than that it is.
+        shapes: Input -> shape to count for; a free first dimension counts as 1 where it is not given.
+
+    Raises:
+        InputError: the shapes of the graph contradict each other.
+    """
+    sizes = _shapes(model, shapes or {})
+    graph = Graph(model)
+    layers: list[LayerMacs] = []
+    uncounted = [node.name or node.op_type for node in subgraph_nodes(model) if _multiplies(node)]
+    uncounted += [node.name or node.op_type for node in graph.nodes if node.op_type in _OPAQUE]
+    for name, node in products(graph):
+        macs = _macs(node, sizes)
+        if macs is None:
+            uncounted.append(name)
+            continue
+        missing = [] if node.op_type in _INTEGER else _in_float(node, graph)
+        reason = (reasons or {}).get(name) or " and ".join(missing)
+        layers.append(LayerMacs(name, node.op_type, macs, not missing, reason if missing else ""))
+    return MacCount(source, layers, uncounted)
+
+
+def products(graph: Graph) -> Iterator[tuple[str, onnx.NodeProto]]:
+    """The convolutions and matrix products that depend on an input, each with its layer's name."""
+    for node in graph.nodes:
+        if node.op_type in _OPERANDS and node.output[0] not in graph.constant:
+            yield _layer(node, graph), node
+
+
+def _shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, list[int | None]]:
+    """Value -> shape, None where a size is not known."""
+    import onnx
+
+    light = without_weights(model)
+    weights = {weight.name for weight in model.graph.initializer}
+    for value in light.graph.input:
+        for index, size in enumerate(value.type.tensor_type.shape.dim):
+            if value.name in given:
+                size.dim_value = given[value.name][index]
+            elif not index and not size.HasField("dim_value") and value.name not in weights:
+                size.dim_value = 1
+    # Those in the file are for any batch.
+    del light.graph.value_info[:]
+    for value in light.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        found = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except Exception as error:  # it raises what its C++ side raises
+        raise InputError(f"the shapes of the graph cannot be inferred: {first_line(error)}") from error
+    shapes: dict[str, list[int | None]] = {weight.name: list(weight.dims) for weight in model.graph.initializer}
+    for value in (*found.input, *found.value_info, *found.output):
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = [
+                size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
+            ]
+    return shapes
+
+
+def _multiplies(node: onnx.NodeProto) -> bool:
+    """Whether a loop or branch holds a convolution or matrix product."""
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            if any(inner.op_type in _OPERANDS or _multiplies(inner) for inner in graph.node):
+                return True
+    return False
+
+
+def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int | None]]) -> int | None:
+    """Multiply-accumulates of an operator for its shapes; None where a size is not known."""
+    first, second = (shapes.get(node.input[slot]) for slot in _OPERANDS[node.op_type])
+    result = shapes.get(node.output[0])
+    if first is None or second is None:
+        return None
+    factors: list[int | None]
+    if node.op_type == "Einsum":
+        return _einsum(node, shapes)
+    if node.op_type == "ConvTranspose":
+        factors = [*first, *second[1:]]
+    elif result is None:
+        return None
+    elif "Conv" in node.op_type:
+        factors = [*result, *second[1:]]
+    else:
+        transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+        factors = [*result, first[0 if transposed else -1]]
+    known = [factor for factor in factors if factor is not None]
+    return math.prod(known) if len(known) == len(factors) else None
+
+
+def _einsum(node: onnx.NodeProto, shapes: Mapping[str, list[int | None]]) -> int | None:
+    """The product of the sizes of all indices; None with an ellipsis."""
+    equation = next(attribute.s.decode() for attribute in node.attribute if attribute.name == "equation")
+    sizes: dict[str, int | None] = {}
+    for name, indices in zip(node.input, equation.replace(" ", "").partition("->")[0].split(","), strict=True):
+        shape = shapes.get(name)
+        if shape is None or len(shape) != len(indices):
+            return None
+        sizes.update(zip(indices, shape, strict=True))
+    known = [size for size in sizes.values() if size is not None]
+    return math.prod(known) if len(known) == len(sizes) else None
+
+
+def _in_float(node: onnx.NodeProto, graph: Graph) -> list[str]:
+    """What is in float of an operator's operands; empty where both are INT8."""
+    missing = []
+    operands = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS[node.op_type]
+    for name in (node.input[slot] for slot in operands):
+        if not _is_dequantized(name, graph):
+            what = "the weight" if name in graph.constant else f"the value {name}"
+            missing.append(f"{what} is not quantized")
+    return missing
+
+
+def _is_dequantized(name: str, graph: Graph) -> bool:
+    """Whether a value comes out of a DequantizeLinear, as it is or merely moved."""
+    pending, seen = [name], set()
+    while pending:
+        value = pending.pop()
+        node = graph.producer.get(value)
+        if node is None:
+            return False
+        if node.op_type == "DequantizeLinear" or value in seen:
+            continue
+        if node.op_type not in _MOVES:
+            return False
+        seen.add(value)
+        pending.extend(node.input if node.op_type == "Concat" else node.input[:1])
+    return True
+
+
+def _layer(node: onnx.NodeProto, graph: Graph) -> str:
+    """The layer's name: of the product's value or, where a bias is added to it alone, of that sum."""
+    name = node.output[0]
+    after = graph.sole_reader(name)
+    if node.op_type == "MatMul" and after is not None and after.op_type == "Add":
+        other = next((value for value in after.input if value != name), name)
+        if other in graph.constant:
+            return str(after.output[0])
+    return str(name)

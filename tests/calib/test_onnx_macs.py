@@ -1,0 +1,159 @@
+"""Multiply-accumulates of small graphs whose numbers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from calib.onnx_macs import count_macs
+
+SCALE, CODES = np.float32(0.1), np.int8
+
+
+def model(
+    nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[Any]], weights: Mapping[str, Any]
+) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        nodes,
+        "test",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
+        [helper.make_empty_tensor_value_info(nodes[-1].output[0])],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def pair(value: str) -> list[onnx.NodeProto]:
+    return [
+        helper.make_node("QuantizeLinear", [value, "scale", "zero"], [f"{value}_q"]),
+        helper.make_node("DequantizeLinear", [f"{value}_q", "scale", "zero"], [f"{value}_dq"]),
+    ]
+
+
+def weight(name: str) -> onnx.NodeProto:
+    return helper.make_node("DequantizeLinear", [name, "scale", "zero"], [f"{name}_dq"])
+
+
+CONSTANTS = {"scale": SCALE, "zero": np.int8(0)}
+CONV = np.ones((8, 3, 3, 3), CODES)
+
+
+@pytest.mark.parametrize(
+    ("node", "inputs", "weights", "macs"),
+    [
+        (helper.make_node("Conv", ["x", "w"], ["y"]), {"x": ["batch", 3, 10, 12]}, {"w": (8, 3, 3, 3)}, 8 * 80 * 27),
+        (
+            helper.make_node("Conv", ["x", "w"], ["y"], group=3, strides=[2, 2], pads=[1, 1, 1, 1]),
+            {"x": ["batch", 3, 10, 12]},
+            {"w": (3, 1, 3, 3)},
+            3 * 5 * 6 * 9,
+        ),
+        (
+            helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2]),
+            {"x": ["batch", 3, 5, 5]},
+            {"w": (3, 4, 2, 2)},
+            3 * 25 * 16,
+        ),
+        (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), {"x": ["batch", 20]}, {"w": (7, 20)}, 140),
+        (helper.make_node("Gemm", ["x", "w"], ["y"], transA=1), {"x": [20, 5]}, {"w": (20, 7)}, 700),
+        (helper.make_node("MatMul", ["x", "w"], ["y"]), {"x": ["batch", 6, 20]}, {"w": (20, 7)}, 6 * 140),
+        (helper.make_node("MatMul", ["x", "z"], ["y"]), {"x": ["b", 2, 6, 5], "z": ["b", 2, 5, 6]}, {}, 2 * 36 * 5),
+        (
+            helper.make_node("Einsum", ["x", "w"], ["y"], equation="bij,jk->bik"),
+            {"x": ["b", 6, 5]},
+            {"w": (5, 3)},
+            6 * 5 * 3,
+        ),
+    ],
+    ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else "",
+)
+def test_what_an_operator_multiplies(
+    node: onnx.NodeProto, inputs: dict[str, list[Any]], weights: dict[str, Any], macs: int
+) -> None:
+    made = model([node], inputs, {name: np.ones(shape, np.float32) for name, shape in weights.items()})
+    count = count_macs(made, "here")
+
+    assert [(layer.layer, layer.macs, layer.int8) for layer in count.layers] == [("y", macs, False)]
+    assert (count.source, count.uncounted) == ("here", [])
+
+
+def test_a_layer_counts_as_int8_where_both_operands_come_out_of_pairs() -> None:
+    nodes = [
+        *pair("x"),
+        weight("w"),
+        helper.make_node("MaxPool", ["x_dq"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        helper.make_node("Conv", ["p", "w_dq"], ["y"]),
+        helper.make_node("Relu", ["y"], ["r"]),
+        helper.make_node("Conv", ["r", "v_dq"], ["z"]),
+    ]
+    made = model(
+        [*nodes[:2], weight("v"), *nodes[2:]],
+        {"x": ["b", 3, 12, 12]},
+        {**CONSTANTS, "w": CONV, "v": np.ones((2, 8, 1, 1), CODES)},
+    )
+    first, second = count_macs(made, "").layers
+
+    assert (first.layer, first.int8, first.reason) == ("y", True, "")
+    assert (second.layer, second.int8, second.reason) == ("z", False, "the value r is not quantized")
+
+
+def test_a_float_weight_is_no_int8_and_a_known_reason_is_given() -> None:
+    made = model(
+        [*pair("x"), helper.make_node("Conv", ["x_dq", "w"], ["y"])],
+        {"x": ["b", 3, 12, 12]},
+        {**CONSTANTS, "w": CONV.astype(np.float32)},
+    )
+
+    assert [layer.reason for layer in count_macs(made, "").layers] == ["the weight is not quantized"]
+    assert [layer.reason for layer in count_macs(made, "", {"y": "as asked"}).layers] == ["as asked"]
+
+
+def test_the_product_of_two_values_needs_both() -> None:
+    product = helper.make_node("MatMul", ["x_dq", "t"], ["y"])
+    turn = helper.make_node("Transpose", ["x_dq"], ["t"], perm=[0, 2, 1])
+    both = model([*pair("x"), turn, product], {"x": ["b", 4, 5]}, CONSTANTS)
+    one = model(
+        [*pair("x"), helper.make_node("MatMul", ["x_dq", "z"], ["y"])], {"x": ["b", 4, 5], "z": ["b", 5, 4]}, CONSTANTS
+    )
+
+    assert [layer.int8 for layer in count_macs(both, "").layers] == [True]
+    assert [(layer.int8, layer.reason) for layer in count_macs(one, "").layers] == [
+        (False, "the value z is not quantized")
+    ]
+
+
+def test_a_linear_layer_has_the_name_of_its_sum() -> None:
+    made = model(
+        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["b", "p"], ["fc"])],
+        {"x": ["n", 4, 5]},
+        {"w": np.ones((5, 3), np.float32), "b": np.ones(3, np.float32)},
+    )
+
+    assert [layer.layer for layer in count_macs(made, "").layers] == ["fc"]
+
+
+def test_integer_operators_count_as_int8_and_constants_not_at_all() -> None:
+    nodes = [
+        helper.make_node("MatMul", ["a", "a"], ["c"]),
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("MatMulInteger", ["q", "w"], ["y"]),
+    ]
+    made = model(nodes, {"x": ["n", 5]}, {**CONSTANTS, "w": np.ones((5, 3), CODES), "a": np.ones((9, 9), np.float32)})
+
+    assert [(layer.layer, layer.macs, layer.int8) for layer in count_macs(made, "").layers] == [("y", 15, True)]
+
+
+def test_a_free_size_is_not_counted_unless_it_is_given() -> None:
+    made = model(
+        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        {"x": ["b", 3, "height", "width"]},
+        {"w": np.ones((8, 3, 3, 3), np.float32)},
+    )
+
+    assert (count_macs(made, "").layers, count_macs(made, "").uncounted) == ([], ["y"])
+    assert count_macs(made, "", shapes={"x": (1, 3, 10, 12)}).total == 8 * 80 * 27

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.macs import ENOUGH, LayerMacs, MacCount, amount, percent
+
+COUNT = MacCount(
+    "as exported",
+    [
+        LayerMacs("conv1", "Conv", 900_000, True),
+        LayerMacs("fc", "Gemm", 1_000, False, "the value pool is not quantized"),
+        LayerMacs("attention", "MatMul", 2_000, False, "the value q is not quantized"),
+    ],
+)
+
+
+def test_the_summary_names_the_largest_layers_in_float_first() -> None:
+    assert COUNT.summary() == ("INT8: 99.7 % of 903.0 k multiply-accumulates; in float: attention (2.0 k), fc (1.0 k)")
+    assert COUNT.warning() is None
+
+
+def test_layers_that_could_not_be_counted_are_said() -> None:
+    assert replace(COUNT, uncounted=["loop"]).summary().endswith("; not counted: loop")
+
+
+def test_a_small_share_is_a_warning_with_its_reasons_the_costliest_first() -> None:
+    layers = [LayerMacs(f"conv{index}", "Conv", 10, False, "the weight is not quantized") for index in range(5)]
+    warning = MacCount(
+        "", [LayerMacs("fc", "Gemm", 50, True), *layers, LayerMacs("x", "Conv", 1, False, "y")]
+    ).warning()
+
+    assert warning == (
+        "only 49.5 % of the multiply-accumulates are in INT8; in float stay 49.5 % the weight is not quantized "
+        "(conv0, conv1, conv2 and 2 more layers), 1.0 % y (x)"
+    )
+
+
+@pytest.mark.parametrize(("int8", "warned"), [(900, False), (899, True), (0, True), (1000, False)])
+def test_the_warning_comes_below_enough(int8: int, warned: bool) -> None:
+    layers = [LayerMacs("a", "Conv", int8, True), LayerMacs("b", "Conv", 1000 - int8, False, "c")]
+
+    assert ENOUGH == 90
+    assert (MacCount("", layers).warning() is not None) is warned
+
+
+def test_a_network_that_multiplies_nothing_has_no_share() -> None:
+    assert MacCount("", []).share is None
+    assert MacCount("", []).warning() is None
+    assert MacCount("", []).summary() == "INT8: the network has no convolution and no matrix product"
+
+
+@given(st.integers(0, 10**12), st.integers(1, 10**12))
+def test_all_and_nothing_are_only_said_of_all_and_nothing(part: int, rest: int) -> None:
+    text = percent(100 * part / (part + rest))
+
+    assert text != "100.0"
+    assert (text == "0.0") is (part == 0)
+
+
+def test_amounts() -> None:
+    assert [amount(value) for value in (0, 999, 1_000, 4_089_184_256)] == ["0", "999", "1.0 k", "4.1 G"]
