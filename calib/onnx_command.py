@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def _from_qdq(arguments: argparse.Namespace) -> int:
     from calib.onnx_qdq import table_of_quantized
     from calib.table import CalibrationTable
 
+    _refuse_own_input([arguments.output, arguments.onnx], [arguments.model])
     found = table_of_quantized(read_model(arguments.model), arguments.model)
     table = CalibrationTable(found.scales, arguments.algorithm, arguments.tensorrt_version)
     if arguments.onnx:
@@ -122,6 +124,18 @@ def _from_qdq(arguments: argparse.Namespace) -> int:
     if found.unknown:
         print(f"no scale, since no pair says one: {named(found.unknown)}")
     return ExitCode.PASSED
+
+
+def _refuse_own_input(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> None:
+    """Refuse to write a file over one that is read, or two into one.
+
+    Raises:
+        InputError: as said.
+    """
+    given = [path.resolve() for path in outputs if path is not None]
+    for path in given:
+        if path in [other.resolve() for other in inputs] or given.count(path) > 1:
+            raise InputError(f"{path} is read here, or written twice: give the result another name")
 
 
 def _write_model(path: Path, model: onnx.ModelProto, source: Path) -> None:
@@ -160,6 +174,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from calib.table import CalibrationTable
 
     path = arguments.model
+    _refuse_own_input([arguments.output, arguments.qdq], [path, arguments.images])
     # A wrong version is told before the work, not after it.
     CalibrationTable({"data": 1.0}, arguments.algorithm, arguments.tensorrt_version)
     model = read_float_model(path)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-_BUDGET = 384 * 2**20
+_BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
 
 _CPU = "CPUExecutionProvider"

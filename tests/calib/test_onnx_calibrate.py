@@ -179,6 +179,17 @@ def test_external_weights(images, tmp_path):
         table_of(network, tmp_path / "images.npy", tmp_path)
 
 
+def test_nothing_that_is_read_is_overwritten(images, tmp_path):
+    network = save(classifier(), tmp_path / "network.onnx")
+    np.save(tmp_path / "images.npy", images)
+    before = network.read_bytes()
+    new = tmp_path / "new"
+    for outputs in ([network], [tmp_path / "images.npy"], [new, "--qdq", network], [new, "--qdq", new]):
+        with pytest.raises(InputError, match="give the result another name"):
+            run("calibrate", network, "--images", tmp_path / "images.npy", "--output", *outputs)
+    assert network.read_bytes() == before
+
+
 def test_a_network_above_2_gib(tmp_path, capsys):
     """A table of embeddings in a sparse file, of which a few rows are read."""
     rows = 2**31 // 256 + 1000
