@@ -126,9 +126,9 @@ def write(report: Report, target: Path) -> None:
 
 def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) -> Report | None:
     """Evaluate, with what only a written report shows where ``explained``; None in all processes but the first."""
-    from calib.tensorrt_rules import mode_for_named_table
     from engines import EngineError, select_engine
     from engines.cuda import baselines
+    from engines.tensorrt.support import mode_for_named_table
     from evaluation.accuracy import check_range
     from evaluation.pipeline import evaluate, explain
     from evaluation.processes import joined

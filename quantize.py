@@ -20,15 +20,15 @@ from common.run import Run
 if TYPE_CHECKING:
     from calib.cache import Provenance
     from calib.calibrator import Calibration
-    from calib.counterparts import Pair
     from calib.graph import Int8Plan, Network
     from calib.subset import Subset
     from calib.table import CalibrationTable
-    from calib.tensorrt import TensorRTCalibration
     from common.macs import MacCount
     from data import ImageSet
     from engines import Selection
     from engines.base import Compiled, Engine
+    from engines.tensorrt.calibration import TensorRTCalibration
+    from engines.tensorrt.match import Pair
     from models.checkpoint import CheckpointMeta
 
 logger = logging.getLogger("quantize")
@@ -125,8 +125,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from calib.cache import weights_fingerprint
     from calib.graph import trace
-    from calib.tensorrt_rules import mode_for_named_table
     from engines import select_engine
+    from engines.tensorrt.support import mode_for_named_table
     from models.checkpoint import load_checkpoint
 
     with run.locked(create=False):
@@ -280,11 +280,11 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
     Raises:
         InputError: TensorRT cannot.
     """
-    from calib import tensorrt
-    from calib.counterparts import compare, made_by
     from calib.subset import draw
     from engines import EngineError
-    from engines.tensorrt import TorchTensorRTEngine
+    from engines.tensorrt.calibration import calibrate as calibrate_by_tensorrt
+    from engines.tensorrt.engine import TorchTensorRTEngine
+    from engines.tensorrt.match import compare, made_by
     from models.reopen import reopen_data
 
     if not isinstance(engine, TorchTensorRTEngine):
@@ -305,7 +305,7 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
 
     path = job.run.tensorrt_table(job.network.name)
     provenance = dataclasses.replace(wanted_provenance(job), algorithm=algorithm)
-    result = tensorrt.calibrate(job.network, images, path, provenance, job.config.engine, recalibrate)
+    result = calibrate_by_tensorrt(job.network, images, path, provenance, job.config.engine, recalibrate)
     if result.calibrated:
         logger.info("TensorRT calibrated in %.3f s and wrote %s", result.seconds, path)
     else:
@@ -656,7 +656,7 @@ def show(table: Table | None, summary: dict[str, Any]) -> None:
 
 def show_side_by_side(tensorrt: dict[str, Any]) -> None:
     """Print TensorRT's own table beside ours."""
-    from calib.counterparts import short_name
+    from engines.tensorrt.match import short_name
 
     def cell(value: str | float | None) -> str:
         return "-" if value is None else f"{value:.8g}" if isinstance(value, float) else short_name(value)

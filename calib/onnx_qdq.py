@@ -3,7 +3,7 @@
 The layout is what TensorRT fuses (developer guide, "Working with Quantized Types"): pairs in front of convolutions,
 matrix products and pooling, and on the shortcut of a residual sum; none between a convolution and its activation or
 sum, and none behind the last layer. Where two convolutions meet in a sum, the second is the shortcut, as in
-:func:`calib.tensorrt_form.fuse`. Weights are int8, symmetric, per output channel; biases stay in float.
+``engines.tensorrt.form``. Weights are int8, symmetric, per output channel; biases stay in float.
 
 Imports onnx inside functions: it is slow to load.
 """

@@ -33,4 +33,4 @@ class InputError(Exception):
 def first_line(error: BaseException) -> str:
     """What an exception says first, for a message of one line; its type if it says nothing."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return text.splitlines()[0].rstrip() if text else type(error).__name__

@@ -74,7 +74,7 @@ def make_engine(
         from engines.ort import OnnxRuntimeEngine
 
         return OnnxRuntimeEngine(config, quantization)
-    from engines.tensorrt import TorchTensorRTEngine
+    from engines.tensorrt.engine import TorchTensorRTEngine
 
     return TorchTensorRTEngine(config, quantization, folder, batch_sizes)
 

@@ -14,10 +14,9 @@ from torch import Tensor
 
 from calib.graph import Network
 from calib.table import CalibrationTable
-from calib.tensorrt import find_gpu
-from calib.tensorrt_rules import TensorRTError, precision_problem
 from common.config import EngineConfig, PrecisionName
 from engines.base import Compiled, EngineError
+from engines.gpu import GpuError, find_gpu, precision_problem
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ class CudaEngine:
         """Why there is no GPU to use, or None."""
         try:
             find_gpu(self._config.device)
-        except TensorRTError as error:
+        except GpuError as error:
             return str(error)
         return None
 
@@ -50,7 +49,7 @@ class CudaEngine:
         """See :meth:`engines.base.Engine.compile`; there is no INT8."""
         try:
             gpu = find_gpu(self._config.device)
-        except TensorRTError as error:
+        except GpuError as error:
             raise EngineError(str(error)) from error
         problem = "PyTorch has no INT8 kernels for convolutions on a GPU" if precision == "int8" else None
         problem = problem or precision_problem(precision, gpu)

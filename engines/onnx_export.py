@@ -31,12 +31,12 @@ from calib.graph import INPUT, OUTPUT, Int8Plan, Network
 from calib.int8 import weight_scales
 from calib.onnx_model import without_weights
 from calib.table import CalibrationTable
-from calib.tensorrt_form import for_tensorrt
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
 from engines.columns import columns_at_once, compute_columns_at_once
 from engines.qdq import Activation, Weight, write_pairs
+from engines.tensorrt.form import for_tensorrt
 
 OPSET: Final = 17
 """Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
@@ -423,7 +423,7 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and
-    the plan in the form that TensorRT fuses (:func:`calib.tensorrt_form.for_tensorrt`), with one Q/DQ pair for each
+    the plan in the form that TensorRT fuses (:func:`engines.tensorrt.form.for_tensorrt`), with one Q/DQ pair for each
     value, right in front of the layers that read it in INT8.
 
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these

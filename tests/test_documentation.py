@@ -90,7 +90,7 @@ def test_tables_are_whole_and_nothing_is_left_to_fill_in(page: Path) -> None:
 
 
 def test_the_newer_torch_tensorrt_is_the_one_that_int8_builds_on() -> None:
-    from calib.tensorrt_rules import FIRST_STRONGLY_TYPED
+    from engines.tensorrt.support import FIRST_STRONGLY_TYPED
 
     first = ".".join(map(str, FIRST_STRONGLY_TYPED))
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from calib.cache import Provenance, SubsetRecord
 from calib.table import CalibrationTable
-from calib.tensorrt_rules import Installed
+from engines.tensorrt.support import Installed
 
 INSTALLED = Installed("2.8.0", "2.8.0", "10.12.0.36")
 TABLE = CalibrationTable({"input_0": 0.01, "output_0": 0.02})

@@ -18,9 +18,9 @@ from calib.calibrator import calibrate
 from calib.explicit import fake_quantize, place
 from calib.graph import Int8Plan, plan_int8, trace
 from calib.int8 import quantize, quantize_weight
-from calib.tensorrt_form import for_tensorrt
 from engines.integer import IntegerNetwork
 from engines.onnx_export import int8_model
+from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
 

@@ -29,17 +29,18 @@ from torch import Tensor
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
-from calib import tensorrt as calibration  # noqa: E402
-from calib import tensorrt_build  # noqa: E402
 from calib.cache import Provenance, SubsetRecord  # noqa: E402
 from calib.explicit import fake_quantize  # noqa: E402
 from calib.graph import plan_int8, trace  # noqa: E402
 from calib.subset import Subset  # noqa: E402
 from calib.table import CalibrationTable  # noqa: E402
-from calib.tensorrt_build import Build, build_engine, compile_arguments, to_torchscript  # noqa: E402
-from calib.tensorrt_calibrator import CalibratorRun, data_calibrator, table_calibrator  # noqa: E402
-from calib.tensorrt_rules import Gpu, Installed, TensorRTError  # noqa: E402
 from common.config import EngineConfig, QuantizationConfig  # noqa: E402
+from engines.gpu import Gpu  # noqa: E402
+from engines.tensorrt import build as building  # noqa: E402
+from engines.tensorrt import calibration, support  # noqa: E402
+from engines.tensorrt.build import Build, build_engine, compile_arguments, to_torchscript  # noqa: E402
+from engines.tensorrt.calibrator import CalibratorRun, data_calibrator, table_calibrator  # noqa: E402
+from engines.tensorrt.support import Installed, TensorRTError  # noqa: E402
 from models import LeNet  # noqa: E402
 
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def data_run(torch_tensorrt: Any, source: Images, path: Path, algorithm: Any = "
 
 def versions() -> dict[str, Any]:
     """What is installed, and what ``torch_tensorrt.compile`` takes."""
-    torch_tensorrt, installed = calibration.load()
+    torch_tensorrt, installed = support.load()
     signature = inspect.signature(torch_tensorrt.ts.compile)
     plain = Build(frozenset({"fp32"}))
     known = set(inspect.signature(torch_tensorrt.compile).parameters) | set(signature.parameters)
@@ -180,7 +181,7 @@ def versions() -> dict[str, Any]:
 
 def delivers() -> dict[str, Any]:
     """The calibrator as TensorRT drives it, batch by batch, through C++."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     source = Images()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table"
@@ -212,7 +213,7 @@ def delivers() -> dict[str, Any]:
 
 def algorithms() -> dict[str, Any]:
     """Each algorithm makes TensorRT's calibrator of that name."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     result: dict[str, Any] = {}
     for name in ("entropy2", "entropy", "minmax", "legacy"):
         run = data_run(torch_tensorrt, Images(), Path("unused"), name)
@@ -231,7 +232,7 @@ def algorithms() -> dict[str, Any]:
 
 def reads_table() -> dict[str, Any]:
     """The calibrator that has TensorRT read a table: the bytes stay alive, no data is touched, nothing is written."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "table"
         table().write(path)
@@ -255,7 +256,7 @@ def reads_table() -> dict[str, Any]:
 
 def keeps_exceptions() -> dict[str, Any]:
     """What callbacks raise does not reach C++."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     with tempfile.TemporaryDirectory() as folder:
         run = data_run(torch_tensorrt, Images(broken_at=11), Path(folder) / "table")
         functions = VirtualFunctions(run.calibrator)
@@ -288,7 +289,7 @@ def _written(path: Path) -> Path:
 
 def upstream_aborts() -> dict[str, Any]:
     """The control: what the same exception does to the upstream calibrator. Does not return."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     images: Any = [torch.zeros(1, 28, 28)]
     loader: Any = torch.utils.data.DataLoader(images, batch_size=1)
     calibrator = torch_tensorrt.ts.ptq.DataLoaderCalibrator(
@@ -300,7 +301,7 @@ def upstream_aborts() -> dict[str, Any]:
 
 def parses() -> dict[str, Any]:
     """Every set of options goes through the real parser of the compile spec, with and without a calibrator."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     from torch_tensorrt.ts._compile_spec import _parse_compile_spec
 
     builds = {
@@ -332,7 +333,7 @@ def explicit() -> Any:
 
 def supports() -> dict[str, Any]:
     """The front end converts every operation of LeNet and of LeNet with fake quantization, scripted and traced."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     modules = {"float": LeNet().eval(), "explicit": explicit()}
     check = torch_tensorrt.ts.check_method_op_support
     unsupported = torch.jit.script(torch.nn.Sequential(torch.nn.LogSigmoid()))
@@ -348,7 +349,7 @@ def supports() -> dict[str, Any]:
 
 def built(module: Any, precision: Any, installed: Installed | None = None) -> dict[str, Any]:
     """Compile; ends in the stand-in's request for a builder."""
-    torch_tensorrt, really = calibration.load()
+    torch_tensorrt, really = support.load()
     build = Build.of(EngineConfig(full_compilation=True), precision)
     build_engine(torch_tensorrt, installed or really, module, SHAPE, build, device=CPU)
     return {"returned": True}
@@ -368,7 +369,7 @@ def build_explicit() -> dict[str, Any]:
 
 def lowered() -> dict[str, Any]:
     """As build_explicit, with the front end printing the graph that it converts."""
-    torch_tensorrt, _ = calibration.load()
+    torch_tensorrt, _ = support.load()
     build = Build.of(EngineConfig(full_compilation=True), "int8")
     traced = to_torchscript(explicit(), SHAPE, CPU)
     with torch_tensorrt.logging.info():
@@ -378,18 +379,18 @@ def lowered() -> dict[str, Any]:
 
 def build_half() -> dict[str, Any]:
     """FP16 as strongly typed versions want it: a float16 module with float16 inputs."""
-    _, really = calibration.load()
+    _, really = support.load()
     return built(network().module, "fp16", Installed(really.torch, "2.13.0", "11.0.0"))
 
 
 def _pretend_gpu() -> None:
-    calibration.find_gpu = lambda index: Gpu(index, "NVIDIA Stand-in", (9, 0))
+    support.find_gpu = lambda index: Gpu(index, "NVIDIA Stand-in", (9, 0))
 
 
 def calibrate() -> dict[str, Any]:
     """The whole calibration, up to the builder; the old table must survive."""
     _pretend_gpu()
-    tensorrt_build.gpu_device = lambda index: CPU
+    building.gpu_device = lambda index: CPU
     path = Path(sys.argv[1]) / "CalibrationTableLeNet"
     path.write_text("the old table\n")
     config = EngineConfig()
@@ -400,7 +401,7 @@ def calibrate() -> dict[str, Any]:
 def reuses() -> dict[str, Any]:
     """The life of TensorRT's table, decided with the installed versions before TensorRT is called."""
     _pretend_gpu()
-    _, installed = calibration.load()
+    _, installed = support.load()
     net, source = network(), Images()
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -429,11 +430,11 @@ def reuses() -> dict[str, Any]:
 
 def engine(mode: Literal["implicit", "explicit"] = "implicit") -> dict[str, Any]:
     """The engine behind the interface, from configuration to the builder; implicit INT8 is from TensorRT's table."""
-    from engines.tensorrt import TorchTensorRTEngine
+    from engines.tensorrt.engine import TorchTensorRTEngine
 
     _pretend_gpu()
-    _, installed = calibration.load()
-    tensorrt_build.gpu_device = lambda index: CPU
+    _, installed = support.load()
+    building.gpu_device = lambda index: CPU
     net = network()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt" / "CalibrationTableLeNet"

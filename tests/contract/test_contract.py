@@ -69,7 +69,7 @@ def test_the_wheels_are_the_ones_that_the_environment_names(found):
 
 
 def test_our_rule_knows_which_version_has_the_calibrator(found):
-    from calib.tensorrt_rules import has_calibrator
+    from engines.tensorrt.support import has_calibrator
 
     facts = found["versions"]
     assert has_calibrator(facts["versions"][1]) is facts["calibrator"] is facts["takes_calibrator"]

@@ -4,17 +4,17 @@ import pytest
 import torch
 
 from calib.graph import trace
-from calib.tensorrt_rules import Gpu, TensorRTError
 from common.config import EngineConfig
 from engines import cuda
 from engines.base import EngineError
+from engines.gpu import Gpu, GpuError
 from models import LeNet
 
 
 @pytest.fixture
 def no_gpu(monkeypatch):
     def missing(index):
-        raise TensorRTError("no NVIDIA GPU can be used: no driver")
+        raise GpuError("no NVIDIA GPU can be used: no driver")
 
     monkeypatch.setattr(cuda, "find_gpu", missing)
 

@@ -18,12 +18,12 @@ from calib.__main__ import main as check
 from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.int8 import quantize_weight
 from calib.table import CalibrationTable
-from calib.tensorrt_form import for_tensorrt
 from common.errors import InputError
 from common.run import Run
 from engines import onnx_export
 from engines.integer import IntegerNetwork
 from engines.onnx_export import export, export_fp32, float_model, int8_model, keep_output, onnx_table, value_names
+from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan
 

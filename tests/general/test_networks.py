@@ -15,9 +15,9 @@ from calib.calibrator import calibrate
 from calib.explicit import fake_quantize
 from calib.graph import Int8Plan, Network
 from calib.table import CalibrationTable
-from calib.tensorrt_form import for_tensorrt
 from engines.integer import IntegerNetwork
 from engines.onnx_export import float_model, int8_model
+from engines.tensorrt.form import for_tensorrt
 from tests.general import zoo
 from tests.networks import without_saturation
 

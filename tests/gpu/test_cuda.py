@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from calib.graph import trace
-from calib.tensorrt import find_gpu
-from calib.tensorrt_rules import TensorRTError
 from common.config import EngineConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.base import EngineError
 from engines.cuda import CudaEngine, CudaGraphs, baselines
+from engines.gpu import GpuError, find_gpu
 from models import LeNet
 
 pytestmark = pytest.mark.gpu
@@ -34,7 +33,7 @@ def test_the_gpu_is_found():
 
 def test_a_gpu_that_is_not_there():
     count = torch.cuda.device_count()
-    with pytest.raises(TensorRTError, match=f"there is no GPU {count}: this machine has {count}"):
+    with pytest.raises(GpuError, match=f"there is no GPU {count}: this machine has {count}"):
         find_gpu(count)
 
 
@@ -132,7 +131,7 @@ def test_auto_falls_back_with_a_notice(tmp_path):
     from common.config import QuantizationConfig
     from common.errors import InputError
     from engines import select_engine
-    from engines.tensorrt import TorchTensorRTEngine
+    from engines.tensorrt.engine import TorchTensorRTEngine
 
     reason = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path).unavailable()
     if reason is None:

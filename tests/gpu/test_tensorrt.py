@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from calib.calibrator import calibrate as reference
-from calib.counterparts import compare, made_by
 from calib.graph import trace
 from calib.subset import Subset
-from calib.tensorrt import calibrate, usable
-from calib.tensorrt_rules import TensorRTError, has_calibrator
 from common.config import EngineConfig, QuantizationConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages
-from engines.tensorrt import TorchTensorRTEngine
+from engines.tensorrt.calibration import calibrate
+from engines.tensorrt.engine import TorchTensorRTEngine
+from engines.tensorrt.match import compare, made_by
+from engines.tensorrt.support import TensorRTError, has_calibrator, usable
 from evaluation.latency import measure_latency
 from models import LeNet
 from tests.upstream import provenance

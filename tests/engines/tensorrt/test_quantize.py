@@ -6,12 +6,13 @@ import re
 import pytest
 import torch
 
-from calib import tensorrt, tensorrt_build
 from calib.table import CalibrationTable
-from calib.tensorrt_rules import Gpu, Installed
 from common.config import DataConfig
 from common.errors import InputError
 from data import open_data
+from engines.gpu import Gpu
+from engines.tensorrt import build, support
+from engines.tensorrt.support import Installed
 from evaluate import main as evaluate
 from models import CheckpointMeta, LeNet, save_checkpoint
 from quantize import main
@@ -48,12 +49,12 @@ def artifacts(trained, tmp_path):
 
 @pytest.fixture
 def machine(monkeypatch):
-    monkeypatch.setattr(tensorrt_build, "gpu_device", lambda index: torch.device("cpu"))
-    monkeypatch.setattr(tensorrt, "find_gpu", lambda index: Gpu(index, "NVIDIA H200", (9, 0)))
+    monkeypatch.setattr(build, "gpu_device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(support, "find_gpu", lambda index: Gpu(index, "NVIDIA H200", (9, 0)))
 
     def use(upstream=None, installed=INSTALLED):
         upstream = upstream or Upstream(table=THEIRS)
-        monkeypatch.setattr(tensorrt, "load", lambda: (upstream, installed))
+        monkeypatch.setattr(support, "load", lambda: (upstream, installed))
         return upstream
 
     return use

@@ -2,8 +2,6 @@
 
 An engine has a static shape. A network that is ready to run therefore holds one engine per batch size, each in a file
 of its own under ``<run>/engines/`` and used again only for exactly what it was built from.
-
-Torch-TensorRT is imported inside functions alone (``calib.tensorrt.load``).
 """
 
 from __future__ import annotations
@@ -22,32 +20,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calib import tensorrt_build
 from calib.cache import read_provenance, weights_fingerprint
 from calib.explicit import fake_quantize, place_in_front
 from calib.graph import Network, plan_int8
 from calib.table import CalibrationTable
-from calib.tensorrt import usable
-from calib.tensorrt_build import Build, build_engine, first_line, takes_half
-from calib.tensorrt_calibrator import CalibratorRun, table_calibrator
-from calib.tensorrt_form import for_tensorrt
-from calib.tensorrt_rules import (
-    Gpu,
+from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
+from common.errors import InputError, first_line
+from engines.base import Compiled, EngineError
+from engines.cuda import capture
+from engines.gpu import Gpu, precision_problem
+from engines.tensorrt import build as building
+from engines.tensorrt import files
+from engines.tensorrt.build import Build, build_engine, takes_half
+from engines.tensorrt.calibrator import CalibratorRun, table_calibrator
+from engines.tensorrt.files import EngineRecord
+from engines.tensorrt.form import for_tensorrt
+from engines.tensorrt.support import (
     Installed,
     Mode,
     TensorRTError,
     algorithm_problem,
-    precision_problem,
     quantization_mode,
     strongly_typed,
     table_problem,
+    usable,
 )
-from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
-from common.errors import InputError
-from engines import tensorrt_files
-from engines.base import Compiled, EngineError
-from engines.cuda import capture
-from engines.tensorrt_files import EngineRecord
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +171,7 @@ class TorchTensorRTEngine:
         content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
 
         def calibrator() -> CalibratorRun:
-            device = tensorrt_build.gpu_device(self._config.device)
+            device = building.gpu_device(self._config.device)
             return table_calibrator(torch_tensorrt, path, table.algorithm, device)  # type: ignore[arg-type]
 
         return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details)
@@ -249,7 +246,7 @@ class Engines:
         self._gpu = gpu
         self._folder = folder
         self._sizes = set(batch_sizes)
-        self._device = tensorrt_build.gpu_device(gpu.index)
+        self._device = building.gpu_device(gpu.index)
         self._weights = _fingerprint(job.module)
         self._modules: dict[tuple[int, ...], Any] = {}
         self._files: list[Path] = []
@@ -314,7 +311,7 @@ class Engines:
     def _load_or_build(self, shape: tuple[int, ...]) -> Any:
         record = self._record(shape)
         path = record.file(self._folder, self._gpu.name, self._installed.tensorrt)
-        reason = tensorrt_files.why_build(path, record)
+        reason = files.why_build(path, record)
         if reason is None:
             try:
                 module = torch.jit.load(str(path), map_location=self._device)
@@ -327,7 +324,7 @@ class Engines:
         logger.info("building %s: %s", path.name, reason)
         start = time.perf_counter()
         module = self._build(shape)
-        tensorrt_files.store(path, record, lambda target: torch.jit.save(module, target))
+        files.store(path, record, lambda target: torch.jit.save(module, target))
         logger.info("  built in %.1f s", time.perf_counter() - start)
         self._files.append(path)
         return module

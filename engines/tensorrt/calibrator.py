@@ -11,7 +11,7 @@ Read in its source (py/torch_tensorrt/ts/ptq.py at v2.8.0) and in the C++ that c
 - it returns bare addresses and lets go of what lies there: the batches and the bytes of a table are kept here;
 - it writes the table in place: it is given a temporary path.
 
-The module ``torch_tensorrt`` is an argument here: only ``calib.tensorrt.load`` imports it.
+The module ``torch_tensorrt`` is an argument here: only ``support.load`` imports it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch.utils.data import Subset as DatasetSubset
 
 from calib.subset import Subset
 from calib.table import CalibrationTable, Legacy
-from calib.tensorrt_rules import TENSORRT_ALGORITHMS, TensorRTError, algorithm_problem
 from common.config import AlgorithmName
+from engines.tensorrt.support import TENSORRT_ALGORITHMS, TensorRTError, algorithm_problem
 
 
 class Images(Protocol):

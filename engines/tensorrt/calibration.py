@@ -1,163 +1,40 @@
-"""Calibration by TensorRT itself: what is installed, whether its table still fits, and running its calibrator.
-
-Torch-TensorRT and TensorRT are imported inside functions alone: importing them fails without an NVIDIA driver.
-"""
+"""TensorRT's own calibration: whether its table still fits, and running its calibrator where it does not."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import logging
-import sys
 import tempfile
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 
-import torch
-
-from calib import cache, tensorrt_build
+from calib import cache
 from calib.graph import Network
 from calib.subset import Subset
-from calib.table import CalibrationTable, version_string
-from calib.tensorrt_build import Build, build_engine, first_line, refuse_partial
-from calib.tensorrt_calibrator import Images, data_calibrator
-from calib.tensorrt_rules import (
-    Gpu,
-    Installed,
-    TensorRTError,
-    algorithm_problem,
-    gpu_problem,
-    has_calibrator,
-    installation_problem,
-    precision_problem,
-    quantization_mode,
-    table_problem,
-    three_numbers,
-)
+from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig
 from common.decode import encode
 from common.errors import InputError
 from common.files import write_bytes, write_json
+from engines.gpu import precision_problem
+from engines.tensorrt import build as building
+from engines.tensorrt.build import Build, build_engine, refuse_partial
+from engines.tensorrt.calibrator import Images, data_calibrator
+from engines.tensorrt.support import (
+    Installed,
+    TensorRTError,
+    algorithm_problem,
+    quantization_mode,
+    table_problem,
+    three_numbers,
+    usable,
+)
 
 logger = logging.getLogger(__name__)
-
-
-def find_gpu(index: int) -> Gpu:
-    """The GPU with this index.
-
-    Raises:
-        TensorRTError: PyTorch is a CPU build, there is no driver or no GPU, or not as many.
-    """
-    if torch.version.cuda is None:
-        raise TensorRTError("this PyTorch is a CPU build: install one with CUDA to use an NVIDIA GPU")
-    try:
-        torch.cuda.init()
-        count = torch.cuda.device_count()
-    except (RuntimeError, AssertionError) as error:
-        # The rest of PyTorch's message is where to download a driver.
-        raise TensorRTError(f"no NVIDIA GPU can be used: {first_line(error).partition('. ')[0]}") from error
-    if not index < count:
-        raise TensorRTError(f"there is no GPU {index}: this machine has {count} (--engine.device counts from 0)")
-    return Gpu(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
-
-
-def load() -> tuple[ModuleType, Installed]:
-    """Import Torch-TensorRT.
-
-    Returns:
-        The module ``torch_tensorrt``, and the versions.
-
-    Raises:
-        TensorRTError: it is missing, does not fit the installed torch, or cannot be imported.
-    """
-    problem = installation_problem(torch.__version__, _distribution_version("torch_tensorrt"))
-    if problem:
-        raise TensorRTError(problem)
-    try:
-        with _quiet_import():
-            import tensorrt
-            import torch_tensorrt
-
-            if has_calibrator(torch_tensorrt.__version__):
-                import torch_tensorrt.ts.ptq  # its package does not import it
-    except Exception as error:  # its import runs CUDA and loads several libraries
-        raise TensorRTError(
-            f"Torch-TensorRT cannot be imported ({type(error).__name__}: {first_line(error)}): "
-            'check the NVIDIA driver and TensorRT\'s libraries (pip install -e ".[tensorrt]")'
-        ) from error
-    if not torch_tensorrt.ENABLED_FEATURES.torchscript_frontend:
-        raise TensorRTError(f"torch_tensorrt {torch_tensorrt.__version__} comes without its TorchScript front end")
-    library = library_version(tensorrt.__version__)
-    if library != three_numbers(tensorrt.__version__):
-        logger.info("TensorRT's library is %s, its Python bindings are %s", library, tensorrt.__version__)
-    return torch_tensorrt, Installed(torch.__version__, torch_tensorrt.__version__, library)
-
-
-def library_version(bindings: str) -> str:
-    """Version of TensorRT's library, such as ``10.6.0``, which builds engines and writes and reads tables.
-
-    It can differ from that of the Python bindings, which work over other libraries of the same major version.
-
-    Args:
-        bindings: Version of the bindings, which have loaded the library.
-
-    Raises:
-        TensorRTError: the library does not tell.
-    """
-    major = bindings.split(".", maxsplit=1)[0]
-    name = f"nvinfer_{major}.dll" if sys.platform == "win32" else f"libnvinfer.so.{major}"
-    try:
-        number = ctypes.CDLL(name).getInferLibVersion()
-        return version_string(number)
-    except (OSError, AttributeError, InputError) as error:
-        raise TensorRTError(f"the version of TensorRT's library {name} cannot be found: {first_line(error)}") from error
-
-
-def usable(index: int) -> tuple[ModuleType, Installed, Gpu]:
-    """Torch-TensorRT and a GPU that it can use.
-
-    Raises:
-        TensorRTError: one line that says what is missing.
-    """
-    gpu = find_gpu(index)
-    module, installed = load()
-    problem = gpu_problem(gpu)
-    if problem:
-        raise TensorRTError(problem)
-    return module, installed, gpu
-
-
-def _distribution_version(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return None
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-@contextmanager
-def _quiet_import() -> Iterator[None]:
-    """Hide what Torch-TensorRT logs and warns at import about optional packages; undo what it sets globally."""
-    disabled = logging.root.manager.disable
-    show = warnings.showwarning
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-        if warnings.showwarning is not show:  # it calls logging.captureWarnings(True)
-            logging.captureWarnings(False)
 
 
 @dataclass(frozen=True)
@@ -282,7 +159,7 @@ def run_calibration(
         TensorRTError: the network is not all TensorRT's, the build failed, TensorRT took another number of batches
             than there are, or wrote no table.
     """
-    device = tensorrt_build.gpu_device(build.device)
+    device = building.gpu_device(build.device)
     first = source.images(subset.positions[: subset.batch_size])
     refuse_partial(torch_tensorrt, network, first.shape)
     known = {name: value for name, value in (options or {}).items() if name == "quantile"}

@@ -1,6 +1,6 @@
 """Building a TensorRT engine through Torch-TensorRT's TorchScript front end, the same way for every precision.
 
-The module ``torch_tensorrt`` is an argument here: only ``calib.tensorrt.load`` imports it.
+The module ``torch_tensorrt`` is an argument here: only ``support.load`` imports it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 from calib.graph import Network
-from calib.tensorrt_rules import Installed, TensorRTError, strongly_typed
 from common.config import EngineConfig, PrecisionName
+from common.errors import first_line
+from engines.tensorrt.support import Installed, TensorRTError, strongly_typed
 
 MIB = 1024 * 1024
 
@@ -196,9 +197,3 @@ def refuse_partial(torch_tensorrt: ModuleType, network: Network, shape: Sequence
             f"Torch-TensorRT does not convert every operation of {network.name}, and a calibrator serves one engine: "
             "take --quantization explicit"
         )
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type where it has none."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from calib.tensorrt_rules import engine_file
 from common.decode import decode, encode
 from common.errors import InputError
 from common.files import atomic_path, read_json, write_json
@@ -47,6 +47,20 @@ class EngineRecord:
     def file(self, folder: Path, gpu: str, tensorrt: str) -> Path:
         """Where this engine lies in ``folder``; ``gpu`` and ``tensorrt`` are the names that its file shows."""
         return folder / engine_file(self.network, self.precision, self.shape[0], gpu, tensorrt)
+
+
+def engine_file(network: str, precision: str, batch_size: int, gpu: str, tensorrt: str) -> str:
+    """Name of an engine's file: ``LeNet_int8-implicit_b32_NVIDIA-H200_trt10.12.0.36.ts``.
+
+    Args:
+        network: Name of the network.
+        precision: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
+        batch_size: Images per batch; the engine takes no other.
+        gpu: Name of the GPU that it was built on.
+        tensorrt: Version that built it.
+    """
+    parts = (network, precision, f"b{batch_size}", gpu, f"trt{tensorrt}")
+    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts) + ".ts"
 
 
 def side_file(engine: Path) -> Path:

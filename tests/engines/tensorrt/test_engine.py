@@ -1,24 +1,20 @@
 """The Torch-TensorRT engine over a stand-in, on the CPU: what is built, reused, padded and refused."""
 
 import json
-import runpy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from calib import tensorrt as calibration
-from calib import tensorrt_build
 from calib.graph import trace
 from calib.table import CalibrationTable
-from calib.tensorrt import own_provenance, store
-from calib.tensorrt_rules import Gpu, Installed, TensorRTError
 from common.config import EngineConfig, QuantizationConfig
-from engines import tensorrt as subject
-from engines import tensorrt_files
 from engines.base import EngineError
-from engines.tensorrt import TorchTensorRTEngine
+from engines.gpu import Gpu
+from engines.tensorrt import build, files
+from engines.tensorrt import engine as subject
+from engines.tensorrt.calibration import own_provenance, store
+from engines.tensorrt.engine import TorchTensorRTEngine
+from engines.tensorrt.support import Installed, TensorRTError
 from models import LeNet
 from tests.upstream import INSTALLED, TABLE, Upstream, provenance
 
@@ -34,7 +30,7 @@ def network():
 @pytest.fixture
 def machine(monkeypatch):
     """A machine with a GPU and an upstream that the test gives; what runs on the GPU runs on the CPU."""
-    monkeypatch.setattr(tensorrt_build, "gpu_device", lambda index: torch.device("cpu"))
+    monkeypatch.setattr(build, "gpu_device", lambda index: torch.device("cpu"))
 
     def use(upstream=None, installed=INSTALLED, capability=(9, 0), name="NVIDIA H200"):
         upstream = upstream or Upstream()
@@ -178,7 +174,7 @@ class TestFiles:
         path.write_bytes(b"not an archive")
         side = path.with_name(f"{path.name}.json")
         record = json.loads(side.read_text())
-        record["engine"] = tensorrt_files.digest(path)
+        record["engine"] = files.digest(path)
         side.write_text(json.dumps(record))
         assert self.compile(machine, network, tmp_path) == [2]
 
@@ -282,12 +278,12 @@ class TestRefusing:
 
     def test_a_batch_size_that_cannot_be_built_is_known_when_compiling(self, machine, network, tmp_path):
         upstream = machine()
-        build = upstream.compile
+        compile_ = upstream.compile
 
         def full(module, **arguments):
             if arguments["inputs"][0][0][0] > 2:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-            return build(module, **arguments)
+            return compile_(module, **arguments)
 
         upstream.compile = full
         with pytest.raises(EngineError, match="GPU 0 has too little free memory for batches of 256"):
@@ -356,18 +352,3 @@ def test_fp32_beside_a_dla_core_runs_on_the_gpu(machine, network, tmp_path):
     assert compiled.device == "Orin"
     assert "does not compute in FP32" in compiled.details["DLA"]
     assert upstream.calls[0][1]["device"]["device_type"] == "gpu"
-
-
-@pytest.mark.parametrize(
-    "file",
-    [*Path(calibration.__file__).parent.glob("*.py"), *Path(subject.__file__).parent.glob("*.py")],
-    ids=lambda file: f"{file.parent.name}.{file.stem}",
-)
-def test_nothing_imports_tensorrt_before_it_is_used(monkeypatch, file):
-    optional = ("tensorrt", "torch_tensorrt")
-    for name in optional:
-        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
-    try:
-        runpy.run_path(str(file), run_name=f"{file.parent.name}.{file.stem}")
-    except ModuleNotFoundError as error:
-        assert error.name not in optional  # Triton is not everywhere, either

@@ -1,27 +1,34 @@
 """What versions and GPUs can do, and which way INT8 goes: decided without either."""
 
+import ast
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
+import torch
 
 from calib.table import CalibrationTable
-from calib.tensorrt_rules import (
-    Gpu,
+from common.errors import InputError
+from engines.gpu import Gpu, GpuError
+from engines.tensorrt import support
+from engines.tensorrt.support import (
     Installed,
     TensorRTError,
     algorithm_problem,
-    engine_file,
     gpu_problem,
     has_calibrator,
-    has_fast_fp16,
-    has_int8,
     installation_problem,
     mode_for_named_table,
-    precision_problem,
     quantization_mode,
     release,
     strongly_typed,
     table_problem,
 )
-from common.errors import InputError
+from tests.upstream import Upstream
+
+ROOT = Path(__file__).parents[3]
+OPTIONAL = ("tensorrt", "torch_tensorrt")
 
 
 def installed(torch_tensorrt="2.8.0", tensorrt="10.12.0.36"):
@@ -63,28 +70,6 @@ class TestInstallation:
 
     def test_the_latest_pair(self):
         assert installation_problem("2.14.1", "2.14.0") is None
-
-
-@pytest.mark.parametrize(
-    ("capability", "int8", "fp16"),
-    [
-        ((5, 2), False, False),
-        ((5, 3), False, True),
-        ((6, 0), False, True),
-        ((6, 1), True, False),
-        ((6, 2), False, True),
-        ((7, 0), True, True),
-        ((7, 5), True, True),
-        ((9, 0), True, True),
-        ((12, 0), True, True),
-    ],
-)
-def test_what_a_gpu_computes(capability, int8, fp16):
-    assert has_int8(capability) is int8
-    assert has_fast_fp16(capability) is fp16
-    assert (precision_problem("int8", gpu(*capability)) is None) is int8
-    assert (precision_problem("fp16", gpu(*capability)) is None) is fp16
-    assert precision_problem("fp32", gpu(*capability)) is None
 
 
 def test_a_gpu_that_tensorrt_no_longer_supports():
@@ -173,13 +158,55 @@ def test_tensorrt_has_no_percentile():
     assert algorithm_problem("legacy") is None
 
 
-def test_engine_file_says_what_it_is():
-    name = engine_file("LeNet", "int8-implicit", 32, "NVIDIA H200", "10.12.0.36")
-    assert name == "LeNet_int8-implicit_b32_NVIDIA-H200_trt10.12.0.36.ts"
+class TestFinding:
+    def test_not_installed(self, monkeypatch):
+        monkeypatch.setattr(support, "_distribution_version", lambda name: None)
+        with pytest.raises(TensorRTError, match="not installed"):
+            support.load()
+
+    def test_another_torch(self, monkeypatch):
+        monkeypatch.setattr(support, "_distribution_version", lambda name: "1.4.0")
+        with pytest.raises(TensorRTError, match=r"needs torch 1\.4"):
+            support.load()
+
+    def test_an_import_that_fails(self, monkeypatch):
+        monkeypatch.setattr(support, "_distribution_version", lambda name: torch.__version__)
+        monkeypatch.setitem(sys.modules, "tensorrt", None)
+        with pytest.raises(TensorRTError, match="cannot be imported") as caught:
+            support.load()
+        assert "\n" not in str(caught.value)
+
+    def test_a_gpu_that_is_too_old(self, monkeypatch):
+        monkeypatch.setattr(support, "find_gpu", lambda index: gpu(7, 0))
+        monkeypatch.setattr(support, "load", lambda: (Upstream(), installed()))
+        with pytest.raises(TensorRTError, match=r"compute capability 7\.0"):
+            support.usable(0)
+
+    def test_no_gpu(self, monkeypatch):
+        def missing(index):
+            raise GpuError("there is no GPU 3")
+
+        monkeypatch.setattr(support, "find_gpu", missing)
+        with pytest.raises(TensorRTError, match="there is no GPU 3"):
+            support.usable(3)
 
 
-def test_engine_file_stays_in_its_folder():
-    name = engine_file("../Le Net", "fp32", 1, "NVIDIA GeForce RTX 4090 / D", "10.12.0.36")
-    assert "/" not in name
-    assert " " not in name
-    assert not name.startswith(".")
+def imported(file):
+    """Roots of the names of the modules that a file imports, within functions too."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.partition(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield str(node.module).partition(".")[0]
+
+
+def test_nothing_else_imports_tensorrt():
+    packages = ("benchmarks", "calib", "common", "data", "engines", "evaluation", "models")
+    files = [*ROOT.glob("*.py"), *(file for name in packages for file in (ROOT / name).rglob("*.py"))]
+    assert [file for file in files if set(OPTIONAL) & set(imported(file))] == [Path(support.__file__)]
+
+
+def test_nor_does_this_before_it_is_used(monkeypatch):
+    for name in OPTIONAL:
+        monkeypatch.setitem(sys.modules, name, None)  # an import of it fails
+    runpy.run_path(str(support.__file__), run_name="support_again")

@@ -1,22 +1,35 @@
-"""What this installation and this GPU can do with TensorRT, and which way INT8 goes there: rules without a GPU.
+"""What this installation and this GPU can do with TensorRT, and which way INT8 goes there.
 
-Plain functions of plain values: nothing here imports torch, TensorRT or Torch-TensorRT. The versions named were read
-from the sources of Torch-TensorRT 2.8.0 to 2.13.0 and of its development branch (2.14); see docs/torch-tensorrt.md.
+:func:`load` and :func:`usable` look at the machine, and ``load`` alone imports Torch-TensorRT and TensorRT: importing
+them fails without an NVIDIA driver. All else is plain functions of plain values. The versions named were read from the
+sources of Torch-TensorRT 2.8.0 to 2.13.0 and of its development branch (2.14); see docs/torch-tensorrt.md.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib.metadata
+import importlib.util
+import logging
 import re
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Final, Literal
 
-from calib.table import CalibrationTable, version_number
-from common.config import AlgorithmName, PrecisionName
-from common.errors import InputError
+import torch
+
+from calib.table import CalibrationTable, version_number, version_string
+from common.config import AlgorithmName
+from common.errors import InputError, first_line
+from engines.gpu import Capability, Gpu, GpuError, dotted, find_gpu
+
+logger = logging.getLogger(__name__)
 
 Mode = Literal["implicit", "explicit"]
-Capability = tuple[int, int]
 
 LAST_WITH_CALIBRATOR: Final = (2, 8)
 """Last Torch-TensorRT with ``torch_tensorrt.ts.ptq.DataLoaderCalibrator``."""
@@ -55,21 +68,6 @@ class Installed:
     tensorrt: str
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """An NVIDIA GPU.
-
-    Attributes:
-        index: As PyTorch counts.
-        name: Such as ``NVIDIA H200``.
-        capability: Compute capability, such as (9, 0).
-    """
-
-    index: int
-    name: str
-    capability: Capability
-
-
 def release(version: str) -> tuple[int, int]:
     """(major, minor) of a version: (2, 8) for ``2.8.0+cu128`` and for ``2.8.0a0``."""
     match = re.match(r"(\d+)\.(\d+)", version)
@@ -102,29 +100,9 @@ def gpu_problem(gpu: Gpu) -> str | None:
     """Why TensorRT cannot use ``gpu``, or None."""
     if gpu.capability < LEAST_CAPABILITY:
         return (
-            f"{gpu.name} has compute capability {_dotted(gpu.capability)}, and TensorRT needs at least "
-            f"{_dotted(LEAST_CAPABILITY)}: use another engine"
+            f"{gpu.name} has compute capability {dotted(gpu.capability)}, and TensorRT needs at least "
+            f"{dotted(LEAST_CAPABILITY)}: use another engine"
         )
-    return None
-
-
-def has_int8(capability: Capability) -> bool:
-    """Whether a GPU has INT8 dot products: 6.1 and every later one but 6.2 (Jetson TX2)."""
-    return capability >= (6, 1) and capability != (6, 2)
-
-
-def has_fast_fp16(capability: Capability) -> bool:
-    """Whether a GPU computes faster in FP16 than in FP32: 5.3, 6.0, 6.2 and everything from 7.0 on, not 6.1."""
-    return capability in {(5, 3), (6, 0), (6, 2)} or capability >= (7, 0)
-
-
-def precision_problem(precision: PrecisionName, gpu: Gpu) -> str | None:
-    """Why ``precision`` cannot run on ``gpu``, or None."""
-    capability = _dotted(gpu.capability)
-    if precision == "int8" and not has_int8(gpu.capability):
-        return f"{gpu.name} (compute capability {capability}) has no INT8 arithmetic: INT8 needs 6.1 or later"
-    if precision == "fp16" and not has_fast_fp16(gpu.capability):
-        return f"{gpu.name} (compute capability {capability}) has no fast FP16"
     return None
 
 
@@ -227,19 +205,95 @@ def algorithm_problem(algorithm: AlgorithmName) -> str | None:
     return None
 
 
-def engine_file(network: str, precision: str, batch_size: int, gpu: str, tensorrt: str) -> str:
-    """Name of an engine's file: ``LeNet_int8-implicit_b32_NVIDIA-H200_trt10.12.0.36.ts``.
+def load() -> tuple[ModuleType, Installed]:
+    """Import Torch-TensorRT.
+
+    Returns:
+        The module ``torch_tensorrt``, and the versions.
+
+    Raises:
+        TensorRTError: it is missing, does not fit the installed torch, or cannot be imported.
+    """
+    problem = installation_problem(torch.__version__, _distribution_version("torch_tensorrt"))
+    if problem:
+        raise TensorRTError(problem)
+    try:
+        with _quiet_import():
+            import tensorrt
+            import torch_tensorrt
+
+            if has_calibrator(torch_tensorrt.__version__):
+                import torch_tensorrt.ts.ptq  # its package does not import it
+    except Exception as error:  # its import runs CUDA and loads several libraries
+        raise TensorRTError(
+            f"Torch-TensorRT cannot be imported ({type(error).__name__}: {first_line(error)}): "
+            'check the NVIDIA driver and TensorRT\'s libraries (pip install -e ".[tensorrt]")'
+        ) from error
+    if not torch_tensorrt.ENABLED_FEATURES.torchscript_frontend:
+        raise TensorRTError(f"torch_tensorrt {torch_tensorrt.__version__} comes without its TorchScript front end")
+    library = library_version(tensorrt.__version__)
+    if library != three_numbers(tensorrt.__version__):
+        logger.info("TensorRT's library is %s, its Python bindings are %s", library, tensorrt.__version__)
+    return torch_tensorrt, Installed(torch.__version__, torch_tensorrt.__version__, library)
+
+
+def library_version(bindings: str) -> str:
+    """Version of TensorRT's library, such as ``10.6.0``, which builds engines and writes and reads tables.
+
+    It can differ from that of the Python bindings, which work over other libraries of the same major version.
 
     Args:
-        network: Name of the network.
-        precision: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
-        batch_size: Images per batch; the engine takes no other.
-        gpu: Name of the GPU that it was built on.
-        tensorrt: Version that built it.
+        bindings: Version of the bindings, which have loaded the library.
+
+    Raises:
+        TensorRTError: the library does not tell.
     """
-    parts = (network, precision, f"b{batch_size}", gpu, f"trt{tensorrt}")
-    return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts) + ".ts"
+    major = bindings.split(".", maxsplit=1)[0]
+    name = f"nvinfer_{major}.dll" if sys.platform == "win32" else f"libnvinfer.so.{major}"
+    try:
+        number = ctypes.CDLL(name).getInferLibVersion()
+        return version_string(number)
+    except (OSError, AttributeError, InputError) as error:
+        raise TensorRTError(f"the version of TensorRT's library {name} cannot be found: {first_line(error)}") from error
 
 
-def _dotted(capability: Capability) -> str:
-    return f"{capability[0]}.{capability[1]}"
+def usable(index: int) -> tuple[ModuleType, Installed, Gpu]:
+    """Torch-TensorRT and a GPU that it can use.
+
+    Raises:
+        TensorRTError: one line that says what is missing.
+    """
+    try:
+        gpu = find_gpu(index)
+    except GpuError as error:
+        raise TensorRTError(str(error)) from error
+    module, installed = load()
+    problem = gpu_problem(gpu)
+    if problem:
+        raise TensorRTError(problem)
+    return module, installed, gpu
+
+
+def _distribution_version(name: str) -> str | None:
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def _quiet_import() -> Iterator[None]:
+    """Hide what Torch-TensorRT logs and warns at import about optional packages; undo what it sets globally."""
+    disabled = logging.root.manager.disable
+    show = warnings.showwarning
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+        if warnings.showwarning is not show:  # it calls logging.captureWarnings(True)
+            logging.captureWarnings(False)

@@ -1,0 +1,75 @@
+"""NVIDIA GPUs: which there are, and what they compute in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from common.config import PrecisionName
+from common.errors import InputError, first_line
+
+Capability = tuple[int, int]
+
+
+class GpuError(InputError):
+    """There is no such GPU here: one line that says why."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An NVIDIA GPU.
+
+    Attributes:
+        index: As PyTorch counts.
+        name: Such as ``NVIDIA H200``.
+        capability: Compute capability, such as (9, 0).
+    """
+
+    index: int
+    name: str
+    capability: Capability
+
+
+def find_gpu(index: int) -> Gpu:
+    """The GPU with this index.
+
+    Raises:
+        GpuError: PyTorch is a CPU build, there is no driver or no GPU, or not as many.
+    """
+    if torch.version.cuda is None:
+        raise GpuError("this PyTorch is a CPU build: install one with CUDA to use an NVIDIA GPU")
+    try:
+        torch.cuda.init()
+        count = torch.cuda.device_count()
+    except (RuntimeError, AssertionError) as error:
+        # The rest of PyTorch's message is where to download a driver.
+        raise GpuError(f"no NVIDIA GPU can be used: {first_line(error).partition('. ')[0]}") from error
+    if not index < count:
+        raise GpuError(f"there is no GPU {index}: this machine has {count} (--engine.device counts from 0)")
+    return Gpu(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
+
+
+def has_int8(capability: Capability) -> bool:
+    """Whether a GPU has INT8 dot products: 6.1 and every later one but 6.2 (Jetson TX2)."""
+    return capability >= (6, 1) and capability != (6, 2)
+
+
+def has_fast_fp16(capability: Capability) -> bool:
+    """Whether a GPU computes faster in FP16 than in FP32: 5.3, 6.0, 6.2 and everything from 7.0 on, not 6.1."""
+    return capability in {(5, 3), (6, 0), (6, 2)} or capability >= (7, 0)
+
+
+def precision_problem(precision: PrecisionName, gpu: Gpu) -> str | None:
+    """Why ``precision`` cannot run on ``gpu``, or None."""
+    capability = dotted(gpu.capability)
+    if precision == "int8" and not has_int8(gpu.capability):
+        return f"{gpu.name} (compute capability {capability}) has no INT8 arithmetic: INT8 needs 6.1 or later"
+    if precision == "fp16" and not has_fast_fp16(gpu.capability):
+        return f"{gpu.name} (compute capability {capability}) has no fast FP16"
+    return None
+
+
+def dotted(capability: Capability) -> str:
+    """``(9, 0)`` as ``9.0``."""
+    return f"{capability[0]}.{capability[1]}"

@@ -1,0 +1,53 @@
+"""Finding a GPU on machines without one, and what each generation computes in; on a GPU: tests/gpu."""
+
+import pytest
+import torch
+
+from engines.gpu import Gpu, GpuError, find_gpu, has_fast_fp16, has_int8, precision_problem
+
+
+def test_a_cpu_build_of_torch(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(GpuError, match="CPU build"):
+        find_gpu(0)
+
+
+def test_no_driver(monkeypatch):
+    def init():
+        raise RuntimeError("Found no NVIDIA driver on your system. Please check\nmore")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", init)
+    with pytest.raises(GpuError, match=r"^no NVIDIA GPU can be used: Found no NVIDIA driver on your system$"):
+        find_gpu(0)
+
+
+def test_no_such_gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(GpuError, match="there is no GPU 1: this machine has 1"):
+        find_gpu(1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "int8", "fp16"),
+    [
+        ((5, 2), False, False),
+        ((5, 3), False, True),
+        ((6, 0), False, True),
+        ((6, 1), True, False),
+        ((6, 2), False, True),
+        ((7, 0), True, True),
+        ((7, 5), True, True),
+        ((9, 0), True, True),
+        ((12, 0), True, True),
+    ],
+)
+def test_what_a_gpu_computes(capability, int8, fp16):
+    gpu = Gpu(0, "NVIDIA Test", capability)
+    assert has_int8(capability) is int8
+    assert has_fast_fp16(capability) is fp16
+    assert (precision_problem("int8", gpu) is None) is int8
+    assert (precision_problem("fp16", gpu) is None) is fp16
+    assert precision_problem("fp32", gpu) is None
