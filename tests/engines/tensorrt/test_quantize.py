@@ -153,7 +153,18 @@ def test_implicit_by_name_on_a_newer_version_is_refused(machine, artifacts):
         main(["--artifacts", str(artifacts), "--quantization", "implicit"])
 
 
-QUICK = ["--precisions", "[int8]", "--latency-batch-sizes", "[]", "--no-analysis", "--tolerance", "100", "--json"]
+QUICK = [
+    "--precisions",
+    "[int8]",
+    "--latency-batch-sizes",
+    "[]",
+    "--no-analysis",
+    "--tolerance",
+    "100",
+    "--agreement",
+    "0",
+    "--json",
+]
 
 
 class TestNamedTable:
