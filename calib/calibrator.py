@@ -21,7 +21,8 @@ from calib.device_histogram import DeviceHistograms
 from calib.graph import INPUT, Network, trace
 from calib.histogram import AbsHistogram
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
-from calib.threshold import Threshold, threshold
+from calib.threshold import Threshold
+from calib.threshold import thresholds as thresholds_of
 from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
 
@@ -144,7 +145,7 @@ def collect(
     Raises:
         InputError: as :func:`calibrate` does; or another process ended with an error.
     """
-    device = next((parameter.device for parameter in network.module.parameters()), torch.device("cpu"))
+    device = _device(network)
     names = [name for name in network.tensors if network.scale_source[name] == name]
     seen = _Seen(progress)
     if device.type == "cuda" or process_group is not None:
@@ -159,6 +160,10 @@ def collect(
     elif seen.same and seen.images > 1:
         logger.warning("all %d calibration images are the same one: it represents nothing but itself", seen.images)
     return Histograms(network, of, tuple(seen.seconds), seen.images)
+
+
+def _device(network: Network) -> torch.device:
+    return next((parameter.device for parameter in network.module.parameters()), torch.device("cpu"))
 
 
 class _Seen:
@@ -349,7 +354,8 @@ def find_thresholds(
     """
     start = time.perf_counter()
     network = histograms.network
-    found = {name: threshold(histogram, algorithm, **(options or {})) for name, histogram in histograms.of.items()}
+    values = thresholds_of(list(histograms.of.values()), algorithm, device=_device(network), **(options or {}))
+    found = dict(zip(histograms.of, values, strict=True))
     thresholds = {name: found[network.scale_source[name]] for name in network.tensors}
     seen = {name for name, source in network.scale_source.items() if histograms.of[source].total}
     dead = [name for name, value in thresholds.items() if value.value == 0 and name in seen]

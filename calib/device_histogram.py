@@ -9,9 +9,9 @@ range depends on all batches before. Such values are therefore kept apart, by ba
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,30 +19,33 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from calib.cuda_histogram import CudaCounter
 from calib.histogram import BINS, PIECE, SMALLEST, AbsHistogram, flat, refuse_infinite
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_COPIES = 16
-"""Copies of each histogram on a GPU, so that its programs seldom wait for each other's increments."""
 _GPU_PIECE = 2**24
 """Values at once where PyTorch's operations count on a GPU: they need several times as much memory."""
 _TINY_SCALE = 2.0**64
 
 
-@dataclass(frozen=True)
-class Passes:
-    """The two passes over flat values, on their device.
+class Counter(Protocol):
+    """Counts tensors of a batch on their device, without waiting for it.
 
-    Attributes:
-        find_largest: Raises a float32 [] to their absolute maximum; one below the smallest normal number is 0.
-        count: Adds them to int32 [copies, 2049], bin 0 left out or not, given their maximum and the range before,
-            float64 [] (0 for none). The last counter is for values equal to the range that holds them.
+    It is made with ``ranges``, float64 [T], the histograms' ranges before the batch (0 for none); ``largest``, float32
+    [T]; and ``counts``, int32 [T, 2, 2049].
     """
 
-    find_largest: Callable[[Tensor, Tensor], None]
-    count: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+    def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
+        """Count ``values``, flat, of a float dtype, of one tensor.
+
+        Raises ``largest`` to their absolute maximum; one below the smallest normal number is 0. Unless
+        ``maximum_alone``, adds them to ``counts`` [tensor, 0] by the range before where that holds the maximum, to
+        [tensor, 1] by the range that holds it where not. Bin 0 may be left out. The last counter is for values equal
+        to the range that holds them.
+        """
+        ...
 
 
 class DeviceHistograms:
@@ -68,14 +71,13 @@ class DeviceHistograms:
         self._rank, self._processes = rank, processes
         self._index = {name: index for index, name in enumerate(self.names)}
         count = len(self.names)
-        self._passes = _passes(device)
-        copies = _COPIES if device.type == "cuda" else 1
         self._largest = torch.zeros(count, dtype=torch.float32, device=device)
         self._base = torch.zeros(count, dtype=torch.float64, device=device)
         if base is not None:
             self._base.copy_(torch.tensor(base, dtype=torch.float64))
         self._range = self._base.clone()
-        self._batch = torch.zeros(count, copies, BINS + 1, dtype=torch.int32, device=device)
+        self._batch = torch.zeros(count, 2, BINS + 1, dtype=torch.int32, device=device)
+        self._counter = _counter(self._range, self._largest, self._batch)
         # Bin 0 is what remains of all values.
         self._counts = torch.zeros(count, BINS, dtype=torch.int64, device=device)
         self._seen = np.zeros(count, dtype=np.int64)
@@ -102,9 +104,7 @@ class DeviceHistograms:
         if values.numel() >= 2**31:
             raise InputError(f"{values.numel()} values in one tensor of a batch are too many: take smaller batches")
         self._seen[index] += values.numel()
-        self._passes.find_largest(values, self._largest[index])
-        if index not in self._late:
-            self._passes.count(values, self._largest[index], self._range[index], self._batch[index])
+        self._counter.count(index, values, maximum_alone=index in self._late)
 
     def end_batch(self) -> None:
         """Enter the batch's counts.
@@ -114,12 +114,12 @@ class DeviceHistograms:
         """
         largest = self._largest.double()
         widened, doublings = widen(self._range, largest)
-        late = sorted(self._late)
-        if late:
+        if self._late:
+            late = sorted(self._late)
             widened[late], doublings[late] = 0.0, 0
         self._base = torch.where(self._range == 0, widened, self._base)
-        self._range = widened
-        batch = self._batch.sum(dim=1)
+        batch = torch.where((widened == self._range)[:, None], self._batch[:, 0], self._batch[:, 1])
+        self._range.copy_(widened)
         self._counts = shifted(self._counts, doublings)
         self._counts += batch[:, :BINS]
         self._log.append(torch.stack([largest, batch[:, BINS].double()]))
@@ -150,6 +150,8 @@ class DeviceHistograms:
                 event.synchronize()
             number = self._rank + self._checked * self._processes + 1
             self._checked += 1
+            if bool(largest.isfinite().all()):
+                continue
             for name, value in zip(self.names, largest.tolist(), strict=True):
                 refuse_infinite(value, f"calibration batch {number}, tensor {name}: ")
 
@@ -247,58 +249,60 @@ def _histogram(counts: NDArray[np.int64], end: float, maximum: float) -> AbsHist
     return histogram
 
 
-def _passes(device: torch.device) -> Passes:
-    if device.type != "cuda":
-        return BY_TORCH
-    return _gpu_passes(device.index)
+class TorchCounter:
+    """PyTorch's operations, for every device: in several steps through memory."""
+
+    def __init__(self, ranges: Tensor, largest: Tensor, counts: Tensor) -> None:
+        self._ranges, self._largest, self._counts = ranges, largest, counts
+
+    def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
+        """Count one tensor's values; see :class:`Counter`."""
+        largest = self._largest[tensor]
+        low, high = torch.aminmax(values)
+        found = torch.maximum(-low, high).float()
+        largest.copy_(torch.where(found < SMALLEST, 0.0, torch.maximum(largest, found)))
+        if maximum_alone:
+            return
+        widened, _ = widen(self._ranges[tensor], largest.double())
+        scale = torch.where(widened < BINS * SMALLEST, _TINY_SCALE, 1.0).to(widened)
+        factor = torch.where(widened > 0, BINS / (widened * scale), 0.0).float()
+        scale = scale.float()
+        on_gpu = values.device.type == "cuda"
+        for piece in values.split(_GPU_PIECE if on_gpu else PIECE):
+            magnitudes = piece.float().abs()
+            magnitudes.mul_(magnitudes >= SMALLEST).mul_(scale).mul_(factor)
+            bins = magnitudes.to(torch.int32).clamp_(0, BINS)
+            # bincount waits for the GPU, and histc takes no integers on the CPU.
+            of_piece = torch.histc(bins, BINS + 1, 0, BINS + 1) if on_gpu else torch.bincount(bins, minlength=BINS + 1)
+            # By one of the two ranges, which are equal otherwise: the other's counts are not read.
+            self._counts[tensor] += of_piece.int()
+
+
+def _counter(ranges: Tensor, largest: Tensor, counts: Tensor) -> Counter:
+    """The counter for the tensors' device."""
+    kind = TorchCounter if ranges.device.type != "cuda" else _gpu_counter(ranges.device.index)
+    return kind(ranges, largest, counts)
 
 
 @cache
-def _gpu_passes(index: int) -> Passes:
-    """Triton's kernels if they work here (they need a C compiler for their launcher), else PyTorch's operations."""
+def _gpu_counter(index: int) -> type[TorchCounter | CudaCounter]:
+    """The own kernel, if it can be compiled here and counts as PyTorch's operations do; else those."""
     device = torch.device("cuda", index)
-    values = torch.linspace(-3, 2, 5000, device=device)
-    before = torch.tensor(1.1, dtype=torch.float64, device=device)
+    values = torch.linspace(-3, 2, 100_000, device=device)
+    ranges = torch.tensor([1.1, 3.0, 0.0], dtype=torch.float64, device=device)
+    found = []
     try:
-        from calib import triton_histogram
-
-        found = []
-        for passes in (Passes(triton_histogram.find_largest, triton_histogram.count), BY_TORCH):
-            largest = torch.zeros((), device=device)
-            counts = torch.zeros(_COPIES, BINS + 1, dtype=torch.int32, device=device)
-            passes.find_largest(values, largest)
-            passes.count(values, largest, before, counts)
-            found.append([*counts.sum(dim=0)[1:].tolist(), largest.item()])
+        for kind in (CudaCounter, TorchCounter):
+            largest = torch.zeros(3, device=device)
+            counts = torch.zeros(3, 2, BINS + 1, dtype=torch.int32, device=device)
+            counter = kind(ranges, largest, counts)
+            for tensor in range(3):
+                counter.count(tensor, values)
+            found.append([largest.tolist(), counts[[0, 1, 2], [1, 0, 1], 1:].tolist()])
         if found[0] == found[1]:
-            return Passes(triton_histogram.find_largest, triton_histogram.count)
-        problem = "they count wrongly"
+            return CudaCounter
+        problem = "it counts wrongly"
     except Exception as error:  # noqa: BLE001 - whatever a compiler for a GPU can raise
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
-    logger.warning("Triton's kernels do not work here, and calibration is slower: %s", problem)
-    return BY_TORCH
-
-
-def _find_largest(values: Tensor, out: Tensor) -> None:
-    low, high = torch.aminmax(values)
-    largest = torch.maximum(-low, high).float()
-    out.copy_(torch.where(largest < SMALLEST, 0.0, torch.maximum(out, largest)))
-
-
-def _count(values: Tensor, largest: Tensor, before: Tensor, out: Tensor) -> None:
-    """Without a wait for the GPU, and in several steps through memory."""
-    widened, _ = widen(before, largest.double())
-    scale = torch.where(widened < BINS * SMALLEST, _TINY_SCALE, 1.0).to(widened)
-    factor = torch.where(widened > 0, BINS / (widened * scale), 0.0).float()
-    scale = scale.float()
-    on_gpu = values.device.type == "cuda"
-    for piece in values.split(_GPU_PIECE if on_gpu else PIECE):
-        magnitudes = piece.float().abs()
-        magnitudes.mul_(magnitudes >= SMALLEST).mul_(scale).mul_(factor)
-        bins = magnitudes.to(torch.int32).clamp_(0, BINS)
-        # bincount waits for the GPU, and histc takes no integers on the CPU.
-        found = torch.histc(bins, BINS + 1, 0, BINS + 1) if on_gpu else torch.bincount(bins, minlength=BINS + 1)
-        out[0] += found
-
-
-BY_TORCH = Passes(_find_largest, _count)
-"""PyTorch's operations, for every device."""
+    logger.warning("the kernel for calibration does not work here, which makes it slower: %s", problem)
+    return TorchCounter

@@ -12,17 +12,18 @@ smaller cutoff is not known.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from calib import device_search
+from calib.device_search import LEVELS
 from calib.histogram import BINS, AbsHistogram
 from common.errors import InputError
-
-LEVELS = 128
-"""Levels that a candidate range is merged into: the non-negative INT8 codes."""
 
 TIE = 1e-10
 """Divergences closer than this are a tie, and the largest candidate wins."""
@@ -33,6 +34,10 @@ _CANDIDATES = np.arange(LEVELS, BINS + 1)
 """Candidate i keeps the first i bins."""
 
 _MAX_WIDTH = BINS // LEVELS
+
+_CPU = torch.device("cpu")
+_AT_ONCE = 64
+"""Tensors that a GPU searches together: 2 MB each."""
 
 
 @dataclass(frozen=True)
@@ -59,31 +64,46 @@ def threshold(
     percentile: float = 99.99,
     quantile: float = 0.9999,
 ) -> Threshold:
-    """The threshold of one tensor.
+    """The threshold of one tensor: see :func:`thresholds`."""
+    return thresholds([histogram], algorithm, percentile=percentile, quantile=quantile)[0]
+
+
+def thresholds(
+    histograms: Sequence[AbsHistogram],
+    algorithm: str = "entropy2",
+    *,
+    percentile: float = 99.99,
+    quantile: float = 0.9999,
+    device: torch.device = _CPU,
+) -> list[Threshold]:
+    """The thresholds of several tensors, each by itself.
 
     Args:
-        histogram: Of the tensor's absolute values.
+        histograms: Of the tensors' absolute values.
         algorithm: ``entropy2``, ``entropy``, ``minmax``, ``percentile`` or ``legacy``.
         percentile: Share of the values that stay in range, in percent (``percentile``).
         quantile: The same as a fraction (``legacy``).
+        device: Where the entropy search runs: it takes a GPU a millisecond for all tensors.
 
     Returns:
-        The threshold; its value is 0 if all values were zero.
+        The thresholds in the same order; the value is 0 if all values were zero.
 
     Raises:
         InputError: unknown algorithm.
     """
-    if histogram.maximum == 0:
-        return Threshold(0.0)
+    alive = [histogram for histogram in histograms if histogram.maximum > 0]
     if algorithm in ("entropy2", "entropy"):
-        return _entropy(histogram)
-    if algorithm == "minmax":
-        return Threshold(histogram.maximum)
-    if algorithm == "percentile":
-        return Threshold(_float32(_quantile(histogram, percentile / 100)))
-    if algorithm == "legacy":
-        return Threshold(_float32(_legacy(histogram, quantile)))
-    raise InputError(f"unknown calibration algorithm {algorithm!r}")
+        found = list(_entropy(alive, device))
+    elif algorithm == "minmax":
+        found = [Threshold(histogram.maximum) for histogram in alive]
+    elif algorithm == "percentile":
+        found = [Threshold(_float32(_quantile(histogram, percentile / 100))) for histogram in alive]
+    elif algorithm == "legacy":
+        found = [Threshold(_float32(_legacy(histogram, quantile))) for histogram in alive]
+    else:
+        raise InputError(f"unknown calibration algorithm {algorithm!r}")
+    results = iter(found)
+    return [next(results) if histogram.maximum > 0 else Threshold(0.0) for histogram in histograms]
 
 
 def _float32(value: float) -> float:
@@ -91,12 +111,26 @@ def _float32(value: float) -> float:
     return float(np.float32(min(value, _LARGEST)))
 
 
-def _entropy(histogram: AbsHistogram) -> Threshold:
-    # The zeros' bin would dominate: it counts like its neighbour.
-    divergences = _divergences(np.concatenate([histogram.counts[1:2], histogram.counts[1:]]))
-    smallest = divergences.min()
-    kept = int(_CANDIDATES[divergences <= smallest + TIE][-1])
-    return Threshold(_float32((kept + 0.5) * histogram.range / BINS), kept, divergences)
+def _entropy(histograms: Sequence[AbsHistogram], device: torch.device) -> Iterator[Threshold]:
+    if device.type == "cuda":
+        found = _divergences_on(device, histograms)
+    else:
+        found = (_divergences(_without_zeros(histogram)) for histogram in histograms)
+    for histogram, divergences in zip(histograms, found, strict=True):
+        smallest = divergences.min()
+        kept = int(_CANDIDATES[divergences <= smallest + TIE][-1])
+        yield Threshold(_float32((kept + 0.5) * histogram.range / BINS), kept, divergences)
+
+
+def _without_zeros(histogram: AbsHistogram) -> NDArray[np.int64]:
+    """The counts, where the zeros' bin, which would dominate, counts like its neighbour."""
+    return np.concatenate([histogram.counts[1:2], histogram.counts[1:]])
+
+
+def _divergences_on(device: torch.device, histograms: Sequence[AbsHistogram]) -> Iterator[NDArray[np.float64]]:
+    for start in range(0, len(histograms), _AT_ONCE):
+        counts = np.stack([_without_zeros(histogram) for histogram in histograms[start : start + _AT_ONCE]])
+        yield from device_search.divergences(torch.from_numpy(counts).to(device)).cpu().numpy()
 
 
 def _divergences(counts: NDArray[np.int64]) -> NDArray[np.float64]:

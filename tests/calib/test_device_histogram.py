@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
+import ctypes
+import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +17,12 @@ from torch import Tensor, distributed, nn
 
 from calib import device_histogram
 from calib.calibrator import calibrate, collect
-from calib.device_histogram import BY_TORCH, DeviceHistograms
+from calib.cuda_histogram import SOURCE, CudaCounter
+from calib.device_histogram import DeviceHistograms, TorchCounter
 from calib.graph import trace
 from calib.histogram import SMALLEST, AbsHistogram
 from common.errors import InputError
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 VALUES = st.one_of(
     st.floats(width=32, allow_nan=False, allow_infinity=False),
@@ -101,32 +100,61 @@ def test_values_that_are_not_finite_are_refused_with_their_batch(value: float, w
         bank.finish()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-def test_triton_kernels_count_as_the_cpu_does() -> None:
-    # Triton's interpreter runs kernels on the CPU; it must be chosen before Triton is imported.
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.calib.test_device_histogram"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == "equal\n"
+CUDA_ON_THE_CPU = """
+#include <cmath>
+#include <cstring>
+#define __global__
+#define __device__
+#define __shared__ static
+struct float4 { float x, y, z, w; };
+static struct { int x; } threadIdx, blockIdx, blockDim = {1}, gridDim;
+static void __syncthreads() {}
+static unsigned __shfl_xor_sync(unsigned, unsigned value, int) { return value; }
+static void atomicAdd(int* to, int value) { *to += value; }
+static void atomicMax(unsigned* to, unsigned value) { if (*to < value) *to = value; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+%s
+extern "C" void launch(int blocks, const float* values, int size, int tensor, const double* ranges, unsigned* largest,
+                       int* out, int again)
+{
+    gridDim.x = blocks;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) count(values, size, tensor, ranges, largest, out, again);
+}
+"""
+"""The kernel as C++, blocks of one thread one after the other: its arithmetic, not its concurrency."""
 
 
-def main() -> None:
-    """Compare Triton's kernels, in its interpreter, with ``AbsHistogram``."""
-    from calib import triton_histogram
+@pytest.fixture(scope="module")
+def kernel_on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> type[TorchCounter]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("there is no g++ to compile the kernel with")
+    folder = tmp_path_factory.mktemp("kernel")
+    (folder / "kernel.cpp").write_text(CUDA_ON_THE_CPU % SOURCE)
+    library = folder / "kernel.so"
+    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]
+    subprocess.run([compiler, *options, folder / "kernel.cpp", "-o", library], check=True)
+    launch = ctypes.CDLL(str(library)).launch
 
-    kernels = device_histogram.Passes(triton_histogram.find_largest, triton_histogram.count)
-    device_histogram._passes = lambda device: kernels
+    class CounterOnTheCPU(TorchCounter):
+        def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
+            values = values.float()
+            pointers = [ctypes.c_void_p(one.data_ptr()) for one in (self._ranges, self._largest, self._counts)]
+            for again in (0,) if maximum_alone else (0, 1):
+                launch(3, ctypes.c_void_p(values.data_ptr()), values.numel(), tensor, *pointers, again)
+
+    return CounterOnTheCPU
+
+
+def test_the_gpu_kernels_arithmetic_is_the_cpus(
+    kernel_on_the_cpu: type[TorchCounter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_histogram, "TorchCounter", kernel_on_the_cpu)
     for batches in difficult():
         assert_counts_are_equal(batches)
-    assert_counts_are_equal([torch.randn(5000).half(), 9 * torch.randn(70).half()])
-    print("equal")
+    odd = torch.randn(5000)
+    assert_counts_are_equal([odd.half(), odd[1:], 9 * odd[:70]])
 
 
 class Dying(nn.Module):
@@ -193,12 +221,19 @@ def test_late_tensors_are_in_the_test() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("passes", ["own", "torch"])
-def test_gpu_counts_difficult_batches_as_the_cpu_does(passes: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if passes == "torch":
-        monkeypatch.setattr(device_histogram, "_passes", lambda device: BY_TORCH)
+@pytest.mark.parametrize("counter", [CudaCounter, TorchCounter])
+def test_gpu_counts_difficult_batches_as_the_cpu_does(
+    counter: type[CudaCounter | TorchCounter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_histogram, "_gpu_counter", lambda index: counter)
     for batches in [*difficult(), [torch.randn(3_000_000), 5 * torch.randn(70_001)]]:
         assert_counts_are_equal(batches, torch.device("cuda", 0))
+
+
+@pytest.mark.gpu
+def test_the_kernel_compiles(caplog: pytest.LogCaptureFixture) -> None:
+    assert device_histogram._gpu_counter(0) is CudaCounter
+    assert not caplog.messages
 
 
 @pytest.mark.gpu
@@ -206,7 +241,3 @@ def test_gpu_calibrates_as_the_cpu_does() -> None:
     ours = calibrate(trace(Dying()), images(9))
     gpu = calibrate(trace(Dying().cuda()), images(9))
     assert gpu.scales == pytest.approx(ours.scales, rel=1e-2)
-
-
-if __name__ == "__main__":
-    main()

@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
+from calib import device_search
+from calib import threshold as threshold_module
 from calib.histogram import AbsHistogram
 from calib.table import scale_to_hex
-from calib.threshold import threshold
+from calib.threshold import threshold, thresholds
 
 HERE = Path(__file__).parent / "tensorrt"
 ALGORITHMS = ("entropy2", "entropy", "minmax", "legacy")
@@ -38,12 +40,32 @@ def histograms():
     return found
 
 
+@pytest.fixture(scope="module")
+def scales():
+    found = json.loads((HERE / "scales.json").read_text())
+    assert len(found) == 296
+    return found
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_every_scale_is_tensorrts(histograms, algorithm):
-    scales = json.loads((HERE / "scales.json").read_text())
-    assert len(scales) == 296
+def test_every_scale_is_tensorrts(histograms, scales, algorithm):
     assert histograms.keys() == scales.keys()
     column = ALGORITHMS.index(algorithm)
     expected = {name: row[column] for name, row in scales.items()}
     found = {name: scale_to_hex(threshold(histograms[name], algorithm).value / 127) for name in scales}
     assert found == expected
+
+
+def test_the_search_for_a_gpu_finds_tensorrts_scales_too(histograms, scales, monkeypatch):
+    def search(counts):
+        return device_search.divergences(torch.from_numpy(counts)[None])[0].numpy()
+
+    monkeypatch.setattr(threshold_module, "_divergences", search)
+    found = {name: scale_to_hex(threshold(histograms[name]).value / 127) for name in scales}
+    assert found == {name: row[0] for name, row in scales.items()}
+
+
+@pytest.mark.gpu
+def test_the_search_on_a_gpu_finds_tensorrts_scales_too(histograms, scales):
+    found = thresholds([histograms[name] for name in scales], device=torch.device("cuda", 0))
+    assert [scale_to_hex(one.value / 127) for one in found] == [row[0] for row in scales.values()]

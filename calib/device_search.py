@@ -1,0 +1,72 @@
+"""The entropy search of many tensors at once, for a GPU: a millisecond for all tensors of a network.
+
+On the CPU, ``calib.threshold`` is faster with one tensor at a time. Both take the same candidates: their divergences
+differ by 1e-14, which is less than a tie.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from calib.histogram import BINS
+
+LEVELS = 128
+"""Levels that a candidate range is merged into: the non-negative INT8 codes."""
+_MAX_WIDTH = BINS // LEVELS
+
+
+def divergences(counts: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of every candidate, float64 [T, 1921]: ``calib.threshold`` explains the formula.
+
+    Args:
+        counts: int64 [T, 2048], on the device that computes; bin 0 counts like its neighbour.
+    """
+    level_runs, last = _positions(counts.device)
+    below = _cumulated(counts)
+    filled = _cumulated((counts > 0).long())
+    log_sums = _cumulated(_xlogx(counts))
+
+    runs = torch.zeros(len(counts), _MAX_WIDTH, BINS, dtype=torch.float64, device=counts.device)
+    for width in range(1, _MAX_WIDTH + 1):
+        sums = (below[:, width:] - below[:, :-width]).double()
+        bins = (filled[:, width:] - filled[:, :-width]).double()
+        runs[:, width - 1, : BINS + 1 - width] = sums * torch.log(sums.clamp(min=1) / bins.clamp(min=1))
+    levels = runs.flatten(1).index_select(1, level_runs).unflatten(1, (-1, LEVELS)).sum(dim=2)
+
+    kept, total = below[:, LEVELS:].double(), below[:, -1:].double()
+    added = total - kept
+    last_q = (below[:, LEVELS:] - below[:, last]) / ((filled[:, LEVELS:] - filled[:, last]) * kept)
+    usable = (counts[:, LEVELS - 1 :] > 0) & (filled[:, LEVELS:] > 1)
+    last_q = torch.where(usable, last_q, 1.0)
+    reference = log_sums[:, LEVELS - 1 : -1] + _xlogx(total - below[:, LEVELS - 1 : -1])
+    scaled = reference - _xlogx(total) - levels + _xlogx(kept) - added * torch.log(last_q)
+    return torch.where((kept > 0) & (usable | (added == 0)), scaled / total.clamp(min=1), torch.inf)
+
+
+def _cumulated(values: Tensor) -> Tensor:
+    """Sums of the first 0, 1, ... values of each row: [T, N] -> [T, N + 1]."""
+    return torch.nn.functional.pad(values.cumsum(dim=1), (1, 0))
+
+
+def _xlogx(counts: Tensor) -> Tensor:
+    """``x log x`` of counts, which are 0 or at least 1; 0 at 0."""
+    x = counts.double()
+    return x * torch.log(x.clamp(min=1))
+
+
+@cache
+def _positions(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where each candidate finds its levels, int64 on ``device``.
+
+    Returns:
+        Its levels as positions in the flattened runs [width - 1, start], [1921 * 128]; and where its last level
+        begins, [1921].
+    """
+    candidates = torch.arange(LEVELS, BINS + 1)[:, None]
+    # Bin j belongs to level floor(j * 128 / i), so that level l begins at ceil(l * i / 128).
+    bounds = -(-torch.arange(LEVELS + 1) * candidates // LEVELS)
+    runs = (bounds.diff(dim=1) - 1) * BINS + bounds[:, :-1]
+    return runs.flatten().to(device), bounds[:, -2].to(device)
