@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,8 +19,10 @@ from common.errors import ExitCode, InputError
 from common.run import Run
 
 if TYPE_CHECKING:
+    from jsonargparse import Namespace
+
     from calib.cache import Provenance
-    from calib.calibrator import Calibration
+    from calib.calibrator import Calibration, Histograms
     from calib.graph import Int8Plan, Network
     from calib.subset import Subset
     from calib.table import CalibrationTable
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from engines.base import Compiled, Engine
     from engines.tensorrt.calibration import TensorRTCalibration
     from engines.tensorrt.match import Pair
+    from evaluation.processes import Processes
     from models.checkpoint import CheckpointMeta
 
 logger = logging.getLogger("quantize")
@@ -58,6 +62,9 @@ class Job:
     meta: CheckpointMeta
     network: Network
     weights: str
+    processes: Processes
+    call: Callable[[], None]
+    """Calls the other processes to calibrate with this one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,26 +121,56 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
+    from evaluation.processes import joined
+
     config, flags = parse(parser(), argv)
-    if os.environ.get("WORLD_SIZE", "1") != "1":  # set by torchrun
-        raise InputError("calibration runs in one process: start quantize.py without torchrun")
-    start_logging()
-    config.engine.warn_of_threads()
+    with joined() as processes:
+        start_logging(logging.INFO if processes.first else logging.ERROR)
+        config.engine.warn_of_threads()
+        processes.divide(config.engine)
+        if not processes.first:
+            return helped(config, processes)
+        with processes.leading() as call:
+            return led(config, flags, processes, call)
+
+
+def opened(config: Config, processes: Processes, call: Callable[[], None]) -> Job:
+    """The trained network, ready to be calibrated."""
+    from calib.cache import weights_fingerprint
+    from calib.graph import trace
+    from models.checkpoint import load_checkpoint
+
+    run = Run(config.run, config.artifacts)
+    checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
+    meta = checkpoint.meta
+    network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
+    return Job(config, run, meta, network, weights_fingerprint(checkpoint.network), processes, call)
+
+
+def helped(config: Config, processes: Processes) -> int:
+    """In all processes but the first, which alone reads and writes the run: calibrate with it, if it does."""
+    failure: Exception | None = None
+    try:
+        collect = collector(opened(config, processes, lambda: None))
+    except Exception as error:  # noqa: BLE001 - raised again, when the others know
+        failure = error
+    if processes.called(failure):
+        collect()
+    return ExitCode.PASSED
+
+
+def led(config: Config, flags: Namespace, processes: Processes, call: Callable[[], None]) -> int:
+    """The command, in the first process."""
     if flags.keep_fp is not None:
         config.quantization.keep_fp = [name.strip() for name in flags.keep_fp.split(",") if name.strip()]
     run = Run(config.run, config.artifacts)
 
-    from calib.cache import weights_fingerprint
-    from calib.graph import trace
     from engines import select_engine
     from engines.tensorrt.support import mode_for_named_table
-    from models.checkpoint import load_checkpoint
 
     with run.locked(create=False):
-        checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
-        meta = checkpoint.meta
-        network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
-        job = Job(config, run, meta, network, weights_fingerprint(checkpoint.network))
+        job = opened(config, processes, call)
+        meta, network = job.meta, job.network
         logger.info("%s, trained on %s; seed %d", meta.network, meta.dataset.title, config.seed)
         for note in meta.dataset.notes:
             logger.warning("%s", note)
@@ -231,13 +268,9 @@ def wanted_provenance(job: Job) -> Provenance:
 
 def calibrate(job: Job, tensorrt_version: str) -> Calibration:
     """Run the reference calibrator over the representative subset, logging as sampleINT8 does."""
-    from calib.calibrator import algorithm_options, collect, find_thresholds
-    from calib.subset import draw
-    from models.reopen import reopen_data
+    from calib.calibrator import algorithm_options, find_thresholds
 
     config = job.config.calibration
-    data = reopen_data(job.meta, job.config.data)
-    subset = draw(data, len(data.info.classes), config, job.config.seed)
     logger.info(
         "calibration with %s: %d batches of %d images, subset '%s'",
         config.algorithm,
@@ -245,22 +278,57 @@ def calibrate(job: Job, tensorrt_version: str) -> Calibration:
         config.batch_size,
         config.subset,
     )
-
-    def progress(batch: int, seconds: float) -> None:
-        logger.info("  calibrated batch %d of %d in %.4f s", batch, config.batches, seconds)
-
-    def images() -> Iterator[Any]:
-        return (data.train_file.images(positions) for positions in subset.batches)
-
+    collect = collector(job)
+    job.call()
     start = time.perf_counter()
-    histograms = collect(job.network, images(), progress)
+    histograms = collect()
     calibration = find_thresholds(
         histograms, config.algorithm, tensorrt_version=tensorrt_version, options=algorithm_options(config)
     )
+    seconds = time.perf_counter() - start
     logger.info("  post-processing took %.4f s", calibration.post_seconds)
-    logger.info("calibration of %d images took %.4f s", histograms.images, time.perf_counter() - start)
+    logger.info(
+        "calibration of %d images took %.4f s (%.0f images/s)", histograms.images, seconds, histograms.images / seconds
+    )
     warn_of_clipping(calibration, job)
     return calibration
+
+
+def collector(job: Job) -> Callable[[], Histograms]:
+    """What makes the histograms over the representative subset, together with the other processes.
+
+    On the GPU, if there is one. Everything that can be found missing is found before.
+
+    Raises:
+        InputError: the data cannot be opened, the subset cannot be drawn, or there is no GPU for this process.
+    """
+    import torch
+
+    from calib.calibrator import collect
+    from calib.subset import SubsetImages, draw
+    from models.reopen import reopen_data
+
+    processes, config = job.processes, job.config.calibration
+    data = reopen_data(job.meta, job.config.data)
+    images = SubsetImages(data.train_file, draw(data, len(data.info.classes), config, job.config.seed))
+    device = processes.device(job.config.engine)
+    network = job.network
+    if device.type == "cuda":
+        logger.info("calibrating on %s", torch.cuda.get_device_name(device))
+        network = dataclasses.replace(network, module=copy.deepcopy(network.module).to(device))
+    if processes.count > 1 and job.config.engine.threads is not None:
+        torch.set_num_threads(job.config.engine.threads)
+    mine = -(-len(images) // processes.count)
+    shared = f" of the first of {processes.count} processes" if processes.count > 1 else ""
+
+    def progress(batch: int, seconds: float) -> None:
+        logger.info("  calibrated batch %d of %d%s in %.4f s", batch, mine, shared, seconds)
+
+    def run() -> Histograms:
+        with processes.group(device) as group:
+            return collect(network, images, progress, process_group=group)
+
+    return run
 
 
 def warn_of_clipping(calibration: Calibration, job: Job) -> None:

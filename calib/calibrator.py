@@ -311,19 +311,20 @@ def _every(batches: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:
 
 @contextmanager
 def _without_tf32(device: torch.device) -> Iterator[None]:
-    """On a GPU, compute convolutions and matrix products in full float32."""
+    """Make a GPU the current one, and compute convolutions and matrix products there in full float32."""
     if device.type != "cuda":
         yield
         return
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
+    cudnn = torch.backends.cudnn.flags(
+        enabled=torch.backends.cudnn.enabled,
+        benchmark=torch.backends.cudnn.benchmark,
+        deterministic=torch.backends.cudnn.deterministic,
+        allow_tf32=False,
+    )
     try:
-        with torch.backends.cudnn.flags(
-            enabled=torch.backends.cudnn.enabled,
-            benchmark=torch.backends.cudnn.benchmark,
-            deterministic=torch.backends.cudnn.deterministic,
-            allow_tf32=False,
-        ):
+        with torch.cuda.device(device), cudnn:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul

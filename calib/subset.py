@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -115,6 +116,27 @@ class Labelled(Protocol):
     def images(self, index: Tensor) -> Tensor:
         """float32 [B, C, H, W] at int64 positions."""
         ...
+
+
+class SubsetImages(Sequence[Tensor]):
+    """The images of a subset, batch by batch; each is read when it is asked for."""
+
+    def __init__(self, images: Labelled, subset: Subset) -> None:
+        self._images, self._positions = images, subset.batches
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, number: int) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, number: slice) -> Sequence[Tensor]: ...
+
+    def __getitem__(self, number: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(number, slice):
+            return [self[index] for index in range(*number.indices(len(self)))]
+        return self._images.images(self._positions[number])
 
 
 class TrainingData(Protocol):

@@ -69,11 +69,11 @@ def free_port() -> int:
         return port
 
 
-def torchrun(count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run ``evaluate.py`` in several processes."""
+def torchrun(count: int, *arguments: str | Path, program: str = "evaluate.py") -> subprocess.CompletedProcess[str]:
+    """Run a command in several processes."""
     launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
     return subprocess.run(
-        [sys.executable, "-m", *launcher, str(ROOT / "evaluate.py"), *map(str, arguments)],
+        [sys.executable, "-m", *launcher, str(ROOT / program), *map(str, arguments)],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -227,3 +227,46 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(
     assert result.returncode != 0
     assert f"error: {broken} is not a readable image" in result.stderr
     assert "internal error" not in result.stderr
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_processes_calibrate_with_the_table_of_one(digits: tuple[Path, dict[str, Any]], command: Command) -> None:
+    artifacts = digits[0]
+    common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", artifacts, "--engine", "torch")
+    table = artifacts / "lenet_digits" / "CalibrationTableLeNet"
+    # 5 batches leave the second process one fewer.
+    options = (*common, "--batches", "5", "--batch-size", "60", "--json", "--recalibrate")
+    alone = command("quantize.py", *options)
+    assert alone.returncode == 0, alone.stderr
+    expected = table.read_bytes()
+    table.unlink()
+
+    shared = torchrun(2, *options, program="quantize.py")
+
+    assert shared.returncode == 0, shared.stderr
+    assert table.read_bytes() == expected
+    ours, theirs = json.loads(shared.stdout), json.loads(alone.stdout)
+    assert ours["calibration"]["tensors"] == theirs["calibration"]["tensors"]
+    assert ours["calibration"]["images"] == 300
+    assert len(ours["calibration"]["batch_seconds"]) == 3
+    # The cached table serves, and the other process is not needed.
+    again = torchrun(2, *options[:-1], program="quantize.py")
+    assert again.returncode == 0, again.stderr
+    assert not json.loads(again.stdout)["table"]["calibrated"]
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+@pytest.mark.parametrize("arguments", [("--batches", "1000"), ("--keep-fp", "no_layer")])
+def test_what_one_process_cannot_do_ends_the_others(
+    digits: tuple[Path, dict[str, Any]], arguments: tuple[str, ...]
+) -> None:
+    common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", digits[0], "--engine", "torch")
+    result = torchrun(2, *common, "--recalibrate", *arguments, program="quantize.py")
+
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert 1 <= len(errors) <= 2, result.stderr
+    assert "internal error" not in result.stderr
+    assert "exitcode  : 2" in result.stderr
