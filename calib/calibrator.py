@@ -5,6 +5,7 @@ This is the reference calibrator. It follows TensorRT's IInt8EntropyCalibrator2 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import time
@@ -206,10 +207,64 @@ class _Seen:
         self.constant, self.same = not various, not different
 
 
+def collect_prefixes(
+    network: Network,
+    images: Callable[[int, int], Tensor],
+    counts: Iterable[int],
+    batch_size: int,
+    progress: Callable[[int, float], None] | None = None,
+) -> dict[int, Histograms]:
+    """Histograms of the first n images for several n, in one pass over the images of the largest.
+
+    Each is what :func:`collect` makes of these n images alone, in batches of ``batch_size`` and the rest.
+
+    Args:
+        network: The traced network.
+        images: Gives those from one position to another, float32 [N, C, H, W].
+        counts: The numbers of images, in any order.
+        batch_size: Images per batch.
+        progress: Called at each n with (n, seconds since the beginning).
+
+    Raises:
+        InputError: as :func:`collect` does.
+    """
+    wanted = sorted(set(counts))
+    start = time.perf_counter()
+    names = [name for name in network.tensors if network.scale_source[name] == name]
+    of = {name: AbsHistogram() for name in names}
+    found = {}
+    seen = _Seen(None)
+
+    def keep(count: int, histograms: dict[str, AbsHistogram]) -> None:
+        found[count] = Histograms(network, histograms, tuple(seen.seconds), count)
+        if progress is not None:
+            progress(count, time.perf_counter() - start)
+
+    for begin in range(0, wanted[-1], batch_size):
+        end = begin + batch_size
+        for count in wanted:
+            if begin < count < end:
+                part = copy.deepcopy(of)
+                _observe(network, images(begin, count), part, seen.count + 1)
+                keep(count, part)
+        if end <= wanted[-1]:
+            seen.run(images(begin, end), lambda batch: _observe(network, batch, of, seen.count + 1))
+        if end in wanted:
+            keep(end, copy.deepcopy(of))
+    return found
+
+
 def _collect_on_cpu(
     network: Network, names: Sequence[str], batches: Iterable[Any], seen: _Seen
 ) -> Mapping[str, AbsHistogram]:
     of = {name: AbsHistogram() for name in names}
+    for batch in batches:
+        seen.run(batch, lambda images: _observe(network, images, of, seen.count + 1))
+    return of
+
+
+def _observe(network: Network, images: Tensor, of: Mapping[str, AbsHistogram], number: int) -> None:
+    """Count batch ``number``, from 1, into the histograms."""
 
     def observe(name: str, value: Tensor) -> None:
         histogram = of.get(name)
@@ -218,11 +273,9 @@ def _collect_on_cpu(
         try:
             histogram.add(value)
         except InputError as error:
-            raise InputError(f"calibration batch {seen.count + 1}, tensor {name}: {error}") from error
+            raise InputError(f"calibration batch {number}, tensor {name}: {error}") from error
 
-    for batch in batches:
-        seen.run(batch, lambda images: network.run(images, observe))
-    return of
+    network.run(images, observe)
 
 
 def _collect_on_device(

@@ -6,13 +6,15 @@ All run the exact integer simulation on the validation images: the test set is f
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from calib.calibrator import Histograms, algorithm_options, collect, find_thresholds
+from calib.calibrator import Histograms, algorithm_options, collect, collect_prefixes, find_thresholds
 from calib.graph import Network, plan_int8
 from calib.subset import draw
 from calib.table import CalibrationTable
@@ -22,6 +24,8 @@ from engines.base import Compiled
 from engines.integer import IntegerNetwork
 from evaluation.accuracy import measure, paired
 from evaluation.analysis import layers_to_keep, sample, sensitivities
+
+logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 256
 
@@ -114,10 +118,12 @@ def sweep_images(
 ) -> list[SweepPoint]:
     """Calibrate with more and more images, several times each.
 
+    Every seed draws one subset, of the largest number of images, and reads it once: fewer images are its first ones.
+
     Args:
         network: The traced network.
         data: Calibrated on its training images, measured on its validation images.
-        config: The algorithm and the kind of subset; batches keep their size where the number of images allows it.
+        config: The algorithm, the kind of subset and the size of the batches, of which the last may be smaller.
         quantization: Layers kept in float.
         counts: Numbers of calibration images.
         seeds: One calibration each.
@@ -125,17 +131,27 @@ def sweep_images(
     Raises:
         InputError: there are not as many images, or too few for every class.
     """
-    tables = []
-    for count in counts:
-        # Every batch is full: the largest size up to the configured one that divides the count.
-        size = max(size for size in range(1, min(config.batch_size, count) + 1) if count % size == 0)
-        part = dataclasses.replace(config, batches=count // size, batch_size=size)
-        for seed in seeds:
-            histograms = subset_histograms(network, data, part, seed)
-            tables.append(find_thresholds(histograms, part.algorithm, options=algorithm_options(part)).table)
-    found = outcomes(network, data, quantization, tables)
+    largest = max(counts)
+    # One batch of all images, where they are not a whole number of batches: only their order matters here.
+    size = config.batch_size if largest % config.batch_size == 0 else largest
+    whole = dataclasses.replace(config, batches=largest // size, batch_size=size)
+    found: dict[tuple[int, int], CalibrationTable] = {}
+    for seed in seeds:
+        positions = draw(data, len(data.info.classes), whole, seed).positions
+
+        def images(begin: int, end: int, positions: Tensor = positions) -> Tensor:
+            return data.train_file.images(positions[begin:end])
+
+        def progress(count: int, seconds: float, seed: int = seed) -> None:
+            logger.info("  seed %d: calibrated %d images, %.0f images/s", seed, count, count / seconds)
+
+        for count, histograms in collect_prefixes(network, images, counts, config.batch_size, progress).items():
+            options = algorithm_options(config)
+            found[count, seed] = find_thresholds(histograms, config.algorithm, options=options).table
+    tables = [found[count, seed] for count in counts for seed in seeds]
+    measured = outcomes(network, data, quantization, tables)
     return [
-        SweepPoint(count, tuple(found[index * len(seeds) : (index + 1) * len(seeds)]))
+        SweepPoint(count, tuple(measured[index * len(seeds) : (index + 1) * len(seeds)]))
         for index, count in enumerate(counts)
     ]
 

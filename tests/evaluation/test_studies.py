@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
-from calib.calibrator import find_thresholds
+from calib.calibrator import calibrate, find_thresholds
 from calib.graph import Network, trace
+from calib.subset import draw
 from common.config import CalibrationConfig, DataConfig, QuantizationConfig
 from data import Splits, open_splits
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
@@ -53,8 +56,17 @@ def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: Spl
     assert first.scales != second.scales
     assert all(0 <= spread < 1 for spread in points[0].spread.values())
     alone = sweep_images(network, data, CONFIG, QuantizationConfig(), [50], [0])[0]
-    assert alone.outcomes[0].scales == first.scales
     assert set(alone.spread.values()) == {0.0}
+
+
+def test_fewer_images_of_a_sweep_are_the_first_of_the_most(network: Network, data: Splits) -> None:
+    counts = [40, 150, 130, 100]
+    points = sweep_images(network, data, CONFIG, QuantizationConfig(), counts, [7])
+    subset = draw(data, len(data.info.classes), dataclasses.replace(CONFIG, batches=3), 7)
+    assert [point.images for point in points] == counts
+    for point in points:
+        batches = [data.train_file.images(part) for part in subset.positions[: point.images].split(50)]
+        assert point.outcomes[0].scales == calibrate(network, batches).scales
 
 
 def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: Splits) -> None:
