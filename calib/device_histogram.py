@@ -226,7 +226,14 @@ def widen(before: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """The ranges (float64) that hold ``largest`` as well, and how often they double (int64); 0 is no range yet."""
     start = torch.where(before == 0, largest, before)
     doublings = torch.where(largest.isfinite(), _doublings(start, largest).clamp(min=0), 0)
-    return torch.ldexp(start, doublings.double()), doublings
+    # ldexp multiplies by a power that a GPU need not compute exactly.
+    return start * _powers_of_two(before.device)[doublings], doublings
+
+
+@cache
+def _powers_of_two(device: torch.device) -> Tensor:
+    """2**0, 2**1, ...: float64 [256], as many as there are between float32's normal numbers."""
+    return torch.tensor([2.0**power for power in range(256)], dtype=torch.float64).to(device)
 
 
 def _doublings(small: Tensor, large: Tensor) -> Tensor:
