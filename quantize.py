@@ -29,8 +29,7 @@ if TYPE_CHECKING:
     from common.macs import MacCount
     from data import ImageSet
     from engines import Selection
-    from engines.base import Compiled, Engine
-    from engines.tensorrt.calibration import TensorRTCalibration
+    from engines.base import Compiled, Engine, OwnCalibration
     from engines.tensorrt.match import Pair
     from evaluation.processes import Processes
     from models.checkpoint import CheckpointMeta
@@ -71,7 +70,7 @@ class Job:
 class ByTensorRT:
     """TensorRT's own calibration, side by side with ours."""
 
-    calibration: TensorRTCalibration
+    calibration: OwnCalibration
     pairs: tuple[Pair, ...]
 
 
@@ -350,35 +349,18 @@ def calibrated_by_tensorrt(job: Job, engine: Engine, table: Table, recalibrate: 
     """
     from calib.subset import draw
     from engines import EngineError
-    from engines.tensorrt.calibration import calibrate as calibrate_by_tensorrt
-    from engines.tensorrt.engine import TorchTensorRTEngine
     from engines.tensorrt.match import compare, made_by
     from models.reopen import reopen_data
-
-    if not isinstance(engine, TorchTensorRTEngine):
-        return None
-    # The table's own, as the engine asks for it, whatever the configuration says.
-    algorithm: AlgorithmName = table.table.algorithm  # type: ignore[assignment]
-    try:
-        mode, why = engine.mode(algorithm)
-    except EngineError as error:
-        raise InputError(str(error)) from error
-    logger.info("INT8 through TensorRT is %s: %s", mode, why)
-    if mode == "explicit":
-        return None
 
     def images() -> tuple[ImageSet, Subset]:
         data = reopen_data(job.meta, job.config.data)
         return data.train_file, draw(data, len(data.info.classes), job.config.calibration, job.config.seed)
 
-    path = job.run.tensorrt_table(job.network.name)
-    provenance = dataclasses.replace(wanted_provenance(job), algorithm=algorithm)
-    result = calibrate_by_tensorrt(job.network, images, path, provenance, job.config.engine, recalibrate)
-    if result.calibrated:
-        logger.info("TensorRT calibrated in %.3f s and wrote %s", result.seconds, path)
-    else:
-        logger.info("using TensorRT's cached table: %s", result.reason)
-    return ByTensorRT(result, compare(table.table, result.table, made_by(job.network)))
+    try:
+        own = engine.own_calibration(job.network, table.table, images, wanted_provenance(job), recalibrate)
+    except EngineError as error:
+        raise InputError(str(error)) from error
+    return ByTensorRT(own, compare(table.table, own.table, made_by(job.network))) if own else None
 
 
 def prepared(job: Job, selection: Selection, precision: PrecisionName, table: Table | None) -> Compiled:

@@ -42,10 +42,6 @@ class Run:
         """Our calibration table, by the tensor names of our ONNX file."""
         return self.folder / f"CalibrationTable{network}"
 
-    def tensorrt_table(self, network: str) -> Path:
-        """The table that TensorRT itself writes, by its own tensor names."""
-        return self.folder / "tensorrt" / f"CalibrationTable{network}"
-
     def onnx_table(self, network: str) -> Path:
         """Our table with an entry for every value of the float ONNX file, for tools that match them by name."""
         return self.folder / f"CalibrationTable{network}_onnx"

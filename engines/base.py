@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from calib.cache import Provenance
 from calib.graph import Int8Plan, Network
+from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import PrecisionName
 from common.macs import MacCount
@@ -52,8 +55,27 @@ class Compiled:
         return self.run(images)
 
 
+@dataclass(frozen=True)
+class OwnCalibration:
+    """The calibration table that an engine made for itself, by its own tensor names.
+
+    Attributes:
+        table: The table.
+        path: Its file.
+        calibrated: Whether the engine calibrated now; otherwise the file was reused and no data was touched.
+        reason: Why.
+        seconds: That the calibration took.
+    """
+
+    table: CalibrationTable
+    path: Path
+    calibrated: bool
+    reason: str
+    seconds: float = 0.0
+
+
 class Engine(Protocol):
-    """A way to execute a network."""
+    """A way to execute a network; engines derive from it."""
 
     name: str
 
@@ -73,6 +95,32 @@ class Engine(Protocol):
             EngineError: not possible here; the caller lists the precision as skipped with this reason.
         """
         ...
+
+    def own_calibration(
+        self,
+        network: Network,
+        table: CalibrationTable,
+        images: Callable[[], tuple[Labelled, Subset]],
+        provenance: Provenance,
+        recalibrate: bool = False,
+    ) -> OwnCalibration | None:
+        """Calibrate with the engine's own calibrator, before ``compile`` runs INT8 from the table that it makes.
+
+        Args:
+            network: As ``compile`` takes it.
+            table: As ``compile`` takes it.
+            images: Opens the images, and the batches of them that ``table`` was made from; called only if the engine
+                has to calibrate.
+            provenance: What ``table`` was made from.
+            recalibrate: Whether to calibrate even if the engine's table still serves.
+
+        Returns:
+            None where the engine runs INT8 from ``table``, as all do but TensorRT with implicit quantization.
+
+        Raises:
+            EngineError: not possible here.
+        """
+        return None
 
 
 def int8_size(plan: Int8Plan) -> int:

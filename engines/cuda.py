@@ -15,7 +15,7 @@ from torch import Tensor
 from calib.graph import Network
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName
-from engines.base import Compiled, EngineError
+from engines.base import Compiled, Engine, EngineError
 from engines.gpu import GpuError, find_gpu, precision_problem
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ WARM_UP_RUNS = 3
 """Before a capture: cuDNN has then chosen its kernels, and every buffer is allocated."""
 
 
-class CudaEngine:
+class CudaEngine(Engine):
     """PyTorch on an NVIDIA GPU, with cuDNN's benchmark mode; a baseline beside the TensorRT rows.
 
     Args:

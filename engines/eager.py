@@ -10,11 +10,11 @@ from torch import Tensor
 from calib.graph import Network, plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
-from engines.base import Compiled, EngineError, int8_size
+from engines.base import Compiled, Engine, EngineError, int8_size
 from engines.integer import IntegerNetwork
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """PyTorch on the CPU, layer by layer."""
 
     name = "torch"

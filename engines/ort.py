@@ -22,7 +22,7 @@ from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
 from common.threads import available_cores
-from engines.base import Compiled, EngineError
+from engines.base import Compiled, Engine, EngineError
 from engines.ort_macs import IN_FLOAT, executed_macs
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ _DOT_PRODUCTS: Final = {
 }
 
 
-class OnnxRuntimeEngine:
+class OnnxRuntimeEngine(Engine):
     """ONNX Runtime's CPU provider.
 
     Args:

@@ -8,22 +8,23 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 from calib import cache
 from calib.graph import Network
-from calib.subset import Subset
+from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig
 from common.decode import encode
 from common.errors import InputError
 from common.files import write_bytes, write_json
+from engines.base import OwnCalibration
 from engines.gpu import precision_problem
 from engines.tensorrt import build as building
 from engines.tensorrt.build import Build, build_engine, refuse_partial
-from engines.tensorrt.calibrator import Images, data_calibrator
+from engines.tensorrt.calibrator import data_calibrator
 from engines.tensorrt.support import (
     Installed,
     TensorRTError,
@@ -35,25 +36,6 @@ from engines.tensorrt.support import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class TensorRTCalibration:
-    """TensorRT's own table of a network, by its own tensor names.
-
-    Attributes:
-        table: The table.
-        path: Its file.
-        calibrated: Whether TensorRT calibrated now; otherwise the file was reused and no data was touched.
-        reason: Why.
-        seconds: That the calibration took.
-    """
-
-    table: CalibrationTable
-    path: Path
-    calibrated: bool
-    reason: str
-    seconds: float = 0.0
 
 
 def decide(path: Path, wanted: cache.Provenance, recalibrate: bool = False) -> cache.Decision:
@@ -90,12 +72,12 @@ def own_provenance(provenance: cache.Provenance, network: Network, installed: In
 
 def calibrate(
     network: Network,
-    images: Callable[[], tuple[Images, Subset]],
+    images: Callable[[], tuple[Labelled, Subset]],
     path: Path,
     provenance: cache.Provenance,
     config: EngineConfig,
     recalibrate: bool = False,
-) -> TensorRTCalibration:
+) -> OwnCalibration:
     """Have TensorRT calibrate ``network``, unless the table that it wrote before still fits.
 
     TensorRT calibrates while it builds an engine; the engine of the calibration batch is thrown away, and each engine
@@ -124,7 +106,7 @@ def calibrate(
     provenance = own_provenance(provenance, network, installed)
     decision = decide(path, provenance, recalibrate)
     if decision.table is not None:
-        return TensorRTCalibration(decision.table, path, calibrated=False, reason=decision.reason)
+        return OwnCalibration(decision.table, path, calibrated=False, reason=decision.reason)
     logger.info("TensorRT %s calibrates %s: %s", installed.tensorrt, network.name, decision.reason)
     source, subset = images()
     start = time.perf_counter()
@@ -140,14 +122,14 @@ def calibrate(
     )
     table = CalibrationTable.loads(content.decode("utf-8"), "the table that TensorRT wrote")
     store(path, content, provenance)
-    return TensorRTCalibration(table, path, True, decision.reason, time.perf_counter() - start)
+    return OwnCalibration(table, path, True, decision.reason, time.perf_counter() - start)
 
 
 def run_calibration(
     torch_tensorrt: ModuleType,
     installed: Installed,
     network: Network,
-    source: Images,
+    source: Labelled,
     subset: Subset,
     algorithm: AlgorithmName,
     build: Build,

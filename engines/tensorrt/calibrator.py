@@ -21,37 +21,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Subset as DatasetSubset
 
-from calib.subset import Subset
+from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable, Legacy
 from common.config import AlgorithmName
 from engines.tensorrt.support import TENSORRT_ALGORITHMS, TensorRTError, algorithm_problem
 
 
-class Images(Protocol):
-    """Images to calibrate from, indexable by position."""
-
-    def __len__(self) -> int: ...
-
-    def images(self, index: Tensor) -> Tensor:
-        """The images at the int64 positions ``index``: float32 [B, C, H, W]."""
-        ...
-
-
 class _Batches(Dataset[Tensor]):
     """Images alone, whole batches at a time (``__getitems__`` is what a DataLoader asks for a batch)."""
 
-    def __init__(self, source: Images) -> None:
+    def __init__(self, source: Labelled) -> None:
         self._source = source
-
-    def __len__(self) -> int:
-        return len(self._source)
 
     def __getitem__(self, index: int) -> Tensor:
         return self._source.images(torch.tensor([index]))[0]
@@ -106,7 +93,7 @@ class CalibratorRun:
 
 def data_calibrator(
     torch_tensorrt: ModuleType,
-    source: Images,
+    source: Labelled,
     subset: Subset,
     table: Path,
     algorithm: AlgorithmName,

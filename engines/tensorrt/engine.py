@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,18 +20,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calib.cache import read_provenance, weights_fingerprint
+from calib.cache import Provenance, read_provenance, weights_fingerprint
 from calib.explicit import fake_quantize, place_in_front
 from calib.graph import Network, plan_int8
+from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
-from engines.base import Compiled, EngineError
+from engines.base import Compiled, Engine, EngineError, OwnCalibration
 from engines.cuda import capture
 from engines.gpu import Gpu, precision_problem
 from engines.tensorrt import build as building
 from engines.tensorrt import files
 from engines.tensorrt.build import Build, build_engine, takes_half
+from engines.tensorrt.calibration import calibrate
 from engines.tensorrt.calibrator import CalibratorRun, table_calibrator
 from engines.tensorrt.files import EngineRecord
 from engines.tensorrt.form import for_tensorrt
@@ -49,7 +51,7 @@ from engines.tensorrt.support import (
 logger = logging.getLogger(__name__)
 
 
-class TorchTensorRTEngine:
+class TorchTensorRTEngine(Engine):
     """Torch-TensorRT on an NVIDIA GPU.
 
     Args:
@@ -140,6 +142,36 @@ class TorchTensorRTEngine:
             },
         )
 
+    def own_calibration(
+        self,
+        network: Network,
+        table: CalibrationTable,
+        images: Callable[[], tuple[Labelled, Subset]],
+        provenance: Provenance,
+        recalibrate: bool = False,
+    ) -> OwnCalibration | None:
+        """See :meth:`engines.base.Engine.own_calibration`: TensorRT's own, where INT8 is implicit."""
+        # The table's own, as ``compile`` asks for it, whatever the configuration says.
+        algorithm: AlgorithmName = table.algorithm  # type: ignore[assignment]
+        mode, why = self.mode(algorithm)
+        logger.info("INT8 through TensorRT is %s: %s", mode, why)
+        if mode == "explicit":
+            return None
+        path = self._own_table_path(network)
+        provenance = replace(provenance, algorithm=algorithm)
+        try:
+            own = calibrate(network, images, path, provenance, self._config, recalibrate)
+        except TensorRTError as error:
+            raise EngineError(str(error)) from error
+        if own.calibrated:
+            logger.info("TensorRT calibrated in %.3f s and wrote %s", own.seconds, path)
+        else:
+            logger.info("using TensorRT's cached table: %s", own.reason)
+        return own
+
+    def _own_table_path(self, network: Network) -> Path:
+        return self._folder / "tensorrt" / f"CalibrationTable{network.name}"
+
     def _job(
         self,
         torch_tensorrt: ModuleType,
@@ -167,7 +199,7 @@ class TorchTensorRTEngine:
             content = table.dumps().encode()
             module = fake_quantize(plan, place_in_front(plan))
             return Job(network.name, "int8-explicit", module, build, False, content, None, details)
-        path = self._folder / "tensorrt" / f"CalibrationTable{network.name}"
+        path = self._own_table_path(network)
         content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
 
         def calibrator() -> CalibratorRun:

@@ -61,7 +61,7 @@ def test_any_name_stays_in_its_folder_or_is_refused(name):
         run = Run(name, Path("/artifacts"))
     except InputError:
         return
-    paths = [run.checkpoint, run.table("N"), run.tensorrt_table("N"), run.onnx("N", "fp32"), run.onnx_table("N")]
+    paths = [run.checkpoint, run.table("N"), run.onnx("N", "fp32"), run.onnx_table("N")]
     for path in paths:
         assert os.path.normpath(path) == str(path)
         assert path.is_relative_to(Path("/artifacts") / name)
