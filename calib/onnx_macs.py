@@ -73,6 +73,14 @@ def count_macs(
     """
     sizes = _shapes(model, shapes or {})
     graph = Graph(model)
+    unknown = {
+        value
+        for _, node in products(graph)
+        if _macs(node, sizes) is None
+        for value in (*(node.input[slot] for slot in _OPERANDS[node.op_type]), node.output[0])
+    }
+    if unknown:
+        sizes |= _observed_shapes(model, unknown, sizes)
     layers: list[LayerMacs] = []
     uncounted = [node.name or node.op_type for node in subgraph_nodes(model) if _multiplies(node)]
     uncounted += [node.name or node.op_type for node in graph.nodes if node.op_type in _OPAQUE]
@@ -121,6 +129,51 @@ def _shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[
                 size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
             ]
     return shapes
+
+
+def _observed_shapes(
+    model: onnx.ModelProto, values: set[str], sizes: Mapping[str, list[int | None]]
+) -> dict[str, list[int | None]]:
+    """Value -> shape, seen in a run on zeros: shape inference does not compute sizes that the network computes itself.
+
+    Empty where the network does not run on them: an input of a free size, weights elsewhere, no ONNX Runtime.
+    """
+    import numpy as np
+    import onnx
+
+    run = onnx.ModelProto()
+    run.CopyFrom(model)
+    outputs = {value.name for value in run.graph.output}
+    wanted = sorted(values - {value.name for value in run.graph.input} - Graph(model).constant)
+    run.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in wanted if name not in outputs)
+    try:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors are raised as well
+        session = onnxruntime.InferenceSession(run.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        inputs = {value.name: sizes[value.name] for value in session.get_inputs()}
+        types = {value.name: value.type.tensor_type.elem_type for value in run.graph.input}
+        zeros = {
+            name: np.zeros(_known(shape), onnx.helper.tensor_dtype_to_np_dtype(types[name]))
+            for name, shape in inputs.items()
+        }
+        found = session.run(wanted, zeros)
+    except Exception:  # noqa: BLE001 - what ONNX Runtime raises has no base class of its own
+        return {}
+    return {name: list(array.shape) for name, array in zip(wanted, found, strict=True)}
+
+
+def _known(shape: Sequence[int | None]) -> list[int]:
+    """A shape all of whose sizes are known.
+
+    Raises:
+        ValueError: one is not.
+    """
+    sizes = [size for size in shape if size is not None]
+    if len(sizes) != len(shape):
+        raise ValueError("a size is not known")
+    return sizes
 
 
 def _multiplies(node: onnx.NodeProto) -> bool:

@@ -157,3 +157,31 @@ def test_a_free_size_is_not_counted_unless_it_is_given() -> None:
 
     assert (count_macs(made, "").layers, count_macs(made, "").uncounted) == ([], ["y"])
     assert count_macs(made, "", shapes={"x": (1, 3, 10, 12)}).total == 8 * 80 * 27
+
+
+def test_sizes_that_the_network_computes_are_seen_in_a_run() -> None:
+    """As torch.chunk is exported: half of the channels, computed from the shape."""
+    constants = {
+        "one": np.array(1),
+        "two": np.array(2),
+        "axes": np.array([1]),
+        "zero": np.array([0]),
+        "w": np.ones((5, 2, 3, 3), np.float32),
+    }
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "one"], ["channels"]),
+        helper.make_node("Div", ["channels", "two"], ["half"]),
+        helper.make_node("Mul", ["half", "one"], ["end"]),
+        helper.make_node("Cast", ["end"], ["rounded"], to=TensorProto.FLOAT),
+        helper.make_node("Cast", ["rounded"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Unsqueeze", ["whole", "zero"], ["ends"]),
+        helper.make_node("Slice", ["x", "zero", "ends", "axes"], ["part"]),
+        helper.make_node("Conv", ["part", "w"], ["y"]),
+        helper.make_node("Slice", ["y", "zero", "ends", "axes"], ["some"]),
+        helper.make_node("Conv", ["some", "w"], ["z"]),
+    ]
+    count = count_macs(model(nodes, {"x": ["b", 4, 10, 10]}, constants), "")
+
+    assert [(layer.layer, layer.macs) for layer in count.layers] == [("y", 5 * 64 * 18), ("z", 5 * 36 * 18)]
+    assert count.uncounted == []
