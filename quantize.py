@@ -173,6 +173,7 @@ def led(config: Config, flags: Namespace, processes: Processes, call: Callable[[
         logger.info("%s, trained on %s; seed %d", meta.network, meta.dataset.title, config.seed)
         for note in meta.dataset.notes:
             logger.warning("%s", note)
+        logger.info("traced by %s", network.traced_by)
         for tensor, operation in network.unsupported.items():
             logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
         if flags.compare_algorithms or flags.sweep_images:
@@ -618,6 +619,7 @@ def summarize(
     summary: dict[str, Any] = {
         "run": job.run.name,
         "network": job.network.name,
+        "traced_by": job.network.traced_by,
         "seed": job.config.seed,
         "dataset": job.meta.dataset.name,
         "notes": list(job.meta.dataset.notes),

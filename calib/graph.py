@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import copy
 import inspect
-import linecache
 import logging
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -21,9 +19,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+from torch.utils import _pytree
 
 from calib.constants import fold_constants
 from calib.table import CalibrationTable
+from calib.task import Task, find_task
+from calib.trace_check import ModelCheck, RefusedError, where
+from calib.trace_export import export_graph, is_exported, plain_execution
 from common.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
@@ -68,6 +70,9 @@ _FUNCTIONS: Final[Mapping[Callable[..., Any], str]] = {
     torch.add: "add",
     operator.add: "add",
     operator.iadd: "add",
+    torch.matmul: "matmul",
+    torch.bmm: "matmul",
+    operator.matmul: "matmul",
     torch.cat: "concat",
     torch.concat: "concat",
     F.softmax: "softmax",
@@ -80,6 +85,9 @@ _FUNCTIONS: Final[Mapping[Callable[..., Any], str]] = {
     torch.transpose: "view",
     torch.chunk: "view",
     torch.split: "view",
+    torch.unbind: "view",
+    torch.select: "view",
+    torch.unflatten: "view",
     F.dropout: "nothing",
     getattr: "shape",
 }
@@ -88,6 +96,8 @@ _METHODS: Final[Mapping[str, str]] = {
     "relu_": "relu",
     "add": "add",
     "add_": "add",
+    "matmul": "matmul",
+    "bmm": "matmul",
     "softmax": "softmax",
     "flatten": "view",
     "reshape": "view",
@@ -99,13 +109,16 @@ _METHODS: Final[Mapping[str, str]] = {
     "contiguous": "view",
     "chunk": "view",
     "split": "view",
+    "unbind": "view",
+    "select": "view",
+    "unflatten": "view",
     "size": "shape",
     "dim": "shape",
 }
 
 MOVES_VALUES: Final = frozenset({"maxpool", "view", "concat"})
 """Operations that only move or choose values: quantizing what they read is quantizing what they give."""
-QUANTIZABLE: Final = frozenset({"conv", "linear", "add", "avgpool", "activation"})
+QUANTIZABLE: Final = frozenset({"conv", "linear", "matmul", "add", "avgpool", "activation"})
 """Kinds of layer that run in INT8, quantizing their inputs."""
 
 
@@ -115,7 +128,8 @@ class Layer:
 
     Attributes:
         name: As in the calibration table (the name of its own output tensor, before an in-place ReLU too).
-        kind: ``conv``, ``linear``, ``add``, ``avgpool``, ``activation`` or ``softmax``.
+        kind: ``conv``, ``linear``, ``matmul`` (of two activations), ``add``, ``avgpool``, ``activation`` or
+            ``softmax``.
         node: Name of its fx node.
         inputs: Names of the fx nodes of its activations.
         target: Path of its module in ``Network.module``; None for a function.
@@ -135,7 +149,7 @@ class Network:
     Attributes:
         name: Names the table's file: ``CalibrationTable<name>``.
         module: Eval mode, batch normalisation folded, dropout removed, no in-place operation; one input ``data``
-            float32 [B, C, H, W], one output ``prob`` float32 [B, classes].
+            float32 [B, C, H, W]; its output is the model's: a tensor, or a tuple of tensors where there are several.
         tensors: Names of the calibration table, in network order.
         tensor_of: fx node name -> tensor name. A reshape or dropout is its input's tensor, as in Caffe; the value
             before an in-place ReLU has no name of its own, the value after it has the layer's.
@@ -145,6 +159,10 @@ class Network:
         layers: What can run in INT8, in network order.
         unsupported: Tensor name -> operation that stays in float.
         input_shape: (C, H, W) of one image, where ``trace`` was told; exporting needs it.
+        outputs: fx node names of the output tensors, in order.
+        output_names: What the model calls its outputs (``logits``, ``out``); ``output`` where it gives one tensor.
+        task: ``classify``, ``regress``, ``embed`` or ``detect``, as :func:`calib.task.find_task` found it.
+        traced_by: ``torch.fx``, or ``torch.export`` and why not ``torch.fx``.
     """
 
     name: str
@@ -157,8 +175,17 @@ class Network:
     layers: tuple[Layer, ...]
     unsupported: Mapping[str, str]
     input_shape: tuple[int, int, int] | None = None
+    outputs: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ("output",)
+    task: Task = "classify"
+    traced_by: str = "torch.fx"
 
-    def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Tensor:
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the network ends in a softmax of its own."""
+        return self.kinds.get(self.outputs[0]) == "softmax" if len(self.outputs) == 1 else False
+
+    def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Any:
         """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
 
         Args:
@@ -166,14 +193,14 @@ class Network:
             observe: Must not modify the value.
 
         Returns:
-            Probabilities, float32 [B, classes].
+            What the model gives: a tensor, or a tuple of tensors.
 
         Raises:
             InputError: the images do not fit the network.
         """
         with torch.inference_mode():
             try:
-                return _Observed(self, observe).run(images)  # type: ignore[no-any-return]
+                return _Observed(self, observe).run(images)
             except RuntimeError as error:
                 raise InputError(
                     f"network {self.name} does not take images of shape {tuple(images.shape)}: {first_line(error)}"
@@ -209,111 +236,132 @@ class _Tracer(fx.Tracer):
 def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int, int] | None = None) -> Network:
     """Describe ``model`` for calibration and quantization; ``model`` itself is left as it is.
 
+    ``torch.fx`` traces it; where that fails, or leaves convolutions or matrix products inside what it does not look
+    into, ``torch.export`` does (:mod:`calib.trace_export`). Nothing is appended: the outputs are the model's.
+
     Args:
-        model: A classifier from float32 [B, C, H, W] to [B, classes]; a softmax is appended if it does not end in one.
+        model: From float32 [B, C, H, W] to a tensor, or a tuple, list, dictionary or dataclass of tensors. A module
+            that ``torch.export`` made, too, and an ``ExportedProgram``.
         name: Name of the network; the class name if None.
-        input_shape: (C, H, W) of one image; the ONNX export and the ONNX Runtime engine need it. What was traced is
-            then checked against ``model`` on two random images.
+        input_shape: (C, H, W) of one image; ``torch.export``, the ONNX export and the ONNX Runtime engine need it.
+            What was traced is then checked against ``model`` on random images.
 
     Raises:
-        InputError: ``torch.fx`` cannot trace it, it has more than one input or output, or it computes something else
-            once traced.
+        InputError: neither can trace it, it has more than one input, or it computes something else once traced.
     """
     name = name or type(model).__name__
-    try:
-        root = copy.deepcopy(model).eval().requires_grad_(False)
-        _bake_parametrizations(root)
-    except Exception as error:
-        raise InputError(f"network {name} cannot be copied: {first_line(error)}") from error
-    try:
-        graph = _Tracer().trace(root)
-    except Exception as error:  # what user code raises under tracing is open-ended
-        raise InputError(f"network {name} cannot be traced: {first_line(error)}{_where(error)}") from error
-    module = fx.GraphModule(root, graph, class_name=name)
-    _check_ends(module, name)
-    try:
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    with plain_execution():
+        return _Tracing(model, name, input_shape).network()
+
+
+class _Tracing:
+    """The ways to trace one model, tried in turn."""
+
+    def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int] | None) -> None:
+        self._model = model
+        self._name = name
+        self._shape = shape
+        self._check = ModelCheck(self._copy(), name, shape) if shape is not None else None
+
+    def _copy(self) -> nn.Module:
+        """A copy to work on; a module of ``torch.export``, which has no modes, is always as it was exported."""
+        try:
+            root = copy.deepcopy(self._model)
+            if not is_exported(root):
+                root.eval()
+            root.requires_grad_(False)
+            _bake_parametrizations(root)
+        except Exception as error:
+            raise InputError(f"network {self._name} cannot be copied: {first_line(error)}") from error
+        return root
+
+    def network(self) -> Network:
+        """By the first way that succeeds; the last one's result or error where none is perfect."""
+        if is_exported(self._model):
+            return self._exported("")
+        try:
+            found = self._by_fx()
+        except RefusedError:
+            raise
+        except InputError as error:
+            if self._shape is None:
+                raise
+            return self._exported(f"cannot: {error}")
+        hidden = _hidden_products(found.module, found.kinds) if self._shape is not None else []
+        if not hidden:
+            return found
+        try:
+            return self._exported(f"does not look into {_some(hidden)}")
+        except InputError as error:
+            logger.warning("%s: %s stays in float, since torch.export fails: %s", self._name, _some(hidden), error)
+            return found
+
+    def _by_fx(self) -> Network:
+        root = self._copy()
+        try:
+            graph = _Tracer().trace(root)
+        except Exception as error:  # what user code raises under tracing is open-ended
+            raise InputError(f"network {self._name} cannot be traced: {first_line(error)}{where(error)}") from error
+        module = fx.GraphModule(root, graph, class_name=self._name)
+        _check_ends(module, self._name)
         fold_constants(module)
-    except Exception as error:  # what user code raises is open-ended
-        raise InputError(f"network {name} cannot be traced: {first_line(error)}{_where(error)}") from error
-    check = _Check(root, name, input_shape) if input_shape is not None else None
-    _remove_nothing(module)
-    _fold_batchnorm(module)
-    in_place = _make_out_of_place(module)
-    _append_softmax(module)
-    _work_channels_last(module)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    if check is not None:
-        check.compare(module)
-    return _describe(name, module, in_place, input_shape)
+        return self._finished(module, "torch.fx")
+
+    def _exported(self, reason: str) -> Network:
+        """By ``torch.export``, a second time with PyTorch's own removal of in-place operations if need be.
+
+        Args:
+            reason: What ``torch.fx`` does or cannot; empty where it was not tried.
+        """
+        assert self._shape is not None or is_exported(self._model)
+        failed: Exception
+        for functional in (False, True):
+            root = self._copy()
+            try:
+                module = export_graph(root, self._shape or (), functional)
+                return self._finished(module, f"torch.export, since torch.fx {reason}" if reason else "torch.export")
+            except Exception as error:  # noqa: BLE001 - what torch.export raises is open-ended
+                failed = error
+            if is_exported(self._model):
+                break
+        if isinstance(failed, InputError):
+            raise failed
+        fault = f"network {self._name} cannot be traced: torch.export fails: {first_line(failed)}{where(failed)}"
+        raise InputError(f"{fault}; torch.fx {reason}" if reason else fault) from failed
+
+    def _finished(self, module: fx.GraphModule, traced_by: str) -> Network:
+        """Normalise what was traced, check it against the model, and describe it."""
+        _remove_nothing(module)
+        _fold_batchnorm(module)
+        in_place = _make_out_of_place(module)
+        _work_channels_last(module)
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.delete_all_unused_submodules()
+        module.recompile()
+        if self._check is not None:
+            self._check.compare(module)
+            self._check.tell_shapes(module)
+        names = self._check.output_names if self._check is not None else None
+        return _describe(self._name, module, in_place, self._shape, traced_by, names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _bake_parametrizations(root: nn.Module) -> None:
     """Make plain parameters of those that are computed (weight normalisation, spectral normalisation, ...)."""
     for module in list(root.modules()):
         if parametrize.is_parametrized(module):
+            # Removing them changes the class, which copies share with the original.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
             for name in list(module.parametrizations):  # type: ignore[arg-type]
                 parametrize.remove_parametrizations(module, name, leave_parametrized=True)
             module.requires_grad_(False)
-
-
-class _Check:
-    """What a model says of two images, to compare with what was traced of it."""
-
-    def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
-        self._name = name
-        parameter = next(model.parameters(), torch.empty(0))
-        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-        self._images = images.to(parameter.device)
-        self._expected = self._run(model)
-
-    def _run(self, model: nn.Module) -> Any:
-        try:
-            with torch.no_grad():
-                return model(self._images.clone())
-        except Exception as error:  # what user code raises is open-ended
-            shape = tuple(self._images.shape)
-            raise InputError(
-                f"network {self._name} does not take images of shape {shape}: {first_line(error)}{_where(error)}"
-            ) from error
-
-    def compare(self, module: nn.Module) -> None:
-        """Raise InputError if ``module`` computes other probabilities than the model, or than its scores' softmax.
-
-        Also if the model gives one value for an image: it is no classifier.
-        """
-        found, expected = self._run(module), self._expected
-        if expected.dim() == 2 and expected.shape[1] == 1:
-            raise InputError(
-                f"network {self._name} gives one value for an image, of which the softmax makes 1 whatever it is: "
-                "only classifiers of two classes or more are supported"
-            )
-        # Folded batch normalisation rounds otherwise; the softmax passes on at most the scores' own difference.
-        tolerance = 1e-3 * max(1.0, float(expected.abs().max())) if expected.numel() else 0.0
-        for reference in (expected, torch.softmax(expected, 1)):
-            if found.shape == reference.shape and torch.allclose(
-                found, reference, rtol=0, atol=tolerance, equal_nan=True
-            ):
-                return
-        raise InputError(
-            f"network {self._name} computes something else once traced: random, or changing a value in place that "
-            "other operations see through a view, or branching on something that tracing fixes"
-        )
-
-
-def _where(error: BaseException) -> str:
-    """The last place outside PyTorch and this package that the error passed through."""
-    place, step = "", error.__traceback__
-    while step is not None:
-        # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
-        code = step.tb_frame.f_code
-        if "/torch/" not in code.co_filename and Path(code.co_filename).parent != Path(__file__).parent:
-            line = step.tb_lineno or code.co_firstlineno  # a patched frame may have none
-            place = f" ({code.co_filename}:{line}: {linecache.getline(code.co_filename, line).strip()})"
-        step = step.tb_next
-    return place
 
 
 def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
@@ -337,6 +385,8 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
     if kind in ("add", "other") and _of_shapes(node, module):
         return "shape"
     if kind == "add" and (len(node.all_input_nodes) != 2 or "alpha" in node.kwargs):
+        return "other"
+    if kind == "matmul" and any(item.op == "get_attr" for item in node.all_input_nodes):
         return "other"
     if kind == "shape" and node.target is getattr and node.args[1] not in ("shape", "ndim"):
         return "other"
@@ -377,21 +427,56 @@ def _of_shapes(node: fx.Node, module: fx.GraphModule) -> bool:
 
 
 def _check_ends(module: fx.GraphModule, name: str) -> None:
+    """Leave one input, and one output: a tensor, or a tuple of tensors.
+
+    Raises:
+        InputError: there is another number of inputs, or an optional one is used.
+    """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder" and not _is_optional(node)]
     if len(inputs) != 1:
-        raise InputError(f"network {name} takes {len(inputs)} inputs: only networks with one image input are supported")
+        raise RefusedError(
+            f"network {name} takes {len(inputs)} inputs: only networks with one image input are supported"
+        )
     for node in [node for node in module.graph.nodes if node.op == "placeholder" and _is_optional(node)]:
         if node.users:
             raise InputError(f"network {name}: optional input {node.target!r} is not supported; give it a fixed value")
         module.graph.erase_node(node)
-    result = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    if not isinstance(result, fx.Node):
-        raise InputError(f"network {name} returns {type(result).__name__}: only one output tensor is supported")
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    results = tuple(item for item in _pytree.tree_leaves(output.args) if isinstance(item, fx.Node))
+    if not results:
+        raise InputError(f"network {name} gives no tensor that depends on its input")
+    output.args = (results[0] if len(results) == 1 else results,)
 
 
 def _is_optional(node: fx.Node) -> bool:
     """Whether an input has a default, or takes what is left over (``*args``, ``**kwargs``)."""
     return bool(node.args) or str(node.target).startswith("*")
+
+
+_NO_PRODUCTS: Final = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU, nn.modules.batchnorm._BatchNorm)
+_PRODUCTS: Final = frozenset(
+    {
+        *("conv1d", "conv2d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "bilinear"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward", "batch_norm", "conv2d_same"),
+    }
+)
+
+
+def _hidden_products(module: fx.GraphModule, kinds: Mapping[str, str]) -> list[str]:
+    """What stays in float and holds convolutions or matrix products that ``torch.export`` may bring to light."""
+    found = []
+    for node in module.graph.nodes:
+        if kinds.get(node.name) not in ("other", "batchnorm"):
+            continue
+        if node.op == "call_module":
+            part = module.get_submodule(str(node.target))
+            large = any(parameter.dim() > 1 for parameter in part.parameters())
+            derived = isinstance(part, nn.modules.batchnorm._BatchNorm) and kinds[node.name] == "other"
+            if derived or (large and type(part) not in _NO_PRODUCTS):
+                found.append(f"{node.target} ({type(part).__name__})")
+        elif (getattr(node.target, "__name__", None) or str(node.target)) in _PRODUCTS:
+            found.append(getattr(node.target, "__name__", None) or str(node.target))
+    return list(dict.fromkeys(found))
 
 
 def _remove_nothing(module: fx.GraphModule) -> None:
@@ -497,21 +582,6 @@ def _inplace_argument(node: fx.Node) -> bool:
     return bool(node.kwargs.get("inplace", False))
 
 
-def _append_softmax(module: fx.GraphModule) -> None:
-    output = next(node for node in module.graph.nodes if node.op == "output")
-    last = output.args[0]
-    assert isinstance(last, fx.Node)  # _check_ends
-    if kind_of(last, module) == "softmax":
-        return
-    target = OUTPUT
-    while hasattr(module, target):
-        target += "_"
-    module.add_submodule(target, nn.Softmax(dim=1))
-    with module.graph.inserting_before(output):
-        softmax = module.graph.call_module(target, (last,))
-    output.args = (softmax,)
-
-
 def _work_channels_last(module: fx.GraphModule) -> None:
     """Store convolutions' weights channels last, and so all that follows them: on a CPU, LeNet takes half the time.
 
@@ -526,28 +596,34 @@ def _work_channels_last(module: fx.GraphModule) -> None:
 
 
 def _describe(
-    name: str, module: fx.GraphModule, in_place: set[str], input_shape: tuple[int, int, int] | None
+    name: str,
+    module: fx.GraphModule,
+    in_place: set[str],
+    input_shape: tuple[int, int, int] | None,
+    traced_by: str,
+    output_names: tuple[str, ...] | None,
 ) -> Network:
     nodes = [node for node in module.graph.nodes if node.op not in ("output", "get_attr")]
     kinds = {node.name: kind_of(node, module) for node in nodes}
     nodes = [node for node in nodes if kinds[node.name] != "shape"]
-    output = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    outputs = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
+    _keep_sums_in_float(nodes, kinds)
 
     # A ReLU that overwrites its input takes its name: "ip1" is the value after the in-place ReLU, as in Caffe.
-    takes_name = {
-        node.name for node in nodes if kinds[node.name] == "relu" and node.name in in_place and node is not output
-    }
+    takes_name = {node.name for node in nodes if kinds[node.name] == "relu" and node.name in in_place}
     own: dict[str, str] = {}
-    used = {INPUT, OUTPUT}
+    ends_in_softmax = len(outputs) == 1 and kinds[outputs[0].name] == "softmax"
+    used = {INPUT, OUTPUT} if ends_in_softmax else {INPUT}
     for node in nodes:
         if node.op == "placeholder":
             own[node.name] = INPUT
-        elif node is output:
+        elif ends_in_softmax and node is outputs[0]:
             own[node.name] = OUTPUT
         elif kinds[node.name] == "view" or node.name in takes_name:
             own[node.name] = own[node.all_input_nodes[0].name]
         else:
-            own[node.name] = _unique(str(node.target) if node.op == "call_module" else node.name, used)
+            path = str(node.target) if node.op == "call_module" else node.meta.get("name", node.name)
+            own[node.name] = _unique(path, used)
 
     # The value that carries a name is the last one written under it, among the first node and its in-place ReLUs.
     observed: dict[str, str] = {}
@@ -576,7 +652,7 @@ def _describe(
             target=str(node.target) if node.op == "call_module" else None,
         )
         for node in nodes
-        if kinds[node.name] in QUANTIZABLE | {"softmax"}
+        if kinds[node.name] in QUANTIZABLE or (ends_in_softmax and node is outputs[0])
     )
     unsupported = {
         own[node.name]: str(module.get_submodule(str(node.target)).__class__.__name__)
@@ -596,7 +672,31 @@ def _describe(
         layers=layers,
         unsupported=unsupported,
         input_shape=input_shape,
+        outputs=tuple(node.name for node in outputs),
+        output_names=output_names or tuple(f"output_{i}" if i else "output" for i in range(len(outputs))),
+        task=find_task(outputs, kinds),
+        traced_by=traced_by,
     )
+
+
+def _keep_sums_in_float(nodes: Sequence[fx.Node], kinds: dict[str, str]) -> None:
+    """Let a sum that only operations in float read stay in float, as between the blocks of a transformer.
+
+    Quantizing it would save nothing and cost accuracy.
+    """
+    carries = {"relu", "maxpool", "view", "concat"}
+    in_int8: set[str] = set()
+    in_float: set[str] = set()
+    for node in reversed(nodes):
+        for reader in node.users:
+            kind = kinds.get(reader.name, "output")
+            carried = kind in carries
+            if kind in QUANTIZABLE or (carried and reader.name in in_int8):
+                in_int8.add(node.name)
+            elif kind in ("other", "batchnorm", "softmax") or (carried and reader.name in in_float):
+                in_float.add(node.name)
+        if kinds[node.name] == "add" and node.name in in_float - in_int8:
+            kinds[node.name] = "other"
 
 
 def _unique(name: str, used: set[str]) -> str:
@@ -718,6 +818,11 @@ def plan_int8(
         scales=scales,
         weighted=tuple(layer for layer in layers if layer.kind in ("conv", "linear")),
         kept=kept,
-        output_scale=usable.get(OUTPUT) if quantize_output else None,
+        output_scale=_output_scale(network, usable) if quantize_output else None,
         own_scales={node: usable[tensor] for node, tensor in network.tensor_of.items() if tensor in usable},
     )
+
+
+def _output_scale(network: Network, usable: Mapping[str, float]) -> float | None:
+    """The scale of a single output."""
+    return usable.get(network.tensor_of.get(network.outputs[0], "")) if len(network.outputs) == 1 else None

@@ -29,7 +29,8 @@ class Compiled:
         engine: ``torch``, ``onnxruntime``, ``torch-tensorrt``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         device: Where it runs, for people: ``CPU (2 threads)``, ``NVIDIA H200``.
-        run: float32 [B, C, H, W] on the CPU -> float32 [B, classes] on the CPU, probabilities.
+        run: float32 [B, C, H, W] on the CPU -> float32 [B, classes] on the CPU, as the network gives them: scores or
+            probabilities.
         size_bytes: Size of what would be deployed: the weights in this precision, or the engine's file.
         latency_note: Why its latency says nothing about this precision (``simulated``, ...), or None if it does.
         details: What a reader may want to know, such as the kernels that were chosen.

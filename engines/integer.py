@@ -81,7 +81,7 @@ class IntegerNetwork(fx.Interpreter):
         self._requantized = place(plan).requantized
 
     def __call__(self, images: Tensor) -> Tensor:
-        """float32 [B, C, H, W] -> probabilities, float32 [B, classes]."""
+        """float32 [B, C, H, W] -> what the network gives: a tensor, or a tuple of tensors."""
         with torch.inference_mode():
             result: Tensor = self.run(images)
         if self.plan.output_scale is not None:

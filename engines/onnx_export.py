@@ -14,7 +14,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from calib.explicit import is_plain_relu, place, place_in_front
-from calib.graph import INPUT, OUTPUT, Int8Plan, Network
+from calib.graph import INPUT, Int8Plan, Network
 from calib.int8 import weight_scales
 from calib.onnx_model import without_weights
 from calib.table import CalibrationTable
@@ -260,13 +260,14 @@ def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx
             if columns > 1:
                 compute_columns_at_once(module, node, (height, width), columns)
     asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
-    asked.sort(key=lambda node: values[node] != OUTPUT)
+    outputs = [values[node] for node in network.outputs]
+    asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
     output = next(node for node in module.graph.nodes if node.op == "output")
     output.args = (tuple(nodes[node] for node in asked),)
     module.recompile()
-    model = _exported(module, example, [values[node] for node in asked], network.name)
+    model = _exported(module, example, [values[node] for node in asked], outputs, network.name)
     _pad_explicitly(model)
-    aliases = keep_output(model, OUTPUT)
+    aliases = keep_outputs(model, outputs)
     values = {node: aliases.get(value, value) for node, value in values.items()}
     inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     model.graph.value_info.extend(inferred.value_info)
@@ -297,13 +298,16 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _exported(module: fx.GraphModule, example: Tensor, outputs: list[str], name: str) -> onnx.ModelProto:
+def _exported(
+    module: fx.GraphModule, example: Tensor, outputs: list[str], kept: list[str], name: str
+) -> onnx.ModelProto:
     """Export with PyTorch's TorchScript exporter or, where that is gone or fails, its ``torch.export`` one.
 
-    Both name the outputs as asked. The first needs no further package and gives the older operator set.
+    Both name the outputs as asked; those of ``kept`` have any number of images. The first needs no further package and
+    gives the older operator set.
     """
     try:
-        return _torchscript_export(module, example, outputs)
+        return _torchscript_export(module, example, outputs, kept)
     except Exception as first:  # noqa: BLE001 - the exporters raise a dozen unrelated types
         try:
             return _dynamo_export(module, example, outputs)
@@ -311,7 +315,9 @@ def _exported(module: fx.GraphModule, example: Tensor, outputs: list[str], name:
             raise InputError(f"network {name} cannot be exported to ONNX: {first_line(first)}") from first
 
 
-def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
+def _torchscript_export(
+    module: fx.GraphModule, example: Tensor, outputs: list[str], kept: list[str]
+) -> onnx.ModelProto:
     # TorchScript takes no number for a name, which is what the layers of a plain nn.Sequential have.
     numbers = {f"#{name}": name for name in outputs if name.isdecimal()}
     names = [f"#{name}" if name.isdecimal() else name for name in outputs]
@@ -323,7 +329,7 @@ def _torchscript_export(module: fx.GraphModule, example: Tensor, outputs: list[s
             path,
             input_names=[INPUT],
             output_names=names,
-            dynamic_axes={INPUT: {0: "batch"}, OUTPUT: {0: "batch"}},
+            dynamic_axes={name: {0: "batch"} for name in (INPUT, *(names[outputs.index(name)] for name in kept))},
             opset_version=OPSET,
             dynamo=False,
         )
@@ -387,8 +393,8 @@ def _pad_explicitly(model: onnx.ModelProto) -> None:
         node.attribute.append(onnx.helper.make_attribute("pads", pads))
 
 
-def keep_output(model: onnx.ModelProto, output: str) -> dict[str, str]:
-    """Reduce the graph's outputs to one; what the others delivered stays in the graph, under its name.
+def keep_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> dict[str, str]:
+    """Reduce the graph's outputs to these; what the others delivered stays in the graph, under its name.
 
     The shapes of inner values go, because the exporter fixed their batch. ``Identity`` operators, which exporters make
     of weights that equal others and of values that are delivered twice, go as well.
@@ -397,12 +403,12 @@ def keep_output(model: onnx.ModelProto, output: str) -> dict[str, str]:
         Name that is gone with its ``Identity`` -> name of the same value.
     """
     graph = model.graph
-    kept = [value for value in graph.output if value.name == output]
+    kept = sorted((value for value in graph.output if value.name in outputs), key=lambda v: outputs.index(v.name))
     del graph.output[:]
     graph.output.extend(kept)
     del graph.value_info[:]
     aliases: dict[str, str] = {}
-    for node in [node for node in graph.node if node.op_type == "Identity" and node.output[0] != output]:
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.output[0] not in outputs]:
         aliases[node.output[0]] = node.input[0]
         _read_instead(graph.node, node.output[0], node.input[0])
         graph.node.remove(node)

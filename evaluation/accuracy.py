@@ -79,7 +79,7 @@ def check_range(source: ImageSet, batch_size: int, start: int, count: int | None
 
 
 def predict(
-    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int
+    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool = False
 ) -> tuple[Tensor, list[Predictions]]:
     """Run every network over the same batches; the first is the reference that the others are measured against.
 
@@ -89,6 +89,7 @@ def predict(
         compiled: Networks; the first is FP32.
         stream: Batches of (float32 images [B, C, H, W], int64 labels [B]).
         classes: Number of classes.
+        scores: Whether the networks give scores, of which the softmax makes probabilities.
 
     Returns:
         The labels, int64 [N], and the predictions of each network.
@@ -96,7 +97,7 @@ def predict(
     Raises:
         InputError: a label is out of range, an output has another shape, or FP32's outputs are not finite.
     """
-    return _finish([_collect(compiled, stream, classes)])
+    return _finish([_collect(compiled, stream, classes, scores)])
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,10 @@ class _Part:
     collectors: list[_Collector]
 
 
-def _collect(compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int) -> _Part:
-    collectors = [_Collector() for _ in compiled]
+def _collect(
+    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool
+) -> _Part:
+    collectors = [_Collector(scores) for _ in compiled]
     labels: list[Tensor] = []
     for images, target in stream:
         if int(target.min()) < 0 or int(target.max()) >= classes:
@@ -147,7 +150,8 @@ def _finish(parts: Sequence[_Part]) -> tuple[Tensor, list[Predictions]]:
 class _Collector:
     """Gathers one network's predictions batch by batch."""
 
-    def __init__(self) -> None:
+    def __init__(self, scores: bool) -> None:
+        self._scores = scores
         self.predicted: list[Tensor] = []
         self.confidence: list[Tensor] = []
         self.in_top: list[Tensor] = []
@@ -159,7 +163,10 @@ class _Collector:
         safe = torch.where(finite[:, None], output, torch.zeros_like(output))
         top = safe.topk(min(TOP_K, output.shape[1]), dim=1)
         self.predicted.append(top.indices[:, 0].int().masked_fill_(~finite, -1))
-        self.confidence.append(top.values[:, 0].float())
+        highest = top.values[:, 0].float()
+        if self._scores:
+            highest = (highest - safe.float().logsumexp(dim=1)).exp().masked_fill_(~finite, 0.0)
+        self.confidence.append(highest)
         self.in_top.append((top.indices == labels[:, None]).any(dim=1) & finite)
         both = finite & reference.isfinite().all(dim=1)
         truth, other = reference[both].double(), output[both].double()
@@ -262,6 +269,7 @@ def measure_shared(
     start: int,
     count: int | None,
     processes: Processes,
+    scores: bool = False,
 ) -> tuple[Tensor, list[Predictions]] | None:
     """:func:`measure` with each process taking a run of the batches; the first gets everything, the others None.
 
@@ -273,7 +281,8 @@ def measure_shared(
     mine: _Part | InputError
     try:
         stream = batches(source, batch_size, start + share.start, len(share))
-        mine = _collect(compiled, tracked(stream, total // processes.count, "accuracy", processes.first), classes)
+        shown = tracked(stream, total // processes.count, "accuracy", processes.first)
+        mine = _collect(compiled, shown, classes, scores)
     except InputError as error:
         mine = error
     parts = processes.gather(mine)

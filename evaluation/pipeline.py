@@ -96,7 +96,14 @@ def evaluate(
     networks = list(compiled.values())
     with watch.part("accuracy"):
         found = measure_shared(
-            networks, subject.images, classes, options.batch_size, options.start, options.batches, processes
+            networks,
+            subject.images,
+            classes,
+            options.batch_size,
+            options.start,
+            options.batches,
+            processes,
+            scores=not subject.network.gives_probabilities,
         )
     if found is None:
         return None

@@ -59,7 +59,7 @@ class Accuracy:
         top5: Percent.
         top1_interval: Wilson's interval of the top-1 accuracy, percent.
         agreement: Percent of the images for which it predicts the same class as FP32.
-        sqnr_db: Signal-to-noise ratio of its probabilities against FP32's, in dB; null where they are identical.
+        sqnr_db: Signal-to-noise ratio of its outputs against FP32's, in dB; null where they are identical.
         non_finite: Images whose output has a NaN or an infinity; they count as wrong.
         calibration_error: Expected calibration error (15 bins), percent.
         per_class: In label order.

@@ -52,12 +52,17 @@ class SmallResNet(nn.Module):
         self.block3 = Block(48, 96, stride=2)
         self.mean = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(96, num_classes)
+        self.prob = nn.Softmax(dim=1)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, data: Tensor) -> Tensor:
-        """Scores: float [B, in_channels, 28, 28] in [0, 1] -> float [B, num_classes]."""
+    def logits(self, data: Tensor) -> Tensor:
+        """Scores before the softmax: float [B, in_channels, 28, 28] in [0, 1] -> float [B, num_classes]."""
         x = self.pool(self.relu(self.bn(self.conv(data))))
         x = self.block3(self.block2(self.block1(x)))
         return self.fc(self.mean(x).flatten(1))
+
+    def forward(self, data: Tensor) -> Tensor:
+        """Class probabilities: float [B, in_channels, 28, 28] in [0, 1] -> float [B, num_classes]."""
+        return self.prob(self.logits(data))

@@ -142,6 +142,10 @@ class _Rewriting:
         kinds.update(dict.fromkeys(self._targets, "conv"), **dict.fromkeys(flat, "view"))
         tensor_of = {name: tensor for name, tensor in network.tensor_of.items() if name in nodes}
         tensor_of.update({new: network.tensor_of[old] for new, old in flat.items() if old in network.tensor_of})
+        outputs = tuple(item.name for item in nodes["output"].all_input_nodes)
+        # An output keeps its name in its own shape.
+        renamed = {old: new for new, old in flat.items() if new in outputs}
+        observed = {renamed.get(name, name): tensor for name, tensor in network.observed.items()}
         layers = tuple(self._layer(layer, nodes[layer.node], kinds) for layer in network.layers)
         by_name = {layer.name: layer for layer in layers}
         tensor_scales = {network.tensor_of[node]: scale for node, scale in plan.scales.items()}
@@ -157,7 +161,15 @@ class _Rewriting:
         }
         return dataclasses.replace(
             plan,
-            network=dataclasses.replace(network, module=self._module, kinds=kinds, tensor_of=tensor_of, layers=layers),
+            network=dataclasses.replace(
+                network,
+                module=self._module,
+                kinds=kinds,
+                tensor_of=tensor_of,
+                observed=observed,
+                layers=layers,
+                outputs=outputs,
+            ),
             scales=scales,
             weighted=tuple(by_name[layer.name] for layer in plan.weighted),
             float_inputs=in_float,

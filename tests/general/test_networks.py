@@ -65,10 +65,7 @@ def test_the_traced_network_computes_what_the_model_does(name: str) -> None:
     with torch.no_grad():
         expected = model(name)(images)
         found = network(name).run(images, lambda tensor, value: None)
-    is_probability = torch.allclose(expected.sum(1), torch.ones(len(expected)), atol=1e-4) and bool(
-        (expected >= 0).all()
-    )
-    torch.testing.assert_close(found, expected if is_probability else expected.softmax(1), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(found, expected, atol=1e-5 * max(1.0, float(expected.abs().max())), rtol=1e-3)
 
 
 def test_names_are_unique_and_those_of_every_trace(name: str) -> None:
@@ -77,7 +74,8 @@ def test_names_are_unique_and_those_of_every_trace(name: str) -> None:
     assert again.tensors == network(name).tensors
     assert again.layers == network(name).layers
     assert len(set(again.tensors)) == len(again.tensors)
-    assert (again.tensors[0], again.tensors[-1]) == ("data", "prob")
+    assert again.tensors[0] == "data"
+    assert (again.tensors[-1] == "prob") == again.gives_probabilities or "prob" in dict(model(name).named_modules())
     assert len({layer.name for layer in again.layers}) == len(again.layers)
 
 
@@ -151,7 +149,7 @@ def test_onnx_runtime_agrees_with_the_simulation_in_int8(name: str, for_cpu: boo
     )
 
     expected = simulated(name) if for_cpu else simulated_for_tensorrt(name)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found, expected, atol=1e-6 * max(1.0, float(expected.abs().max())), rtol=1e-5)
 
 
 def _run(model: onnx.ModelProto, images: Tensor, options: onnxruntime.SessionOptions | None = None) -> Tensor:

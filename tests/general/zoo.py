@@ -195,13 +195,11 @@ GIVE_PROBABILITIES = {"lenet", "mobile", "branches"}
 UNSUPPORTED: dict[str, set[str]] = {
     "mobile": {"sigmoid", "mul", "mean"},
     "mixed": {"tanh", "sub", "mul", "amax"},
-    "tied": {"conv2d"},
     "norm_first": {"BatchNorm2d"},
     "collisions": {"mean"},
-    "functional": {"conv2d", "mul", "add", "log_softmax"},
-    "tuples": {"gt", "mul", "max"},
-    "derived": {"EdgePadded", "NormThenRelu", "Conv2d"},
-    "same_padding": {"conv2d"},
+    "functional": {"mul", "add", "log_softmax"},
+    "tuples": {"gt", "mul", "add", "max"},
+    "derived": {"pad", "mul"},
     "mobilenet_v3_small": {"Hardsigmoid", "mul"},
     "shufflenet_v2_x0_5": {"mean"},
 }

@@ -1,0 +1,94 @@
+"""What a model computes, to compare with what was traced of it, and where in its code something failed."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree
+
+from common.errors import InputError, first_line
+
+
+class RefusedError(InputError):
+    """A network that no way of tracing can make fit."""
+
+
+class ModelCheck:
+    """What a model says of two images, to compare with what was traced of it."""
+
+    def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int]) -> None:
+        self._name = name
+        parameter = next(model.parameters(), torch.empty(0))
+        images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
+        self._images = images.to(parameter.device)
+        paths, _ = _pytree.tree_flatten_with_path(self._run(model, self._images))
+        outputs = {_key(path): value for path, value in paths if isinstance(value, Tensor)}
+        if not outputs:
+            raise RefusedError(f"network {name} gives no tensor")
+        self.output_names = tuple(outputs)
+        self._expected = list(outputs.values())
+
+    def _run(self, model: nn.Module, images: Tensor) -> Any:
+        try:
+            with torch.no_grad():
+                return model(images.clone())
+        except Exception as error:  # what user code raises is open-ended
+            shape = tuple(self._images.shape)
+            raise InputError(
+                f"network {self._name} does not take images of shape {shape}: {first_line(error)}{where(error)}"
+            ) from error
+
+    def compare(self, module: nn.Module) -> None:
+        """Raise InputError if ``module`` computes something else than the model, or only for this number of images."""
+        found = _pytree.tree_leaves(self._run(module, self._images))
+        if not self._agree(found, self._expected):
+            raise InputError(
+                f"network {self._name} computes something else once traced: random, or changing a value in place that "
+                "other operations see through a view, or branching on something that tracing fixes"
+            )
+        first = [value[:1] if value.dim() and len(value) == len(self._images) else value for value in self._expected]
+        if not self._agree(_pytree.tree_leaves(self._run(module, self._images[:1])), first):
+            raise InputError(f"network {self._name} computes something else for another number of images")
+
+    def tell_shapes(self, module: fx.GraphModule) -> None:
+        """Note on each output of ``module`` the shape of one image's value."""
+        outputs = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
+        if len(outputs) == len(self._expected):
+            for node, value in zip(outputs, self._expected, strict=True):
+                node.meta["shape"] = tuple(value.shape[1:])
+
+    @staticmethod
+    def _agree(found: list[Any], expected: list[Tensor]) -> bool:
+        if [value.shape for value in found] != [value.shape for value in expected]:
+            return False
+        for value, reference in zip(found, expected, strict=True):
+            # Folded batch normalisation rounds otherwise.
+            finite = reference.double()[reference.isfinite()]
+            tolerance = 1e-3 * max(1.0, float(finite.abs().max())) if finite.numel() else 0.0
+            if not torch.allclose(value.double(), reference.double(), rtol=0, atol=tolerance, equal_nan=True):
+                return False
+        return True
+
+
+def _key(path: Sequence[Any]) -> str:
+    """The name of an output in the model's result: ``logits``, ``0``, ``boxes.1``."""
+    return "_".join(re.sub(r"\W", "", _pytree.keystr((key,))) for key in path) or "output"
+
+
+def where(error: BaseException) -> str:
+    """The last place outside PyTorch and this package that the error passed through."""
+    place, step = "", error.__traceback__
+    while step is not None:
+        # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
+        name = step.tb_frame.f_code.co_filename
+        if "/torch/" not in name and Path(name).parent != Path(__file__).parent and Path(name).is_file():
+            line = step.tb_lineno or step.tb_frame.f_code.co_firstlineno  # a patched frame may have none
+            place = f" ({name}:{line}: {linecache.getline(name, line).strip()})"
+        step = step.tb_next
+    return place
