@@ -136,7 +136,7 @@ def chain(tensors: int) -> Network:
             convolution = nn.Conv2d(CHANNELS if index else 1, CHANNELS, 3, padding=1)
             nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
             layers += [convolution, nn.ReLU(inplace=True)]
-        layers += [nn.Flatten(), nn.Linear(CHANNELS * SIDE * SIDE, 10)]
+        layers += [nn.Flatten(), nn.Linear(CHANNELS * SIDE * SIDE, 10), nn.Softmax(1)]
         network = trace(nn.Sequential(*layers), f"Chain{tensors}")
     assert len(network.tensors) == tensors
     return network

@@ -47,7 +47,7 @@ def report() -> Report:
         run="lenet",
         created="2026-01-01T00:00:00+00:00",
         seconds={"compile": 61.5},
-        verdict=Verdict(True, 1.0, "fine", []),
+        verdict=Verdict(True, 1.0, 90.0, "fine", []),
         model=Model("LeNet", "models.LeNet", 431080, 3, 1, []),
         data=Data("mnist", "MNIST", "test", 100, 256, 0, None, [], [1, 28, 28], "0"),
         engine="torch-tensorrt",
@@ -56,6 +56,7 @@ def report() -> Report:
         calibration=None,
         tensors=[],
         analysis=None,
+        macs=None,
         changed=[],
         changed_total={},
         environment=Environment(

@@ -210,7 +210,7 @@ def test_markdown_tables_have_a_blank_line_before_and_equal_widths(report: Repor
     lines = render_markdown(report).splitlines()
 
     heads = [index for index, line in enumerate(lines) if re.match(r"\|[:\-|]+$", line)]
-    assert len(heads) == 4
+    assert len(heads) == 5
     for index in heads:
         assert lines[index - 2] == ""
         width = lines[index].count("|")
