@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from calib.cache import Provenance
     from calib.calibrator import Calibration, Histograms
-    from calib.graph import Int8Plan, Network
+    from calib.network import Network
+    from calib.plan import Int8Plan
     from calib.subset import Subset
     from calib.table import CalibrationTable
     from common.macs import MacCount
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def opened(config: Config, processes: Processes, call: Callable[[], None]) -> Job:
     """The trained network, ready to be calibrated."""
     from calib.cache import weights_fingerprint
-    from calib.graph import trace
+    from calib.tracing import trace
     from models.checkpoint import load_checkpoint
 
     run = Run(config.run, config.artifacts)
@@ -216,7 +217,7 @@ def check_layers(job: Job) -> None:
 
 def any_plan(job: Job) -> Int8Plan:
     """What runs in INT8, for questions whose answer does not depend on the scales: all are 1."""
-    from calib.graph import plan_int8
+    from calib.plan import plan_int8
     from calib.table import CalibrationTable
 
     quantization = job.config.quantization
@@ -334,7 +335,7 @@ def collector(job: Job) -> Callable[[], Histograms]:
 def warn_of_clipping(calibration: Calibration, job: Job) -> None:
     """Name what INT8 reads and a threshold cuts much off."""
     from calib import calibrator
-    from calib.graph import OUTPUT
+    from calib.network import OUTPUT
 
     read = {job.network.tensor_of[node] for node in any_plan(job).scales}
     read |= {OUTPUT} if job.config.quantization.quantize_output else set()
@@ -396,7 +397,7 @@ def counted(job: Job, table: Table, compiled: Compiled) -> MacCount | None:
 
     None where the network cannot be exported; a small share is a warning.
     """
-    from calib.graph import plan_int8
+    from calib.plan import plan_int8
     from engines.onnx_macs import exported_macs
 
     quantization = job.config.quantization
@@ -447,7 +448,7 @@ def mix(job: Job, table: Table | None) -> None:
 
 def exported(job: Job, table: Table | None) -> list[str]:
     """Write the ONNX files; returns their paths."""
-    from calib.graph import plan_int8
+    from calib.plan import plan_int8
     from engines.onnx_export import export
 
     quantization = job.config.quantization
@@ -484,7 +485,7 @@ def complete(job: Job, algorithm: str) -> Callable[[Path], CalibrationTable] | N
         algorithm: Of the table that it completes, which may be another run's.
     """
     from calib.calibrator import algorithm_options
-    from calib.graph import INPUT
+    from calib.network import INPUT
     from calib.onnx_calibrate import complete_table
     from calib.onnx_source import Batches
     from calib.subset import draw

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with run.locked() if first else nullcontext(), stdout_to_stderr():
         import torch
 
-        from calib.graph import trace
+        from calib.tracing import trace
         from data import open_data
         from models import training
         from models.checkpoint import save_checkpoint

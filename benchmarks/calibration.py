@@ -20,7 +20,8 @@ from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import BATCH, BATCHES, Setting, top1
 from benchmarks.timing import in_turns, ratio, spread
 from calib.calibrator import collect, find_thresholds
-from calib.graph import INPUT, Network, plan_int8
+from calib.network import INPUT, Network
+from calib.plan import plan_int8
 from calib.table import LEVELS, CalibrationTable
 from engines.integer import IntegerNetwork
 

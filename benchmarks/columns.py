@@ -12,7 +12,8 @@ from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting
 from benchmarks.timing import in_turns, ratio, spread, timed_often
 from calib.calibrator import calibrate
-from calib.graph import plan_int8, trace
+from calib.plan import plan_int8
+from calib.tracing import trace
 from engines.columns import columns_at_once
 
 STEMS = {

@@ -16,7 +16,8 @@ from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import BATCH, Setting
 from benchmarks.timing import in_turns, spread, timed
 from calib.calibrator import collect, find_thresholds
-from calib.graph import Network, trace
+from calib.network import Network
+from calib.tracing import trace
 from data.base import ImageSet
 
 COUNTS = (50, 500, 5000, 50000)

@@ -16,7 +16,8 @@ from benchmarks import onnxruntime_cpu as ort
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting, top1
 from benchmarks.timing import in_turns, ratio, spread, timed_often
-from calib.graph import INPUT, Int8Plan
+from calib.network import INPUT
+from calib.plan import Int8Plan
 from common.threads import available_cores
 from engines.eager import TorchEngine
 from engines.ort import (

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from calib.graph import INPUT
+from calib.network import INPUT
 
 if TYPE_CHECKING:
     import onnx

@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.process import run_process
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import SHORT, Setting, top1
-from calib.graph import trace
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.cli import ROOT, config_parser, parse
 from common.run import Run
 from engines import EngineError, make_engine

@@ -16,12 +16,13 @@ from benchmarks.calibration import onnx_runtime
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting
 from benchmarks.timing import in_turns, ratio, spread, timed
-from calib.graph import INPUT, trace
+from calib.network import INPUT
 from calib.onnx_calibrate import calibrate_onnx
 from calib.onnx_model import network_inputs, read_float_model
 from calib.onnx_observe import open_session
 from calib.onnx_rules import entries, with_products
 from calib.onnx_source import DEFAULT_BATCH, Pixels, open_source
+from calib.tracing import trace
 from common.threads import available_cores
 from engines.onnx_export import export_fp32
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from calib.graph import INPUT, Int8Plan
+from calib.network import INPUT
+from calib.plan import Int8Plan
 
 if TYPE_CHECKING:
     import onnx

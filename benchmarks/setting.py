@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from benchmarks.process import run_process
 from calib.calibrator import calibrate
-from calib.graph import Int8Plan, Network, plan_int8, trace
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.cli import ROOT, config_parser, parse
 from common.config import Config
 from common.files import write_text

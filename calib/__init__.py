@@ -12,7 +12,8 @@ from calib.table import CalibrationTable
 
 if TYPE_CHECKING:
     from calib.calibrator import calibrate
-    from calib.graph import plan_int8, trace
+    from calib.plan import plan_int8
+    from calib.tracing import trace
 
 __all__ = ["CalibrationTable", "calibrate", "plan_int8", "trace"]
 
@@ -22,8 +23,12 @@ def __getattr__(name: str) -> Any:
         from calib.calibrator import calibrate
 
         return calibrate
-    if name in ("plan_int8", "trace"):
-        from calib import graph
+    if name == "plan_int8":
+        from calib.plan import plan_int8
 
-        return getattr(graph, name)
+        return plan_int8
+    if name == "trace":
+        from calib.tracing import trace
+
+        return trace
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

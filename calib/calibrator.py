@@ -19,11 +19,12 @@ from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
 from calib.device_histogram import DeviceHistograms
-from calib.graph import INPUT, Network, trace
 from calib.histogram import AbsHistogram
+from calib.network import INPUT, Network
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.threshold import Threshold
 from calib.threshold import thresholds as thresholds_of
+from calib.tracing import trace
 from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
 

@@ -19,8 +19,9 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from calib.graph import MOVES_VALUES, Int8Plan
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize_weight
+from calib.ops import MOVES_VALUES
+from calib.plan import Int8Plan
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.graph import Network
+from calib.network import Network
 from calib.table import CalibrationTable
 from common.config import EngineConfig, EngineName, PrecisionName, QuantizationConfig
 from common.errors import InputError

@@ -10,7 +10,8 @@ from typing import Protocol
 from torch import Tensor
 
 from calib.cache import Provenance
-from calib.graph import Int8Plan, Network
+from calib.network import Network
+from calib.plan import Int8Plan
 from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import PrecisionName
@@ -88,7 +89,7 @@ class Engine(Protocol):
         """Make ``network`` ready to run in ``precision``.
 
         Args:
-            network: A traced float network (``calib.graph.trace``).
+            network: A traced float network (``calib.tracing.trace``).
             precision: What to run it in.
             table: Scales; needed for ``int8`` alone.
 

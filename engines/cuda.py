@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.graph import Network
+from calib.network import Network
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName
 from engines.base import Compiled, Engine, EngineError

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor
 
-from calib.graph import Network, plan_int8
+from calib.network import Network
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from engines.base import Compiled, Engine, EngineError, int8_size

@@ -22,8 +22,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.explicit import place
-from calib.graph import Int8Plan, Layer, is_activation
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, quantize, quantize_weight
+from calib.network import Layer, is_activation
+from calib.plan import Int8Plan
 
 _EXACT_FLOAT32 = 2**24
 

@@ -27,9 +27,10 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from calib.explicit import is_plain_relu, place, place_in_front
-from calib.graph import INPUT, Int8Plan, Network
 from calib.int8 import weight_scales
+from calib.network import INPUT, Network
 from calib.onnx_model import without_weights
+from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from calib.graph import Int8Plan
 from calib.onnx_macs import count_macs
+from calib.plan import Int8Plan
 from common.macs import MacCount
 from engines.onnx_export import int8_model
 

@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from calib.graph import INPUT, Network, plan_int8
+from calib.network import INPUT, Network
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from torch import nn
 
-from calib.graph import Network
+from calib.network import Network
 from calib.onnx_macs import count_macs, products
 from calib.onnx_rules import Graph
 from common.macs import LayerMacs, MacCount

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from calib.graph import Int8Plan, Network
 from calib.histogram import AbsHistogram
 from calib.int8 import quantize
+from calib.network import Network
+from calib.plan import Int8Plan
 from calib.table import LEVELS
 from common.config import PrecisionName
 from data.base import ImageSet, Preprocessing

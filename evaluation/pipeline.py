@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 
 from torch import Tensor
 
-from calib.graph import plan_int8
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError

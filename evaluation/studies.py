@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from calib.calibrator import Histograms, algorithm_options, collect, collect_prefixes, find_thresholds
-from calib.graph import Network, plan_int8
+from calib.network import Network
+from calib.plan import plan_int8
 from calib.subset import draw
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, CalibrationConfig, QuantizationConfig

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from calib.cache import changed_since, read_provenance, weights_fingerprint
-from calib.graph import Network, trace
+from calib.network import Network
 from calib.record import read_record
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.config import Config, QuantizationConfig
 from common.decode import encode
 from common.errors import InputError

@@ -123,10 +123,10 @@ BREAKS = (
     Break(
         "pooling",
         "pooling over a window takes its input's scale",
-        "calib/graph.py",
+        "calib/scales.py",
         "source[tensor] = source[own[node.all_input_nodes[0].name]]",
         "source[tensor] = tensor",
-        "tests/calib/test_graph.py::test_pooling_windows_share_the_scale_of_their_input_and_nothing_else_shares",
+        "tests/calib/test_scales.py::test_pooling_windows_share_the_scale_of_their_input_and_nothing_else_shares",
     ),
     Break(
         "weights",

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
-from calib.graph import Int8Plan, Network, plan_int8, trace
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
+from calib.tracing import trace
 from common.config import DataConfig
 from data import ImageData, open_data
 from models import LeNet

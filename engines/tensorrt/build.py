@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from calib.graph import Network
+from calib.network import Network
 from common.config import EngineConfig, PrecisionName
 from common.errors import first_line
 from engines.tensorrt.support import Installed, TensorRTError, strongly_typed

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from calib import cache
-from calib.graph import Network
+from calib.network import Network
 from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig

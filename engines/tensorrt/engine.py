@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from calib.cache import Provenance, read_provenance, weights_fingerprint
 from calib.explicit import fake_quantize, place_in_front
-from calib.graph import Network, plan_int8
+from calib.network import Network
+from calib.plan import plan_int8
 from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils import skip_init
 
-from calib.graph import Int8Plan, Layer, Network
+from calib.network import Layer, Network
+from calib.plan import Int8Plan
 
 _ELEMENTWISE = frozenset({"relu", "activation"})
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from calib.table import CalibrationTable
 
 if TYPE_CHECKING:
-    from calib.graph import Network
+    from calib.network import Network
 
 _UNNAMED = re.compile(r"\(Unnamed Layer\* (\d+)\) \[([^\]]+)\](?:_output)?(?:_\d+)?")
 _TORCHSCRIPT = re.compile(r"%\S+ : .*? = aten::(\w+)\(")
@@ -43,7 +43,7 @@ _MADE_BY: Mapping[str, frozenset[str]] = {
     "concat": frozenset({"Concatenation", "cat"}),
     "batchnorm": frozenset({"Scale", "batch_norm"}),
 }
-"""Kind of operation (``calib.graph``) -> TensorRT layers and TorchScript operations whose output it can be.
+"""Kind of operation (``calib.ops``) -> TensorRT layers and TorchScript operations whose output it can be.
 
 A linear layer becomes a transposition, a matrix product and a sum with the bias: its value is the last.
 """
@@ -57,7 +57,7 @@ class Operation:
     """What makes a tensor.
 
     Attributes:
-        kind: Of operation, as in ``calib.graph`` for ours, as TensorRT or TorchScript has it for TensorRT's.
+        kind: Of operation, as in ``calib.ops`` for ours, as TensorRT or TorchScript has it for TensorRT's.
         scope: Path of the module; None for a function, or where it is not known.
     """
 

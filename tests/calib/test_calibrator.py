@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from calib import calibrate
 from calib.calibrator import collect, find_thresholds
-from calib.graph import trace
 from calib.table import Legacy
+from calib.tracing import trace
 from common.errors import InputError
 from models import LeNet
 

@@ -19,8 +19,8 @@ from calib import device_histogram
 from calib.calibrator import calibrate, collect
 from calib.cuda_histogram import SOURCE, CudaCounter
 from calib.device_histogram import DeviceHistograms, TorchCounter
-from calib.graph import trace
 from calib.histogram import SMALLEST, AbsHistogram
+from calib.tracing import trace
 from common.errors import InputError
 
 CPU = torch.device("cpu")

@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from calib.calibrator import calibrate
 from calib.explicit import fake_quantize, place
-from calib.graph import Int8Plan, plan_int8, trace
 from calib.int8 import quantize, quantize_weight
+from calib.plan import Int8Plan, plan_int8
+from calib.tracing import trace
 from engines.integer import IntegerNetwork
 from engines.onnx_export import int8_model
 from engines.tensorrt.form import for_tensorrt

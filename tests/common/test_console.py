@@ -22,7 +22,7 @@ def test_logs_go_to_stderr_and_warnings_say_so(capsys):
     start_logging()
     start_logging()
     logging.getLogger("train").info("hello %d", 1)
-    logging.getLogger("calib.graph").warning("careful")
+    logging.getLogger("calib.plan").warning("careful")
     logging.getLogger("data").error("bad \x1b[31m")
     logging.getLogger("models").debug("quiet")
     out, err = capsys.readouterr()

@@ -31,9 +31,10 @@ torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
 from calib.cache import Provenance, SubsetRecord  # noqa: E402
 from calib.explicit import fake_quantize  # noqa: E402
-from calib.graph import plan_int8, trace  # noqa: E402
+from calib.plan import plan_int8  # noqa: E402
 from calib.subset import Subset  # noqa: E402
 from calib.table import CalibrationTable  # noqa: E402
+from calib.tracing import trace  # noqa: E402
 from common.config import EngineConfig, QuantizationConfig  # noqa: E402
 from engines.gpu import Gpu  # noqa: E402
 from engines.tensorrt import build as building  # noqa: E402

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
 
-from calib.graph import trace
 from calib.int8 import quantize_weight
+from calib.tracing import trace
 from engines.columns import columns_at_once, spread, widened
 from engines.onnx_export import float_model, int8_model
 from engines.ort import integer_operators, open_session

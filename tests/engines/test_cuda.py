@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calib.graph import trace
+from calib.tracing import trace
 from common.config import EngineConfig
 from engines import cuda
 from engines.base import EngineError

@@ -10,8 +10,9 @@ import torch
 
 import engines
 from calib.calibrator import calibrate
-from calib.graph import Network, trace
+from calib.network import Network
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError
 from engines import EngineError, make_engine, select_engine

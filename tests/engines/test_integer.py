@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from calib.calibrator import calibrate
-from calib.graph import plan_int8, trace
 from calib.int8 import quantize, quantize_weight
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from engines.integer import IntegerNetwork, _WeightedLayer, saturated_share
 from models import LeNet
 

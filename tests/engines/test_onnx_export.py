@@ -15,9 +15,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from calib.__main__ import main as check
-from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.int8 import quantize_weight
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.errors import InputError
 from common.run import Run
 from engines import onnx_export

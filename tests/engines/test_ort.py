@@ -18,8 +18,10 @@ from onnx import numpy_helper
 from torch import nn
 
 from calib.calibrator import calibrate
-from calib.graph import Network, plan_int8, trace
+from calib.network import Network
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
 from common.threads import available_cores

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from calib.calibrator import calibrate
-from calib.graph import plan_int8, trace
+from calib.plan import plan_int8
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.macs import MacCount
 from engines.onnx_macs import exported_macs

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calib.graph import plan_int8
 from calib.int8 import quantize
+from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from data.base import Preprocessing
 from data.tensor import TensorImages

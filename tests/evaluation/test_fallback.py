@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from calib.graph import trace
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
 from engines import Compiled, EngineError, Selection

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from calib.calibrator import calibrate, find_thresholds
-from calib.graph import Network, trace
+from calib.network import Network
 from calib.subset import draw
+from calib.tracing import trace
 from common.config import CalibrationConfig, DataConfig, QuantizationConfig
 from data import Splits, open_splits
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images

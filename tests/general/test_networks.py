@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from calib.calibrator import calibrate
 from calib.explicit import fake_quantize
-from calib.graph import Int8Plan, Network
+from calib.network import Network
+from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from engines.integer import IntegerNetwork
 from engines.onnx_export import float_model, int8_model

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
-from calib.graph import plan_int8, trace
+from calib.plan import plan_int8
+from calib.tracing import trace
 from common.errors import InputError
 from engines.integer import IntegerNetwork
 from engines.onnx_export import int8_model

@@ -13,9 +13,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from calib.calibrator import calibrate
-from calib.graph import Int8Plan, Network, plan_int8, trace
 from calib.int8 import WEIGHT_MAX
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from models.small_resnet import SmallResNet
 from tests.networks import NETWORKS
 

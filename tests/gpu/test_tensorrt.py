@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from calib.calibrator import calibrate as reference
-from calib.graph import trace
 from calib.subset import Subset
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from calib import cache
-from calib.graph import trace
 from calib.subset import Subset
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.config import EngineConfig
 from engines.gpu import Gpu
 from engines.tensorrt import build, calibration, support

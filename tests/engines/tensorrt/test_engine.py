@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from calib.graph import trace
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from engines.base import EngineError
 from engines.gpu import Gpu

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 
 from calib.calibrator import calibrate
 from calib.explicit import fake_quantize, place_in_front
-from calib.graph import Int8Plan, plan_int8, trace
+from calib.plan import Int8Plan, plan_int8
+from calib.tracing import trace
 from engines.integer import IntegerNetwork
 from engines.tensorrt.form import for_tensorrt, fuse, linear_as_convolution
 from tests.networks import NETWORKS, images, make_network, make_plan

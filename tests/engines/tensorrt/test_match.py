@@ -8,8 +8,8 @@ import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.graph import trace
 from calib.table import CalibrationTable
+from calib.tracing import trace
 from engines.tensorrt.match import Operation, compare, made_by, short_name
 from models import LeNet
 from models.small_resnet import SmallResNet

@@ -1,16 +1,13 @@
-"""Names, scale sharing, normalisation and the INT8 plan of traced networks."""
+"""Names and normalisation of traced networks."""
 
 from __future__ import annotations
-
-import logging
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from calib.graph import Network, plan_int8, trace
-from calib.table import CalibrationTable
+from calib.tracing import trace
 from common.errors import InputError
 from models import LeNet
 
@@ -37,10 +34,6 @@ class Residual(nn.Module):
         added = self.relu(first + self.second(first))
         both = torch.cat([added, F.max_pool2d(first, 3, 1, 1)], 1)
         return self.fc(self.drop(self.pool(both)).view(x.size(0), -1))
-
-
-def table(network: Network, scale: float = 0.1) -> CalibrationTable:
-    return CalibrationTable(dict.fromkeys(network.tensors, scale))
 
 
 def test_lenet_has_exactly_caffes_blobs() -> None:
@@ -89,26 +82,6 @@ def test_general_network_computes_the_same_with_batch_normalisation_folded() -> 
     assert tuple(seen) == network.tensors
     assert not any(isinstance(module, nn.BatchNorm2d | nn.Dropout) for module in network.module.modules())
     assert network.tensors == ("data", "conv", "second", "add", "max_pool2d", "cat", "pool", "fc")
-
-
-def test_pooling_windows_share_the_scale_of_their_input_and_nothing_else_shares() -> None:
-    source = trace(Residual()).scale_source
-    assert {name: root for name, root in source.items() if name != root} == {"max_pool2d": "conv"}
-
-
-def test_pooling_everything_has_a_scale_of_its_own() -> None:
-    class Pools(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.windows, self.everything, self.fc = nn.AvgPool2d(2), nn.AdaptiveAvgPool2d((1, 1)), nn.Linear(3, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.adaptive_max_pool2d(F.adaptive_avg_pool2d(self.windows(x), 2) * 2.0, output_size=1)
-            return self.fc(self.everything(x).flatten(1))
-
-    source = trace(Pools()).scale_source
-    assert (source["windows"], source["adaptive_avg_pool2d"]) == ("data", "data")
-    assert (source["everything"], source["adaptive_max_pool2d"]) == ("everything", "adaptive_max_pool2d")
 
 
 def test_a_reused_module_gives_two_names() -> None:
@@ -172,7 +145,7 @@ def test_control_flow_on_values_is_refused_with_the_place() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(InputError, match=r"Branches cannot be traced: .*test_graph\.py:\d+: return x if"):
+    with pytest.raises(InputError, match=r"Branches cannot be traced: .*test_tracing\.py:\d+: return x if"):
         trace(Branches())
 
 
@@ -193,40 +166,3 @@ def test_other_than_one_input_and_no_output_are_refused(forward: object, message
 def test_images_that_do_not_fit_are_one_clear_line() -> None:
     with pytest.raises(InputError, match=r"LeNet does not take images of shape \(1, 3, 28, 28\)"):
         trace(LeNet()).run(torch.rand(1, 3, 28, 28), lambda name, value: None)
-
-
-def test_plan_quantizes_the_inputs_of_every_layer_and_leaves_the_softmax() -> None:
-    network = trace(LeNet())
-    plan = plan_int8(network, table(network))
-    assert plan.layers == {"conv1", "conv2", "ip1", "ip2"}
-    assert set(plan.scales) == {"data", "pool1", "flatten", "relu1"}
-    assert plan.output_scale is None
-    assert plan_int8(network, table(network), quantize_output=True).layers == plan.layers | {"prob"}
-
-
-def test_plan_keeps_layers_in_float_as_asked() -> None:
-    network = trace(LeNet())
-    plan = plan_int8(network, table(network), keep_fp=["conv1", "ip2"])
-    assert plan.layers == {"conv2", "ip1"}
-    assert set(plan.kept) == {"conv1", "ip2"}
-    with pytest.raises(InputError, match="no layer 'conv9' in LeNet: choose from conv1, conv2"):
-        plan_int8(network, table(network), keep_fp=["conv9"])
-
-
-@pytest.mark.parametrize("scale", [0.0, 2.0**-140])
-def test_a_scale_that_cannot_divide_leaves_its_readers_in_float(scale: float, caplog: pytest.LogCaptureFixture) -> None:
-    network = trace(LeNet())
-    scales = {**table(network).scales, "pool1": scale}
-    with caplog.at_level(logging.WARNING, "calib"):
-        plan = plan_int8(network, CalibrationTable(scales))
-    assert plan.layers == {"conv1", "ip1", "ip2"}
-    assert "conv2 stays in float: no scale for pool1" in caplog.text
-
-
-def test_a_table_of_another_network_is_refused_and_foreign_names_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    network = trace(LeNet())
-    with pytest.raises(InputError, match="belongs to another network"):
-        plan_int8(network, CalibrationTable({"input_0": 0.1, "output_0": 0.1}))
-    with caplog.at_level(logging.WARNING, "calib"):
-        plan_int8(network, CalibrationTable({**table(network).scales, "conv77": 0.1}))
-    assert "does not have: conv77" in caplog.text

@@ -14,6 +14,8 @@ from torch.utils import _pytree
 
 from common.errors import InputError, first_line
 
+_PACKAGE = Path(__file__).parents[1]
+
 
 class RefusedError(InputError):
     """A network that no way of tracing can make fit."""
@@ -87,7 +89,7 @@ def where(error: BaseException) -> str:
     while step is not None:
         # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
         name = step.tb_frame.f_code.co_filename
-        if "/torch/" not in name and Path(name).parent != Path(__file__).parent and Path(name).is_file():
+        if "/torch/" not in name and _PACKAGE not in Path(name).parents and Path(name).is_file():
             line = step.tb_lineno or step.tb_frame.f_code.co_firstlineno  # a patched frame may have none
             place = f" ({name}:{line}: {linecache.getline(name, line).strip()})"
         step = step.tb_next

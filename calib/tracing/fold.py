@@ -1,4 +1,4 @@
-"""Constants of a traced network: what depends on no image is computed once."""
+"""Folding: what does nothing goes, what depends on no image is computed once, batch normalisation joins its layer."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+from calib.ops import kind_of
+from calib.tracing.inplace import writes
 
 
 def attribute(module: nn.Module, path: str) -> Any:
@@ -73,7 +78,51 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     )
 
 
-def writes(node: fx.Node) -> bool:
-    """Whether a function or method changes its first argument, by PyTorch's way of naming."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "_opname", "")
-    return node.op != "call_module" and str(name).endswith("_") and not str(name).endswith("__")
+def bake_parametrizations(root: nn.Module) -> None:
+    """Make plain parameters of those that are computed (weight normalisation, spectral normalisation, ...)."""
+    for module in list(root.modules()):
+        if parametrize.is_parametrized(module):
+            # Removing them changes the class, which copies share with the original.
+            kind = type(module)
+            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+            for name in list(module.parametrizations):  # type: ignore[arg-type]
+                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+            module.requires_grad_(False)
+
+
+def remove_nothing(module: fx.GraphModule) -> None:
+    """Remove dropout and identities: in eval mode they do nothing."""
+    for node in list(module.graph.nodes):
+        if kind_of(node, module) == "nothing":
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            module.graph.erase_node(node)
+
+
+def fold_batchnorm(module: fx.GraphModule) -> None:
+    """Fold each batch normalisation into the convolution or linear layer before it, as TensorRT does."""
+    uses: dict[str, int] = {}
+    for node in module.graph.nodes:
+        if node.op == "call_module":
+            uses[str(node.target)] = uses.get(str(node.target), 0) + 1
+    for node in list(module.graph.nodes):
+        if kind_of(node, module) != "batchnorm":
+            continue
+        before = node.args[0]
+        if not isinstance(before, fx.Node) or len(before.users) != 1:
+            continue
+        kind = kind_of(before, module)
+        if kind not in ("conv", "linear") or uses[str(before.target)] != 1:
+            continue
+        layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
+        if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
+            continue
+        fused: nn.Module
+        if isinstance(layer, nn.Conv2d):
+            fused = fuse_conv_bn_eval(layer, norm)
+        elif isinstance(layer, nn.Linear) and layer.out_features == norm.num_features:
+            fused = fuse_linear_bn_eval(layer, norm)
+        else:
+            continue
+        module.set_submodule(str(before.target), fused.requires_grad_(False))
+        node.replace_all_uses_with(before)
+        module.graph.erase_node(node)

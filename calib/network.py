@@ -1,0 +1,125 @@
+"""The network as calibration sees it: traced, normalised, every tensor named, every INT8 layer known.
+
+One description serves the calibrator, the integer simulation, explicit quantization, the ONNX export and the engines,
+so that none of them can disagree about a name or about where a value is quantized.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+
+from calib.task import Task
+from common.errors import InputError, first_line
+
+INPUT: Final = "data"
+OUTPUT: Final = "prob"
+
+
+@dataclass(frozen=True)
+class Layer:
+    """An operation that can run in INT8.
+
+    Attributes:
+        name: As in the calibration table (the name of its own output tensor, before an in-place ReLU too).
+        kind: ``conv``, ``linear``, ``matmul`` (of two activations), ``add``, ``avgpool``, ``activation`` or
+            ``softmax``.
+        node: Name of its fx node.
+        inputs: Names of the fx nodes of its activations.
+        target: Path of its module in ``Network.module``; None for a function.
+    """
+
+    name: str
+    kind: str
+    node: str
+    inputs: tuple[str, ...]
+    target: str | None
+
+
+@dataclass(frozen=True)
+class Network:
+    """A float network, ready to be calibrated, quantized, exported and compiled.
+
+    Attributes:
+        name: Names the table's file: ``CalibrationTable<name>``.
+        module: Eval mode, batch normalisation folded, dropout removed, no in-place operation; one input ``data``
+            float32 [B, C, H, W]; its output is the model's: a tensor, or a tuple of tensors where there are several.
+        tensors: Names of the calibration table, in network order.
+        tensor_of: fx node name -> tensor name. A reshape or dropout is its input's tensor, as in Caffe; the value
+            before an in-place ReLU has no name of its own, the value after it has the layer's.
+        observed: fx node name -> tensor name, for the one node whose value is calibrated under that name.
+        scale_source: Tensor -> tensor whose histogram gives its scale; itself but for pooling windows.
+        kinds: fx node name -> kind of operation.
+        layers: What can run in INT8, in network order.
+        unsupported: Tensor name -> operation that stays in float.
+        input_shape: (C, H, W) of one image, where ``trace`` was told; exporting needs it.
+        outputs: fx node names of the output tensors, in order.
+        output_names: What the model calls its outputs (``logits``, ``out``); ``output`` where it gives one tensor.
+        task: ``classify``, ``regress``, ``embed`` or ``detect``, as :func:`calib.task.find_task` found it.
+        traced_by: ``torch.fx``, or ``torch.export`` and why not ``torch.fx``.
+    """
+
+    name: str
+    module: fx.GraphModule
+    tensors: tuple[str, ...]
+    tensor_of: Mapping[str, str]
+    observed: Mapping[str, str]
+    scale_source: Mapping[str, str]
+    kinds: Mapping[str, str]
+    layers: tuple[Layer, ...]
+    unsupported: Mapping[str, str]
+    input_shape: tuple[int, int, int] | None = None
+    outputs: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ("output",)
+    task: Task = "classify"
+    traced_by: str = "torch.fx"
+
+    @property
+    def gives_probabilities(self) -> bool:
+        """Whether the network ends in a softmax of its own."""
+        return self.kinds.get(self.outputs[0]) == "softmax" if len(self.outputs) == 1 else False
+
+    def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Any:
+        """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
+
+        Args:
+            images: float32 [B, C, H, W] on the network's device.
+            observe: Must not modify the value.
+
+        Returns:
+            What the model gives: a tensor, or a tuple of tensors.
+
+        Raises:
+            InputError: the images do not fit the network.
+        """
+        with torch.inference_mode():
+            try:
+                return _Observed(self, observe).run(images)
+            except RuntimeError as error:
+                raise InputError(
+                    f"network {self.name} does not take images of shape {tuple(images.shape)}: {first_line(error)}"
+                ) from error
+
+
+class _Observed(fx.Interpreter):
+    def __init__(self, network: Network, observe: Callable[[str, Tensor], None]) -> None:
+        super().__init__(network.module)
+        self.extra_traceback = False
+        self._names = network.observed
+        self._observe = observe
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        name = self._names.get(n.name)
+        if name is not None and is_activation(value):
+            self._observe(name, value)
+        return value
+
+
+def is_activation(value: Any) -> bool:
+    """Whether a value can be calibrated; masks and indices that a network computes with cannot."""
+    return isinstance(value, Tensor) and value.is_floating_point()

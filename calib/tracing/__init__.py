@@ -1,0 +1,146 @@
+"""Tracing: from a PyTorch model to a :class:`calib.network.Network`.
+
+``by_fx`` or ``by_export`` gives a graph; ``fold`` and ``inplace`` normalise it; ``check`` compares it with the model;
+``describe`` names its tensors and layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import fx, nn
+
+from calib.network import Network
+from calib.tracing.by_export import export_graph, is_exported, plain_execution
+from calib.tracing.by_fx import fx_graph, hidden_products
+from calib.tracing.check import ModelCheck, RefusedError, where
+from calib.tracing.describe import describe
+from calib.tracing.fold import bake_parametrizations, fold_batchnorm, remove_nothing
+from calib.tracing.inplace import purify
+from common.errors import InputError, first_line
+
+logger = logging.getLogger(__name__)
+
+
+def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int, int] | None = None) -> Network:
+    """Describe ``model`` for calibration and quantization; ``model`` itself is left as it is.
+
+    ``torch.fx`` traces it; where that fails, or leaves convolutions or matrix products inside what it does not look
+    into, ``torch.export`` does (:mod:`calib.tracing.by_export`). Nothing is appended: the outputs are the model's.
+
+    Args:
+        model: From float32 [B, C, H, W] to a tensor, or a tuple, list, dictionary or dataclass of tensors. A module
+            that ``torch.export`` made, too, and an ``ExportedProgram``.
+        name: Name of the network; the class name if None.
+        input_shape: (C, H, W) of one image; ``torch.export``, the ONNX export and the ONNX Runtime engine need it.
+            What was traced is then checked against ``model`` on random images.
+
+    Raises:
+        InputError: neither can trace it, it has more than one input, or it computes something else once traced.
+    """
+    name = name or type(model).__name__
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    with plain_execution():
+        return _Tracing(model, name, input_shape).network()
+
+
+class _Tracing:
+    """The ways to trace one model, tried in turn."""
+
+    def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int] | None) -> None:
+        self._model = model
+        self._name = name
+        self._shape = shape
+        self._check = ModelCheck(self._copy(), name, shape) if shape is not None else None
+
+    def _copy(self) -> nn.Module:
+        """A copy to work on; a module of ``torch.export``, which has no modes, is always as it was exported."""
+        try:
+            root = copy.deepcopy(self._model)
+            if not is_exported(root):
+                root.eval()
+            root.requires_grad_(False)
+            bake_parametrizations(root)
+        except Exception as error:
+            raise InputError(f"network {self._name} cannot be copied: {first_line(error)}") from error
+        return root
+
+    def network(self) -> Network:
+        """By the first way that succeeds; the last one's result or error where none is perfect."""
+        if is_exported(self._model):
+            return self._exported("")
+        try:
+            found = self._finished(fx_graph(self._copy(), self._name), "torch.fx")
+        except RefusedError:
+            raise
+        except InputError as error:
+            if self._shape is None:
+                raise
+            return self._exported(f"cannot: {error}")
+        hidden = hidden_products(found.module, found.kinds) if self._shape is not None else []
+        if not hidden:
+            return found
+        try:
+            return self._exported(f"does not look into {_some(hidden)}")
+        except InputError as error:
+            logger.warning("%s: %s stays in float, since torch.export fails: %s", self._name, _some(hidden), error)
+            return found
+
+    def _exported(self, reason: str) -> Network:
+        """By ``torch.export``, a second time with PyTorch's own removal of in-place operations if need be.
+
+        Args:
+            reason: What ``torch.fx`` does or cannot; empty where it was not tried.
+        """
+        assert self._shape is not None or is_exported(self._model)
+        failed: Exception
+        for functional in (False, True):
+            root = self._copy()
+            try:
+                module = export_graph(root, self._shape or (), functional)
+                return self._finished(module, f"torch.export, since torch.fx {reason}" if reason else "torch.export")
+            except Exception as error:  # noqa: BLE001 - what torch.export raises is open-ended
+                failed = error
+            if is_exported(self._model):
+                break
+        if isinstance(failed, InputError):
+            raise failed
+        fault = f"network {self._name} cannot be traced: torch.export fails: {first_line(failed)}{where(failed)}"
+        raise InputError(f"{fault}; torch.fx {reason}" if reason else fault) from failed
+
+    def _finished(self, module: fx.GraphModule, traced_by: str) -> Network:
+        """Normalise what was traced, check it against the model, and describe it."""
+        remove_nothing(module)
+        fold_batchnorm(module)
+        in_place = purify(module)
+        _work_channels_last(module)
+        module.graph.eliminate_dead_code()
+        module.graph.lint()
+        module.delete_all_unused_submodules()
+        module.recompile()
+        if self._check is not None:
+            self._check.compare(module)
+            self._check.tell_shapes(module)
+        names = self._check.output_names if self._check is not None else None
+        return describe(self._name, module, in_place, self._shape, traced_by, names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _work_channels_last(module: fx.GraphModule) -> None:
+    """Store convolutions' weights channels last, and so all that follows them: on a CPU, LeNet takes half the time.
+
+    The values are the same but for rounding. ``view`` refuses such memory where ``reshape`` copies.
+    """
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Conv2d):
+            submodule.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for node in module.graph.nodes:
+        if node.op == "call_method" and node.target == "view":
+            node.target = "reshape"

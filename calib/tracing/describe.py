@@ -1,0 +1,137 @@
+"""Names for what was traced: the tensors of the calibration table, and the layers that can run in INT8."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch import fx
+
+from calib.network import INPUT, OUTPUT, Layer, Network
+from calib.ops import QUANTIZABLE, gives_tuple, kind_of
+from calib.scales import scale_sources
+from calib.task import find_task
+
+
+def describe(
+    name: str,
+    module: fx.GraphModule,
+    in_place: set[str],
+    input_shape: tuple[int, int, int] | None,
+    traced_by: str,
+    output_names: tuple[str, ...] | None,
+) -> Network:
+    """The network that a normalised graph is.
+
+    Args:
+        name: Of the network.
+        module: Without batch normalisation that could be folded, dropout and operations in place; ``meta["name"]`` of
+            a function's node is the name of its tensor where that is not the node's.
+        in_place: fx names of operations that overwrote their input until they were made pure.
+        input_shape: (C, H, W) of one image where known.
+        traced_by: As in :class:`Network`.
+        output_names: What the model calls its outputs; None where it was not run.
+    """
+    nodes = [node for node in module.graph.nodes if node.op not in ("output", "get_attr")]
+    kinds = {node.name: kind_of(node, module) for node in nodes}
+    nodes = [node for node in nodes if kinds[node.name] != "shape"]
+    outputs = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
+    _keep_sums_in_float(nodes, kinds)
+
+    # A ReLU that overwrites its input takes its name: "ip1" is the value after the in-place ReLU, as in Caffe.
+    takes_name = {node.name for node in nodes if kinds[node.name] == "relu" and node.name in in_place}
+    own: dict[str, str] = {}
+    ends_in_softmax = len(outputs) == 1 and kinds[outputs[0].name] == "softmax"
+    used = {INPUT, OUTPUT} if ends_in_softmax else {INPUT}
+    for node in nodes:
+        if node.op == "placeholder":
+            own[node.name] = INPUT
+        elif ends_in_softmax and node is outputs[0]:
+            own[node.name] = OUTPUT
+        elif kinds[node.name] == "view" or node.name in takes_name:
+            own[node.name] = own[node.all_input_nodes[0].name]
+        else:
+            path = str(node.target) if node.op == "call_module" else node.meta.get("name", node.name)
+            own[node.name] = _unique(path, used)
+
+    # The value that carries a name is the last one written under it, among the first node and its in-place ReLUs.
+    observed: dict[str, str] = {}
+    holder: dict[str, str] = {}
+    for node in nodes:
+        tensor = own[node.name]
+        if kinds[node.name] == "view" or gives_tuple(node):
+            continue
+        if node.name in takes_name:
+            observed.pop(holder[tensor], None)
+        holder[tensor] = node.name
+        observed[node.name] = tensor
+    tensors = tuple(observed.values())
+    tensor_of = {
+        node.name: own[node.name]
+        for node in nodes
+        if kinds[node.name] == "view" or gives_tuple(node) or node.name in observed
+    }
+    kind_by_tensor = {tensor: node for node, tensor in observed.items()}
+    layers = tuple(
+        Layer(
+            name=own[node.name],
+            kind=kinds[node.name],
+            node=node.name,
+            inputs=tuple(item.name for item in node.all_input_nodes if kinds.get(item.name) not in ("shape", None)),
+            target=str(node.target) if node.op == "call_module" else None,
+        )
+        for node in nodes
+        if kinds[node.name] in QUANTIZABLE or (ends_in_softmax and node is outputs[0])
+    )
+    unsupported = {
+        own[node.name]: str(module.get_submodule(str(node.target)).__class__.__name__)
+        if node.op == "call_module"
+        else getattr(node.target, "__name__", str(node.target))
+        for node in nodes
+        if kinds[node.name] in ("other", "batchnorm") and node.target is not operator.getitem
+    }
+    return Network(
+        name=name,
+        module=module,
+        tensors=tensors,
+        tensor_of=tensor_of,
+        observed=observed,
+        scale_source=scale_sources(nodes, kinds, own, kind_by_tensor, module),
+        kinds=kinds,
+        layers=layers,
+        unsupported=unsupported,
+        input_shape=input_shape,
+        outputs=tuple(node.name for node in outputs),
+        output_names=output_names or tuple(f"output_{i}" if i else "output" for i in range(len(outputs))),
+        task=find_task(outputs, kinds),
+        traced_by=traced_by,
+    )
+
+
+def _keep_sums_in_float(nodes: Sequence[fx.Node], kinds: dict[str, str]) -> None:
+    """Let a sum that only operations in float read stay in float, as between the blocks of a transformer.
+
+    Quantizing it would save nothing and cost accuracy.
+    """
+    carries = {"relu", "maxpool", "view", "concat"}
+    in_int8: set[str] = set()
+    in_float: set[str] = set()
+    for node in reversed(nodes):
+        for reader in node.users:
+            kind = kinds.get(reader.name, "output")
+            carried = kind in carries
+            if kind in QUANTIZABLE or (carried and reader.name in in_int8):
+                in_int8.add(node.name)
+            elif kind in ("other", "batchnorm", "softmax") or (carried and reader.name in in_float):
+                in_float.add(node.name)
+        if kinds[node.name] == "add" and node.name in in_float - in_int8:
+            kinds[node.name] = "other"
+
+
+def _unique(name: str, used: set[str]) -> str:
+    candidate, number = name, 0
+    while candidate in used:
+        number += 1
+        candidate = f"{name}_{number}"
+    used.add(candidate)
+    return candidate

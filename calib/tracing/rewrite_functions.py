@@ -1,0 +1,159 @@
+"""Attention, products by index, slices and the like written in the functions that the tables of operations know."""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import Any, Final
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from calib.tracing.rewrite import Rewriter, Writer, layer_path
+
+
+def _to(rewriter: Rewriter, node: fx.Node) -> Any:
+    source, made = node.args[0], node.meta.get("val")
+    assert isinstance(source, fx.Node)
+    before = source.meta.get("val")
+    if not isinstance(made, Tensor) or not isinstance(before, Tensor):
+        return None
+    if made.dtype == before.dtype:
+        return rewriter.env[source]
+    if made.dtype in (torch.float16, torch.bfloat16) or before.dtype in (torch.float16, torch.bfloat16):
+        # Of autocast or of a half-precision island: here all is float32.
+        return rewriter.env[source]
+    return rewriter.graph.call_method("to", (rewriter.env[source], made.dtype))
+
+
+def _baddbmm(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    product = rewriter.graph.call_function(torch.matmul, (rewriter.env[given["batch1"]], rewriter.env[given["batch2"]]))
+    if given["alpha"] != 1:
+        product = rewriter.graph.call_function(torch.mul, (product, given["alpha"]))
+    if given["beta"] == 0:
+        return product
+    bias = rewriter.env[given["self"]]
+    if given["beta"] != 1:
+        bias = rewriter.graph.call_function(torch.mul, (bias, given["beta"]))
+    return rewriter.graph.call_function(torch.add, (product, bias))
+
+
+def _scaled_dot_product_attention(rewriter: Rewriter, node: fx.Node) -> Any:
+    """softmax(q k^T * scale + mask) v, as PyTorch documents the function."""
+    given = rewriter.named(node)
+    if given["is_causal"] or given["enable_gqa"]:
+        return None
+    query, key, value = (rewriter.env[given[part]] for part in ("query", "key", "value"))
+    example = given["query"].meta.get("val")
+    scale = given["scale"] if given["scale"] is not None else 1 / math.sqrt(int(example.shape[-1]))
+    graph = rewriter.graph
+    turned = graph.call_method("transpose", (key, -2, -1))
+    scores = graph.call_function(torch.matmul, (query, turned))
+    scores = graph.call_function(torch.mul, (scores, float(scale)))
+    mask = given["attn_mask"]
+    if mask is not None:
+        shown = mask.meta.get("val")
+        if isinstance(shown, Tensor) and shown.dtype == torch.bool:
+            denied = graph.call_function(torch.logical_not, (rewriter.env[mask],))
+            scores = graph.call_function(torch.masked_fill, (scores, denied, float("-inf")))
+        else:
+            scores = graph.call_function(torch.add, (scores, rewriter.env[mask]))
+    weights = graph.call_function(torch.softmax, (scores, -1))
+    path = layer_path(node)
+    result = graph.call_function(torch.matmul, (weights, value))
+    for part, made in (("scores", turned.next), ("attention", weights), ("mixed", result)):
+        if path:
+            made.meta["name"] = f"{path}.{part}"
+    return result
+
+
+def _einsum(rewriter: Rewriter, node: fx.Node) -> Any:
+    """A product of two operands over one index as a matrix product; others stay as they are."""
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    if "." in equation or "->" not in equation or len(operands) != 2:  # type: ignore[arg-type]
+        return None
+    inputs, _, output = equation.partition("->")
+    left, _, right = inputs.partition(",")
+    shared = [index for index in left if index in right]
+    summed = [index for index in shared if index not in output]
+    batch = [index for index in shared if index in output]
+    rows, columns = [i for i in left if i not in right], [i for i in right if i not in left]
+    whole = all(index in output for index in (*rows, *columns))
+    if not whole or not len(summed) == len(rows) == len(columns) == 1 or len(set(left)) != len(left):
+        return None
+    first, second = (rewriter.env[item] for item in operands)  # type: ignore[union-attr,index]
+    first = _permuted(rewriter, first, left, [*batch, *rows, *summed])
+    second = _permuted(rewriter, second, right, [*batch, *summed, *columns])
+    product = rewriter.graph.call_function(torch.matmul, (first, second))
+    return _permuted(rewriter, product, "".join([*batch, *rows, *columns]), list(output))
+
+
+def _permuted(rewriter: Rewriter, value: fx.Node, now: str, wanted: list[str]) -> fx.Node:
+    order = [now.index(index) for index in wanted]
+    return value if order == sorted(order) else rewriter.graph.call_function(torch.permute, (value, order))
+
+
+def _hardtanh(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    if (given["min_val"], given["max_val"]) != (0, 6):
+        return None
+    return rewriter.graph.call_function(F.relu6, (rewriter.env[given["self"]],))
+
+
+def _clamp(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    if (given["min"], given["max"]) != (0, 6):
+        return None
+    return rewriter.graph.call_function(F.relu6, (rewriter.env[given["self"]],))
+
+
+def _expand(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    return rewriter.graph.call_method("expand", (rewriter.env[given["self"]], *_sizes(rewriter, given["size"])))
+
+
+def _repeat(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    return rewriter.graph.call_method("repeat", (rewriter.env[given["self"]], *_sizes(rewriter, given["repeats"])))
+
+
+def _sizes(rewriter: Rewriter, sizes: list[Any]) -> list[Any]:
+    return [rewriter.env[item] if isinstance(item, fx.Node) else item for item in sizes]
+
+
+def _index(rewriter: Rewriter, node: fx.Node) -> Any:
+    source, indices = node.args[:2]
+    assert isinstance(source, fx.Node)
+    parts = [rewriter.env[item] if isinstance(item, fx.Node) else slice(None) for item in indices]  # type: ignore[union-attr]
+    return rewriter.graph.call_function(operator.getitem, (rewriter.env[source], tuple(parts)))
+
+
+def _slice(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    dim, start, end, step = given["dim"], given["start"], given["end"], given["step"]
+    if dim < 0 or step != 1:
+        return None
+    if start in (None, 0) and isinstance(end, int) and end > 2**62:
+        return rewriter.env[given["self"]]
+    end = None if isinstance(end, int) and end > 2**62 else end
+    start, end = _sizes(rewriter, [start, end])
+    parts = (*[slice(None)] * dim, slice(start, end))
+    return rewriter.graph.call_function(operator.getitem, (rewriter.env[given["self"]], parts))
+
+
+WRITERS: Final[dict[str, Writer]] = {
+    "to": _to,
+    "_to_copy": _to,
+    "baddbmm": _baddbmm,
+    "scaled_dot_product_attention": _scaled_dot_product_attention,
+    "einsum": _einsum,
+    "hardtanh": _hardtanh,
+    "clamp": _clamp,
+    "expand": _expand,
+    "repeat": _repeat,
+    "index": _index,
+    "slice": _slice,
+}
+"""ATen's name -> what writes the operation in PyTorch's functions."""
