@@ -8,24 +8,14 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from common.cli import Parser, config_parser, parse, run_command
+from common.cli import parse, run_command
 from common.console import print_table, start_logging, stdout_to_stderr
 from common.errors import ExitCode
+from common.options import train_parser
 from common.processes import is_first_process
 from common.run import Run
 
 logger = logging.getLogger("train")
-
-ALIASES = {"--data-dir": "data.dir", "--batch-size": "data.batch_size"}
-
-
-def parser() -> Parser:
-    """The command's options."""
-    result = config_parser("train.py", "Train a network and write its checkpoint.", ALIASES)
-    result.add_argument("--epochs", type=int | None, help="short for --trainer.max_epochs")
-    result.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    result.add_argument("--json", action="store_true", help="print JSON alone on stdout")
-    return result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         trainer_parser().print_help()
         return ExitCode.PASSED
-    config, flags = parse(parser(), arguments)
+    config, flags = parse(train_parser(), arguments)
     if flags.epochs is not None:
         config.trainer["max_epochs"] = flags.epochs
     first = is_first_process()

@@ -106,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def start(setting: Setting, path: Path) -> Results:
     """Results without benchmarks, or the last ones where machine and versions are still the same."""
     from benchmarks.results import FORMAT, Results, read_results
+    from common.versions import installed_versions
     from evaluation.environment import environment
-    from models.checkpoint import installed_versions
 
     here = environment()
     here = dataclasses.replace(here, versions={**here.versions, **installed_versions(*OUTSIDE)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def _path(folder: Path) -> Path:
 def write_record(folder: Path, record: QuantizationRecord) -> None:
     """Write the record of the run in ``folder``, atomically."""
     write_json(_path(folder), json.loads(encode(record)))
+
+
+def record_quantization(folder: Path, table: Path, weights: str, quantization: QuantizationConfig) -> None:
+    """Write the record of the run in ``folder``.
+
+    Args:
+        folder: The run's.
+        table: The calibration table's file, inside or elsewhere.
+        weights: Fingerprint of the weights that were quantized.
+        quantization: How they were.
+    """
+    write_record(folder, QuantizationRecord(Path(os.path.relpath(table, folder)), weights, quantization))
 
 
 def read_record(folder: Path) -> QuantizationRecord | None:

@@ -108,6 +108,8 @@ def _stratified(labels: Tensor, num_classes: int, wanted: int, generator: torch.
 class Labelled(Protocol):
     """Images with labels; ``data.ImageSet`` is one."""
 
+    def __len__(self) -> int: ...
+
     @property
     def labels(self) -> Tensor:
         """int64 [N]."""
@@ -119,13 +121,23 @@ class Labelled(Protocol):
 
 
 class SubsetImages(Sequence[Tensor]):
-    """The images of a subset, batch by batch; each is read when it is asked for."""
+    """The images of a subset, batch by batch; each is read when it is asked for.
 
-    def __init__(self, images: Labelled, subset: Subset) -> None:
-        self._images, self._positions = images, subset.batches
+    Attributes:
+        source: What they are among.
+        subset: Which they are.
+    """
+
+    def __init__(self, source: Labelled, subset: Subset) -> None:
+        self.source, self.subset = source, subset
+        self._positions = subset.batches
 
     def __len__(self) -> int:
         return len(self._positions)
+
+    def between(self, begin: int, end: int) -> Tensor:
+        """The images from one place in the subset to another, float32 [end - begin, C, H, W]."""
+        return self.source.images(self.subset.positions[begin:end])
 
     @overload
     def __getitem__(self, number: int) -> Tensor: ...
@@ -136,7 +148,7 @@ class SubsetImages(Sequence[Tensor]):
     def __getitem__(self, number: int | slice) -> Tensor | Sequence[Tensor]:
         if isinstance(number, slice):
             return [self[index] for index in range(*number.indices(len(self)))]
-        return self._images.images(self._positions[number])
+        return self.source.images(self._positions[number])
 
 
 class TrainingData(Protocol):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -125,6 +126,26 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path`` atomically; NaN and infinity are refused (ValueError)."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Make ``folder`` and try it, before work is done whose result goes there.
+
+    Args:
+        folder: To be made, or there.
+        what: That will be written there, for the message.
+
+    Raises:
+        InputError: the folder cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {what} into {folder}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"cannot write {what} into {str(folder)!r}: a path must not contain NUL") from error
 
 
 def read_bytes(path: Path, limit: int = MAX_TEXT_BYTES) -> bytes:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from calib.cache import Provenance
 from calib.network import Network
+from calib.subset import Labelled, Subset, SubsetImages
 from calib.table import CalibrationTable
 from common.config import EngineConfig, EngineName, PrecisionName, QuantizationConfig
 from common.errors import InputError
-from engines.base import Compiled, Engine, EngineError
+from engines.base import Compiled, Engine, EngineError, OwnCalibration
 
 __all__ = ["Compiled", "Engine", "EngineError", "Selection", "make_engine", "select_engine"]
 
@@ -48,6 +50,40 @@ class Selection:
                 latency_note=f"{compiled.latency_note}; {note}" if compiled.latency_note else None,
                 details={**compiled.details, f"why not {self.engine.name}": str(error)},
             )
+
+    def prepare(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
+        """Compile the precision that was asked for.
+
+        Raises:
+            InputError: the engine cannot run it.
+        """
+        try:
+            return self.compile(network, precision, table)
+        except EngineError as error:
+            raise InputError(f"{self.engine.name} cannot prepare {precision}: {error}") from error
+
+    def own_calibration(
+        self,
+        network: Network,
+        table: CalibrationTable,
+        subset: Callable[[], SubsetImages],
+        wanted: Provenance,
+        recalibrate: bool = False,
+    ) -> OwnCalibration | None:
+        """As :meth:`engines.base.Engine.own_calibration`, from the images that ``subset`` opens.
+
+        Raises:
+            InputError: the engine cannot calibrate.
+        """
+
+        def images() -> tuple[Labelled, Subset]:
+            drawn = subset()
+            return drawn.source, drawn.subset
+
+        try:
+            return self.engine.own_calibration(network, table, images, wanted, recalibrate)
+        except EngineError as error:
+            raise InputError(str(error)) from error
 
 
 def make_engine(

@@ -194,3 +194,14 @@ def baselines(network: Network, config: EngineConfig, precisions: tuple[Precisio
         except EngineError as error:
             logger.warning("no baseline %s in %s: %s", engine.name, precision, error)
     return found
+
+
+def baselines_if_possible(
+    network: Network, config: EngineConfig, precisions: tuple[PrecisionName, ...]
+) -> list[Compiled]:
+    """As :func:`baselines`; nothing, and a warning, where the GPU that was asked for cannot be used."""
+    try:
+        return baselines(network, config, precisions)
+    except EngineError as error:
+        logger.warning("no baseline on the GPU: %s", error)
+        return []

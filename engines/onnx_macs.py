@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+import logging
+
+from calib.network import Network
 from calib.onnx_macs import count_macs
-from calib.plan import Int8Plan
+from calib.plan import Int8Plan, plan_int8
+from calib.table import CalibrationTable
+from common.config import QuantizationConfig
+from common.errors import InputError
 from common.macs import MacCount
+from engines.base import Compiled
 from engines.onnx_export import int8_model
+
+logger = logging.getLogger(__name__)
 
 
 def exported_macs(plan: Int8Plan) -> MacCount:
@@ -20,3 +29,33 @@ def exported_macs(plan: Int8Plan) -> MacCount:
         InputError: the network cannot be exported.
     """
     return count_macs(int8_model(plan), "in its ONNX form with quantize/dequantize pairs", plan.kept)
+
+
+def macs_of(
+    compiled: Compiled, network: Network, table: CalibrationTable, quantization: QuantizationConfig
+) -> MacCount | None:
+    """What INT8 multiplies in INT8: as its engine executes it, else as its ONNX form says.
+
+    A small share is a warning.
+
+    Args:
+        compiled: The network in INT8.
+        network: What it was compiled from.
+        table: Likewise.
+        quantization: Likewise.
+
+    Returns:
+        None where the network cannot be exported.
+    """
+    macs = compiled.macs
+    if macs is None:
+        try:
+            plan = plan_int8(network, table, quantization.keep_fp, quantization.quantize_output)
+            macs = exported_macs(plan)
+        except InputError as error:
+            logger.warning("multiply-accumulates are not counted: %s", error)
+            return None
+    warning = macs.warning()
+    if warning is not None:
+        logger.warning("%s", warning)
+    return macs

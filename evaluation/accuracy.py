@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from common.processes import ALONE, Processes
 from data.base import ImageSet, batches
 from engines.base import Compiled
-from evaluation.processes import ALONE, Processes
 from evaluation.results import Accuracy, ClassAccuracy, Interval, Mistake, Paired
 from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
 

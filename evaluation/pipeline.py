@@ -17,6 +17,7 @@ from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
 from common.errors import InputError
 from common.macs import MacCount
+from common.processes import ALONE, Processes
 from engines import Compiled, EngineError, Selection
 from evaluation.accuracy import Predictions, accuracy, measure_shared, paired
 from evaluation.analysis import (
@@ -29,7 +30,6 @@ from evaluation.analysis import (
 )
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
-from evaluation.processes import ALONE, Processes
 from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, agrees, is_within, judge
 from evaluation.subject import Subject
 

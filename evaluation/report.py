@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 from dataclasses import asdict
 from functools import cache
@@ -18,6 +19,9 @@ from common.files import write_json, write_text
 from evaluation import charts, text
 from evaluation.findings import findings
 from evaluation.results import TITLES, Latency, Report, Row
+from evaluation.tensorboard import log_report
+
+logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_HISTOGRAMS = 64
@@ -25,6 +29,17 @@ MOST_HISTOGRAMS = 64
 MOST_CLASSES = 40
 MATRIX_CLASSES = 20
 """With more classes the most frequent mistakes are listed instead of the confusion matrix."""
+
+
+def write_all(report: Report, folder: Path) -> None:
+    """Write the report's files and its figures for TensorBoard into ``folder``.
+
+    Raises:
+        InputError: the folder cannot be written.
+    """
+    for path in write_report(report, folder):
+        logger.info("wrote %s", path)
+    log_report(report, folder / "logs" / "evaluation")
 
 
 def write_report(report: Report, folder: Path) -> list[Path]:

@@ -19,7 +19,8 @@ from calib.network import Network
 from calib.plan import plan_int8
 from calib.subset import draw
 from calib.table import CalibrationTable
-from common.config import AlgorithmName, CalibrationConfig, QuantizationConfig
+from common.config import AlgorithmName, CalibrationConfig, EvaluationConfig, QuantizationConfig
+from common.errors import InputError
 from data import Splits
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
@@ -208,6 +209,40 @@ def mixed_precision(
     images = sample(data.validation, 0, len(data.validation), len(data.validation))
     ranked = [layer.layer for layer in sensitivities(network, plan, images, BATCH_SIZE, classes).layers]
     return layers_to_keep(network, plan, ranked, images, BATCH_SIZE, classes, tolerance, agreement)
+
+
+def keep_in_float(
+    network: Network,
+    data: Splits,
+    table: CalibrationTable,
+    quantization: QuantizationConfig,
+    options: EvaluationConfig,
+) -> None:
+    """Extend ``quantization.keep_fp`` by what :func:`mixed_precision` finds.
+
+    Args:
+        network: The traced network.
+        data: Measured on its validation images.
+        table: The calibration table.
+        quantization: Layers kept in float already; changed.
+        options: What may be lost.
+
+    Raises:
+        InputError: no choice of layers suffices.
+    """
+    found = mixed_precision(network, data, table, quantization, options.tolerance, options.agreement)
+    if found is None:
+        raise InputError(
+            f"no choice of layers kept in float brings INT8 within {options.tolerance:g} points of FP32 and to the "
+            f"same class for {options.agreement:g} % of the images: calibrate with more images or another algorithm"
+        )
+    layers, points = found
+    quantization.keep_fp = [*quantization.keep_fp, *layers]
+    logger.info(
+        "mixed precision: %s stay in float; INT8 is then %+.2f points from FP32 on the validation images",
+        ", ".join(quantization.keep_fp) or "no layers",
+        points,
+    )
 
 
 def _compiled(precision: str, run: object) -> Compiled:

@@ -1,22 +1,28 @@
-"""What an evaluation is about: the trained network, its images, and the calibration table that fits both."""
+"""What the commands are about: the trained network and, to evaluate, its images and the table that fits both."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.cache import changed_since, read_provenance, weights_fingerprint
+from calib.cache import Provenance, changed_since, read_provenance, weights_fingerprint
+from calib.calibrator import Histograms
 from calib.network import Network
 from calib.record import read_record
+from calib.run_table import collector, wanted_provenance
+from calib.subset import SubsetImages, draw
 from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.config import Config, QuantizationConfig
 from common.decode import encode
 from common.errors import InputError
+from common.processes import Processes
 from common.run import Run
+from data import Splits
 from data.base import DatasetInfo, ImageSet
 from evaluation.results import Calibration
 from models.checkpoint import CheckpointMeta, load_checkpoint
@@ -25,6 +31,56 @@ from models.reopen import reopen_data
 logger = logging.getLogger(__name__)
 
 QUANTIZE = "run quantize.py --precision int8"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained network, ready to be calibrated.
+
+    Attributes:
+        network: Traced.
+        meta: What its checkpoint says.
+        weights: Fingerprint of the checkpoint's weights.
+    """
+
+    network: Network
+    meta: CheckpointMeta
+    weights: str
+
+    def announce(self, seed: int) -> None:
+        """Log what it is, and what a reader must know."""
+        logger.info("%s, trained on %s; seed %d", self.meta.network, self.meta.dataset.title, seed)
+        for note in self.meta.dataset.notes:
+            logger.warning("%s", note)
+        logger.info("traced by %s", self.network.traced_by)
+        for tensor, operation in self.network.unsupported.items():
+            logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
+
+    def metadata(self, seed: int) -> dict[str, str]:
+        """For its ONNX files."""
+        return {
+            "network": self.network.name,
+            "dataset": self.meta.dataset.name,
+            "weights": self.weights,
+            "seed": str(seed),
+        }
+
+    def data(self, config: Config) -> Splits:
+        """Open the data that it was trained on; raises as ``models.reopen.reopen_data`` does."""
+        return reopen_data(self.meta, config.data)
+
+    def subset(self, config: Config) -> SubsetImages:
+        """Open the data, and draw the representative subset.
+
+        Raises:
+            InputError: as ``models.reopen.reopen_data`` and ``calib.subset.draw`` do.
+        """
+        data = self.data(config)
+        return SubsetImages(data.train_file, draw(data, len(data.info.classes), config.calibration, config.seed))
+
+    def wanted(self, config: Config) -> Provenance:
+        """What a calibration now would record."""
+        return wanted_provenance(self.network, self.weights, self.meta.dataset, config.calibration, config.seed)
 
 
 @dataclass(frozen=True)
@@ -70,6 +126,28 @@ class Subject:
         return [*self.info.notes, *self.int8.notes]
 
 
+def open_trained(config: Config, run: Run) -> Trained:
+    """Open the run's checkpoint, and trace its network.
+
+    Raises:
+        InputError: the checkpoint is missing or damaged, or its network cannot be traced.
+    """
+    checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
+    meta = checkpoint.meta
+    network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
+    return Trained(network, meta, weights_fingerprint(checkpoint.network))
+
+
+def open_collector(config: Config, processes: Processes) -> Callable[[], Histograms]:
+    """Open the run's checkpoint and data, for the histograms that the processes make together.
+
+    Raises:
+        InputError: as :func:`open_trained`, :meth:`Trained.subset` and ``calib.run_table.collector`` do.
+    """
+    trained = open_trained(config, Run(config.run, config.artifacts))
+    return collector(trained.network, trained.subset(config), processes, config.engine)
+
+
 def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject:
     """Open the run's checkpoint, its data and its calibration table.
 
@@ -84,19 +162,17 @@ def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject
         InputError: the checkpoint is missing or damaged, the data cannot be found or is not what the network was
             trained on, or the table is damaged.
     """
-    checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
-    meta = checkpoint.meta
+    trained = open_trained(config, run)
+    meta, weights = trained.meta, trained.weights
     if config.data.dataset not in ("auto", meta.data.dataset):
         raise InputError(
             f"{run.checkpoint} was trained on {meta.data.dataset}, not on {config.data.dataset}: "
             "leave data.dataset out, or train again"
         )
-    weights = weights_fingerprint(checkpoint.network)
     int8 = _named_table(cache, weights, config) if cache else _recorded_table(run, weights, config)
     data = reopen_data(meta, config.data)
     images = {"test": data.test, "train": data.train_file, "validation": data.validation}[config.evaluation.split]
-    network = trace(checkpoint.network, meta.network, data.info.preprocessing.shape)
-    return Subject(network, meta, data.info, images, int8)
+    return Subject(trained.network, meta, data.info, images, int8)
 
 
 def _recorded_table(run: Run, weights: str, config: Config) -> OpenTable:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +67,6 @@ class Checkpoint:
 
     network: nn.Module
     meta: CheckpointMeta
-
-
-def installed_versions(*packages: str) -> dict[str, str]:
-    """Versions of those of ``packages`` that are installed."""
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions
 
 
 def save_checkpoint(path: Path, network: nn.Module, meta: CheckpointMeta) -> None:

@@ -13,9 +13,10 @@ from torch import nn
 
 from common.config import Config, DatasetName
 from common.errors import InputError
+from common.versions import installed_versions
 from data.base import DatasetInfo
 from models import fit
-from models.checkpoint import CheckpointMeta, installed_versions
+from models.checkpoint import CheckpointMeta
 from models.classifier import Classifier
 from models.network import build_network, check_network, network_arguments, network_name
 

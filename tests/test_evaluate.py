@@ -70,7 +70,7 @@ def test_json_alone_on_stdout(command: Command, flags: list[str], artifacts: Pat
 
 
 def test_help_imports_no_torch(root: Path) -> None:
-    program = "import sys, evaluate; evaluate.parser().format_help(); sys.exit('torch' in sys.modules)"
+    program = "import sys, evaluate; evaluate.evaluate_parser().format_help(); sys.exit('torch' in sys.modules)"
 
     import sys
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from common import cli
+from common import cli, options
 from common.cli import DEFAULT_CONFIG, ROOT, SECTIONS, check_config_file, config_parser, parse
 from common.config import Config, DataConfig, DatasetName, EvaluationConfig
 from common.errors import InputError
@@ -25,7 +24,7 @@ COMMANDS = ("train", "quantize", "evaluate")
 
 @pytest.fixture(scope="module", params=COMMANDS)
 def parser(request):
-    return importlib.import_module(request.param).parser()
+    return getattr(options, f"{request.param}_parser")()
 
 
 @pytest.fixture

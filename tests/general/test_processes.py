@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from common.config import EngineConfig
 from common.errors import InputError
-from evaluation.processes import ALONE, Processes, joined
+from common.processes import ALONE, Processes, joined
 from tests.forking import Template
 
 ROOT = Path(__file__).resolve().parents[2]

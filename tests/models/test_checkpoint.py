@@ -13,7 +13,7 @@ from torch import nn
 from common.decode import encode
 from common.errors import InputError
 from models import LeNet, load_checkpoint, save_checkpoint
-from models.checkpoint import FORMAT, installed_versions, write_torch
+from models.checkpoint import FORMAT, write_torch
 
 
 @pytest.fixture
@@ -266,7 +266,3 @@ def test_old_file_stays_when_the_new_one_cannot_be_written(path, meta, monkeypat
         write_torch(path, {})
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == ["model.ckpt"]
-
-
-def test_installed_versions():
-    assert installed_versions("torch", "no-such-package").keys() == {"torch"}

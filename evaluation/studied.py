@@ -1,0 +1,119 @@
+"""The studies that ``quantize.py`` was asked for: which algorithm, how many images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, get_args
+
+from common.config import AlgorithmName, Config
+from common.console import print_table
+from common.errors import InputError
+from evaluation.studies import Outcome, SweepPoint, compare_algorithms, sweep_images
+from evaluation.subject import Trained
+
+
+@dataclass(frozen=True)
+class Studied:
+    """What the studies found, on the validation images.
+
+    Attributes:
+        run: Name of the run, which they left as it was.
+        network: Name of its network.
+        seed: Of the run.
+        algorithms: What each algorithm gives.
+        sweep: What each number of images gives.
+    """
+
+    run: str
+    network: str
+    seed: int
+    algorithms: dict[AlgorithmName, Outcome] | None
+    sweep: list[SweepPoint] | None
+
+    def summary(self) -> dict[str, Any]:
+        """For ``--json``."""
+        found: dict[str, Any] = {"run": self.run, "network": self.network, "seed": self.seed, "split": "validation"}
+        if self.algorithms is not None:
+            found["algorithms"] = {name: asdict(outcome) for name, outcome in self.algorithms.items()}
+        if self.sweep is not None:
+            found["sweep"] = [
+                {
+                    "images": point.images,
+                    "spread": point.spread,
+                    "outcomes": [asdict(outcome) for outcome in point.outcomes],
+                }
+                for point in self.sweep
+            ]
+        return found
+
+    def show(self) -> None:
+        """Print it; differences are to FP32."""
+        if self.algorithms is not None:
+            _show_algorithms(self.algorithms)
+        if self.sweep is not None:
+            _show_sweep(self.sweep)
+
+
+def study(trained: Trained, config: Config, algorithms: str | None, counts: str | None, seeds: int) -> Studied:
+    """Run the studies that were asked for; nothing of the run changes.
+
+    Args:
+        trained: The network.
+        config: Of the run.
+        algorithms: To compare, as in ``entropy2,minmax``; None for no such study.
+        counts: Numbers of images, as in ``50,100,500``; None for no such study.
+        seeds: Calibrations for each number of images.
+
+    Raises:
+        InputError: an unknown algorithm, or a number of images that is not one.
+    """
+    network, quantization, seed = trained.network, config.quantization, config.seed
+    data = trained.data(config)
+    compared = sweep = None
+    if algorithms:
+        names = [name.strip() for name in algorithms.split(",")]
+        for name in names:
+            if name not in get_args(AlgorithmName):
+                raise InputError(f"unknown algorithm {name!r}: take some of {', '.join(get_args(AlgorithmName))}")
+        compared = compare_algorithms(network, data, config.calibration, quantization, seed, names)  # type: ignore[arg-type]
+    if counts:
+        if not all(part.strip().isdecimal() and int(part) > 0 for part in counts.split(",")) or seeds < 1:
+            raise InputError(f"--sweep-images takes numbers of images such as 50,100,500, not {counts!r}")
+        numbers = [int(part) for part in counts.split(",")]
+        sweep = sweep_images(network, data, config.calibration, quantization, numbers, range(seed, seed + seeds))
+    return Studied(config.run, network.name, seed, compared, sweep)
+
+
+def _show_algorithms(outcomes: Mapping[AlgorithmName, Outcome]) -> None:
+    rows = [
+        (name, f"{one.top1:.2f} %", f"{one.points:+.2f}", f"{one.changed:.2f} %", _decibels(one.sqnr_db))
+        for name, one in outcomes.items()
+    ]
+    print_table("algorithms, INT8 on the validation images", ("algorithm", "top-1", "points", "changed", "SQNR"), rows)
+    tensors = next(iter(outcomes.values())).scales
+    scales = [(tensor, *(f"{one.scales[tensor]:.6g}" for one in outcomes.values())) for tensor in tensors]
+    print_table("scales", ("tensor", *outcomes), scales)
+
+
+def _show_sweep(points: Sequence[SweepPoint]) -> None:
+    rows = []
+    for point in points:
+        top1 = [one.top1 for one in point.outcomes]
+        spread = point.spread
+        worst = max(spread, key=spread.__getitem__)
+        rows.append(
+            (
+                f"{point.images}",
+                f"{sum(top1) / len(top1):.2f} %",
+                f"{min(top1):.2f} to {max(top1):.2f} %",
+                f"{max(one.changed for one in point.outcomes):.2f} %",
+                f"{100 * spread[worst]:.2f} % ({worst})",
+            )
+        )
+    columns = ("images", "top-1, mean", "over the seeds", "changed, most", "largest spread of a scale")
+    print_table("numbers of calibration images, INT8 on the validation images", columns, rows)
+
+
+def _decibels(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} dB"
