@@ -6,11 +6,10 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from common.threads import available_cores
+from common.versions import installed_versions
 from evaluation.results import Environment
 
 PACKAGES = (
@@ -73,7 +72,7 @@ def environment(device: int = 0) -> Environment:
         threads=torch.get_num_threads(),
         memory=_memory(),
         system=f"{platform.system()} {platform.release()}",
-        versions={"python": platform.python_version(), **_versions(PACKAGES)},
+        versions={"python": platform.python_version(), **installed_versions(*PACKAGES)},
         gpu=gpu,
         gpu_details=details,
     )
@@ -114,13 +113,3 @@ def _memory() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError):
         return None
-
-
-def _versions(packages: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for package in packages:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

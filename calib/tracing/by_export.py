@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-import warnings
 from collections.abc import Iterator
 from typing import Any, Final
 
@@ -25,6 +24,7 @@ from calib.tracing import rewrite_functions, rewrite_layers
 from calib.tracing.fold import attribute, fold_constants
 from calib.tracing.inplace import purify_aten
 from calib.tracing.rewrite import Rewriter
+from common.console import silenced
 
 BATCH: Final = 3
 """Images of the example: a number that a network is unlikely to compute with, so that a baked-in batch size shows."""
@@ -92,22 +92,10 @@ def is_exported(model: nn.Module) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
 def _exported(model: nn.Module, shape: tuple[int, ...], functional: bool) -> fx.GraphModule:
     parameter = next(model.parameters(), torch.empty(0))
     images = torch.rand(BATCH, *shape, generator=torch.Generator().manual_seed(1)).to(parameter.device)
-    with _silent(), torch.no_grad():
+    with silenced(logging.CRITICAL), torch.no_grad():
         try:
             program = torch.export.export(
                 model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False

@@ -8,7 +8,6 @@ sources of Torch-TensorRT 2.8.0 to 2.13.0 and of its development branch (2.14); 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import importlib.util
 import logging
 import re
@@ -24,7 +23,9 @@ import torch
 
 from calib.table import CalibrationTable, version_number, version_string
 from common.config import AlgorithmName
+from common.console import silenced
 from common.errors import InputError, first_line
+from common.versions import installed_versions
 from engines.gpu import Capability, Gpu, GpuError, dotted, find_gpu
 
 logger = logging.getLogger(__name__)
@@ -275,25 +276,16 @@ def usable(index: int) -> tuple[ModuleType, Installed, Gpu]:
 
 
 def _distribution_version(name: str) -> str | None:
-    if importlib.util.find_spec(name) is None:
-        return None
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return None if importlib.util.find_spec(name) is None else installed_versions(name).get(name)
 
 
 @contextmanager
 def _quiet_import() -> Iterator[None]:
     """Hide what Torch-TensorRT logs and warns at import about optional packages; undo what it sets globally."""
-    disabled = logging.root.manager.disable
     show = warnings.showwarning
-    logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with silenced(logging.WARNING):
             yield
     finally:
-        logging.disable(disabled)
         if warnings.showwarning is not show:  # it calls logging.captureWarnings(True)
             logging.captureWarnings(False)
