@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from calib import onnx_command, table_tools
+from calib import onnx_command
+from calib.table import tools
 from common.command import run_command
 from common.errors import ExitCode
 
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m calib", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="TOOL")
-    table_tools.add_parsers(commands)
+    tools.add_parsers(commands)
     onnx_command.add_parsers(commands)
     return parser
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.table import HEADER_NAMES, TESTED_TENSORRT
-from calib.table_tools import named, write_table
+from calib.table.tools import named, write_table
 from common.errors import ExitCode, InputError
 
 if TYPE_CHECKING:

@@ -99,7 +99,7 @@ BREAKS = (
     Break(
         "scale",
         "scale = threshold / 127",
-        "calib/table.py",
+        "calib/table/text.py",
         "LEVELS = 127",
         "LEVELS = 128",
         "tests/calib/test_calibrator.py::test_a_threshold_lies_half_a_bin_above_the_kept_bins",
@@ -107,18 +107,18 @@ BREAKS = (
     Break(
         "version",
         "from TensorRT 10 on, line 1 has major * 10000 + minor * 100 + patch",
-        "calib/table.py",
+        "calib/table/version.py",
         "return major * 10000 + minor * 100 + patch",
         "return major * 1000 + minor * 100 + patch",
-        "tests/calib/test_table.py::test_versions",
+        "tests/calib/table/test_text.py::test_versions",
     ),
     Break(
         "byte order",
         "a scale is written most significant digit first",
-        "calib/table.py",
+        "calib/table/text.py",
         'return struct.pack(">f", scale).hex()',
         'return struct.pack("<f", scale).hex()',
-        "tests/calib/test_table.py::test_reads_what_tensorrt_writes",
+        "tests/calib/table/test_text.py::test_reads_what_tensorrt_writes",
     ),
     Break(
         "pooling",

@@ -20,10 +20,9 @@ from pathlib import Path
 
 import torch
 
-from calib import formats
 from calib.cache import Provenance, SubsetRecord, read_provenance, write
 from calib.record import QuantizationRecord, read_record, write_record
-from calib.table import CalibrationTable, parse
+from calib.table import CalibrationTable, formats, parse
 from common.cli import check_config_file, config_parser
 from common.cli import parse as parse_command_line
 from common.config import DataConfig, QuantizationConfig

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from calib import formats
-from calib.table import HEADER_NAMES, LEVELS, CalibrationTable, scale_to_hex, scan
+from calib.table import formats
+from calib.table.text import HEADER_NAMES, LEVELS, CalibrationTable, scale_to_hex, scan
 from common.errors import ExitCode, InputError
 from common.files import read_bytes, read_text
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from calib.table import LEVELS, CalibrationTable, Problem, Scan, scale_from_hex, scale_to_hex, scan
+from calib.table.text import LEVELS, CalibrationTable, Legacy, Problem, Scan, scale_from_hex, scale_to_hex, scan
 from common.errors import InputError
 from common.files import read_bytes, read_text, write_bytes, write_json, write_text
 
@@ -223,8 +223,6 @@ def _from_json(value: Mapping[str, Any], source: str) -> Scan:
 
 
 def _legacy(value: Any, source: str) -> Any:
-    from calib.table import Legacy
-
     numbers = value if isinstance(value, dict) else {}
     if numbers.keys() != {"cutoff", "quantile"} or not all(type(item) in (int, float) for item in numbers.values()):
         raise InputError(f"{source}: legacy must hold the numbers cutoff and quantile")

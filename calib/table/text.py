@@ -18,11 +18,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from calib.table.version import TESTED_TENSORRT, version_number, version_string
 from common.errors import InputError
 from common.files import read_text, write_text
-
-TESTED_TENSORRT = "10.12.0"
-"""TensorRT version that a table carries when none is installed and none is asked for."""
 
 LEVELS = 127
 """Largest INT8 code of a symmetric quantization: dynamic range = LEVELS * scale."""
@@ -44,7 +42,6 @@ _ALGORITHMS: Mapping[str, str] = {
 _HEADER = re.compile(r"TRT-([0-9]{1,9})-([A-Za-z0-9]+)", re.ASCII)
 _FOREIGN_HEADER = re.compile(r"TRT-(.*)-([A-Za-z0-9]+)", re.ASCII)
 _LEGACY_HEADER = re.compile(r"0 ([0-9a-fA-F]{16}) ([0-9a-fA-F]{16})", re.ASCII)
-_VERSION = re.compile(r"([0-9]{1,3})\.([0-9]{1,3})\.([0-9]{1,3})(?:\.[0-9]{1,6})?", re.ASCII)
 _DIGITS = 8
 # TensorRT does not pad: a tensor that was zero is "0", and a scale below 2**-95 has fewer than 8 digits.
 _SCALE = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
@@ -52,42 +49,6 @@ _ILLEGAL_IN_NAME = re.compile(r"[\n\r\0]")
 _BLANKS = " \t\r"
 _SMALLEST_NORMAL = 2.0**-126
 _LARGEST = struct.unpack(">f", b"\x7f\x7f\xff\xff")[0]
-
-
-def version_number(version: str) -> int:
-    """The integer that stands for a TensorRT version in line 1: 101200 for "10.12.0", 7202 for "7.2.2".
-
-    major * 1000 + minor * 100 + patch up to TensorRT 8, major * 10000 + minor * 100 + patch from 10 on. A fourth
-    number (the build, as in "10.12.0.36") is not part of it.
-
-    Raises:
-        InputError: not three or four numbers, a version that the formula cannot tell from another one, or
-            TensorRT 9, for which neither formula is established.
-    """
-    match = _VERSION.fullmatch(version)
-    if not match:
-        raise InputError(f"{version!r} is not a TensorRT version: write three numbers, such as {TESTED_TENSORRT}")
-    major, minor, patch = (int(part) for part in match.groups())
-    if 1 <= major <= 8 and minor <= 9 and patch <= 99:
-        return major * 1000 + minor * 100 + patch
-    if 10 <= major <= 99 and minor <= 99 and patch <= 99:
-        return major * 10000 + minor * 100 + patch
-    if major == 9:
-        raise InputError(f"TensorRT {version}: how TensorRT 9 numbers its tables is not known; write another version")
-    raise InputError(f"TensorRT {version} has no number of its own in a calibration table")
-
-
-def version_string(number: int) -> str:
-    """The TensorRT version that line 1's integer stands for: "10.12.0" for 101200, "7.2.2" for 7202.
-
-    Raises:
-        InputError: no TensorRT version has this number.
-    """
-    if 1000 <= number <= 8999:
-        return f"{number // 1000}.{number // 100 % 10}.{number % 100}"
-    if 100000 <= number <= 999999:
-        return f"{number // 10000}.{number // 100 % 100}.{number % 100}"
-    raise InputError(f"{number} is not the number of a TensorRT version (7202 is 7.2.2, 101200 is 10.12.0)")
 
 
 def scale_from_hex(digits: str) -> float:

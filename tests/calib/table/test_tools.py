@@ -12,9 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib import formats
 from calib.__main__ import main
-from calib.table import CalibrationTable
+from calib.table import CalibrationTable, formats
 from common.command import run_command
 from common.errors import InputError
 

@@ -7,9 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib import formats
 from calib.__main__ import main
-from calib.table import CalibrationTable
+from calib.table import CalibrationTable, formats
 from common.errors import InputError
 
 ZERO = "TRT-101200-EntropyCalibration2\nimages: 3c021406\nONNXTRT_Broadcast_1855_output: 0\nx: 3c010a14\n"
