@@ -1,6 +1,6 @@
 """Calibration on any device: run the network over the subset, collect histograms, find thresholds, make the table.
 
-This is the reference calibrator. It follows TensorRT's IInt8EntropyCalibrator2 to the bin; see ``calib.threshold``.
+This is the reference calibrator. It follows TensorRT's IInt8EntropyCalibrator2 to the bin; see ``calib.algorithms``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
+from calib.algorithms import ALGORITHMS, Threshold
+from calib.algorithms import thresholds as thresholds_of
 from calib.device_histogram import DeviceHistograms
 from calib.histogram import AbsHistogram
 from calib.network import INPUT, Network
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
-from calib.threshold import Threshold
-from calib.threshold import thresholds as thresholds_of
 from calib.tracing import trace
 from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
@@ -88,7 +88,7 @@ def calibrate(
         model: A float classifier that ``torch.fx`` can trace, or what ``trace`` returned.
         batches: Image batches in order, each float32 [N, C, H, W] (or a tuple that starts with one, as a DataLoader
             with labels gives it). The result depends on their order: the first batch sets the histograms' range.
-        algorithm: ``entropy2`` (IInt8EntropyCalibrator2), ``minmax``, ``percentile``, ``entropy`` or ``legacy``.
+        algorithm: One of ``calib.algorithms.ALGORITHMS``; ``entropy2`` is IInt8EntropyCalibrator2.
         tensorrt_version: Version for the table's first line.
         options: Parameters of the algorithm, such as ``{"percentile": 99.9}``.
         process_group: Processes of torch.distributed that share the work, each with the same model and batches; every
@@ -446,8 +446,4 @@ def find_thresholds(
 
 def algorithm_options(config: CalibrationConfig) -> dict[str, float]:
     """The parameters that the configured algorithm takes."""
-    if config.algorithm == "percentile":
-        return {"percentile": config.percentile}
-    if config.algorithm == "legacy":
-        return {"quantile": config.quantile}
-    return {}
+    return {option.name: getattr(config, option.name) for option in ALGORITHMS[config.algorithm].options}

@@ -1,7 +1,7 @@
 """The entropy search of many tensors at once, for a GPU: a millisecond for all tensors of a network.
 
-On the CPU, ``calib.threshold`` is faster with one tensor at a time. Both take the same candidates: their divergences
-differ by 1e-14, which is less than a tie.
+On the CPU, ``calib.algorithms.search`` is faster with one tensor at a time. Both take the same candidates: their
+divergences differ by 1e-14, which is less than a tie.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MAX_WIDTH = BINS // LEVELS
 
 
 def divergences(counts: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of every candidate, float64 [T, 1921]: ``calib.threshold`` explains the formula.
+    """Kullback-Leibler divergence of every candidate, float64 [T, 1921]: ``calib.algorithms.search`` has the formula.
 
     Args:
         counts: int64 [T, 2048], on the device that computes; bin 0 counts like its neighbour.

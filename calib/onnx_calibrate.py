@@ -1,6 +1,6 @@
 """The calibration table of an ONNX network, without TensorRT: histograms of its values over calibration batches.
 
-The rules are those of :mod:`calib.histogram` and :mod:`calib.threshold`; which value gives which entry of the table,
+The rules are those of :mod:`calib.histogram` and :mod:`calib.algorithms`; which value gives which entry of the table,
 and under which name, is :mod:`calib.onnx_rules`.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from calib.algorithms import threshold
 from calib.histogram import AbsHistogram
 from calib.onnx_histograms import collect
 from calib.onnx_model import read_float_model
@@ -25,7 +26,6 @@ from calib.onnx_observe import Observed
 from calib.onnx_rules import FUSED_ALGORITHMS, Entry, entries, with_products
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
-from calib.threshold import threshold
 from common.errors import InputError
 from common.threads import available_cores
 
@@ -76,7 +76,7 @@ def calibrate_onnx(
         model: Its float network, as :func:`calib.onnx_model.read_float_model` reads it.
         entries: Of the table.
         batches: The calibration batches. The first one sets the histograms' range.
-        algorithm: As :func:`calib.threshold.threshold` takes it.
+        algorithm: As :func:`calib.algorithms.thresholds` takes it.
         tensorrt_version: Version for the table's first line.
         options: Parameters of the algorithm.
         progress: Called after each batch with (batches done, seconds it took).

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.table import HEADER_NAMES, TESTED_TENSORRT
+from calib.algorithms import ALGORITHMS, OPTIONS
+from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
 from common.errors import ExitCode, InputError
 
@@ -48,10 +49,17 @@ def add_parsers(commands: Any) -> None:
         "compare its outputs with the float network's",
     )
     parser.add_argument(
-        "--algorithm", choices=tuple(HEADER_NAMES), default="entropy2", help="default: entropy2, which trtexec takes"
+        "--algorithm", choices=tuple(ALGORITHMS), default="entropy2", help="default: entropy2, which trtexec takes"
     )
-    parser.add_argument("--percentile", type=float, default=99.99, metavar="P", help="of percentile (default: 99.99)")
-    parser.add_argument("--quantile", type=float, default=0.9999, metavar="Q", help="of legacy (default: 0.9999)")
+    for name, algorithm in ALGORITHMS.items():
+        for option in algorithm.options:
+            parser.add_argument(
+                f"--{option.name}",
+                type=float,
+                default=option.default,
+                metavar=option.name[0].upper(),
+                help=f"of {name} (default: {option.default:g})",
+            )
     parser.add_argument(
         "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
     )
@@ -96,7 +104,7 @@ def _add_from_qdq(commands: Any) -> None:
         help="also write the float network that the table goes with: without the pairs, weights as they were rounded",
     )
     parser.add_argument(
-        "--algorithm", choices=tuple(HEADER_NAMES), default="entropy2", help="of line 1 (default: entropy2)"
+        "--algorithm", choices=tuple(ALGORITHMS), default="entropy2", help="of line 1 (default: entropy2)"
     )
     parser.add_argument(
         "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
@@ -252,12 +260,10 @@ def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
 
 def _options(arguments: argparse.Namespace) -> dict[str, float]:
     """The parameters of the algorithm, checked."""
-    if not 0 < arguments.percentile <= 100:
-        raise InputError(f"--percentile must lie in (0, 100], and is {arguments.percentile:g}")
-    if not 0 < arguments.quantile <= 1:
-        raise InputError(f"--quantile must lie in (0, 1], and is {arguments.quantile:g}")
-    name = {"percentile": "percentile", "legacy": "quantile"}.get(arguments.algorithm)
-    return {name: getattr(arguments, name)} if name else {}
+    for name, option in OPTIONS.items():
+        if not option.allows(getattr(arguments, name)):
+            raise InputError(f"--{name} must lie in {option.range}, and is {getattr(arguments, name):g}")
+    return {option.name: getattr(arguments, option.name) for option in ALGORITHMS[arguments.algorithm].options}
 
 
 def _pixels(arguments: argparse.Namespace) -> Pixels:

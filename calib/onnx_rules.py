@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from calib.algorithms import ALGORITHMS
 from calib.onnx_model import constant_value
 from calib.onnx_parser_names import ParserNames
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
-FUSED_ALGORITHMS: Final = frozenset({"entropy", "legacy"})
+FUSED_ALGORITHMS: Final = frozenset(name for name, one in ALGORITHMS.items() if one.after_fusion)
 """Algorithms with which TensorRT calibrates after layer fusion."""
 
 WINDOW_POOLING: Final = frozenset({"AveragePool", "MaxPool"})

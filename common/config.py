@@ -7,20 +7,36 @@ checked in ``__post_init__``. The defaults are those of ``configs/lenet_mnist.ya
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from calib.algorithms import ALGORITHMS, OPTIONS
 from common.errors import InputError
 from common.threads import available_cores
 
 DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "imagefolder"]
-AlgorithmName = Literal["entropy2", "minmax", "percentile", "entropy", "legacy"]
 PrecisionName = Literal["fp32", "fp16", "int8"]
 # Lists and dictionaries without a type of their own: within Any, jsonargparse imports what looks like a class.
 PlainValue = bool | int | float | str | list | dict | None  # type: ignore[type-arg]
 EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
 
+if TYPE_CHECKING:
+    AlgorithmName = str
+
+    @dataclass
+    class _Algorithm:
+        algorithm: AlgorithmName = "entropy2"
+
+else:  # from the registry, which a type checker does not read
+    AlgorithmName = Literal[tuple(ALGORITHMS)]
+    _OPTIONS = [(name, float, option.default) for name, option in OPTIONS.items()]
+    _HELP = "".join(f"    {name}: {option.help}\n" for name, option in OPTIONS.items())
+    _Algorithm = make_dataclass(
+        "_Algorithm",
+        [("algorithm", AlgorithmName, "entropy2"), *_OPTIONS],
+        namespace={"__doc__": f"The algorithm and its options.\n\nArgs:\n{_HELP}"},
+    )
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +149,11 @@ class OptimizerConfig:
 
 
 @dataclass
-class CalibrationConfig:
+class CalibrationConfig(_Algorithm):
     """How the dynamic ranges are found.
 
     Args:
-        algorithm: ``entropy2`` is IInt8EntropyCalibrator2's; ``minmax``, ``percentile``, ``entropy`` and ``legacy``
-            are the others.
-        percentile: Share of the values that stay in range (``percentile``), in percent.
-        quantile: Of ``legacy``.
+        algorithm: How thresholds are found; ``entropy2`` is IInt8EntropyCalibrator2's.
         subset: How the representative images are chosen; ``first`` is the training file in its order, as NVIDIA's
             sampleINT8 reads it.
         batches: Calibration batches.
@@ -149,9 +162,6 @@ class CalibrationConfig:
         tensorrt_version: Version in the table's first line, such as ``10.12.0``; the installed TensorRT's if unset.
     """
 
-    algorithm: AlgorithmName = "entropy2"
-    percentile: float = 99.99
-    quantile: float = 0.9999
     subset: Literal["stratified", "first", "random"] = "stratified"
     batches: int = 10
     batch_size: int = 50
@@ -162,8 +172,9 @@ class CalibrationConfig:
         _require(self.batches >= 1, f"calibration.batches must be at least 1, not {self.batches}")
         _require(self.batch_size >= 1, f"calibration.batch_size must be at least 1, not {self.batch_size}")
         _require(self.skip >= 0, f"calibration.skip must not be negative, not {self.skip}")
-        _require(0 < self.percentile <= 100, f"calibration.percentile must be in (0, 100], not {self.percentile}")
-        _require(0 < self.quantile <= 1, f"calibration.quantile must be in (0, 1], not {self.quantile}")
+        for name, option in OPTIONS.items():
+            value = getattr(self, name)
+            _require(option.allows(value), f"calibration.{name} must be in {option.range}, not {value}")
 
 
 @dataclass

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
+from calib.algorithms import ALGORITHMS
 from common.cli import Parser, config_parser
-from common.config import AlgorithmName, PrecisionName
+from common.config import PrecisionName
 
 RUN_FOLDER = Path("<artifacts>/<run>")
 """What ``--report`` without a path stands for."""
@@ -71,7 +72,7 @@ def quantize_parser() -> Parser:
     result.add_argument(
         "--compare-algorithms",
         nargs="?",
-        const=",".join(get_args(AlgorithmName)),
+        const=",".join(ALGORITHMS),
         type=str | None,
         help="study: accuracy and scales of each algorithm, as in entropy2,minmax (default: all); the run is unchanged",
     )

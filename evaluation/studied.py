@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, get_args
+from typing import Any
 
+from calib.algorithms import ALGORITHMS
 from common.config import AlgorithmName, Config
 from common.console import print_table
 from common.errors import InputError
@@ -74,9 +75,9 @@ def study(trained: Trained, config: Config, algorithms: str | None, counts: str 
     if algorithms:
         names = [name.strip() for name in algorithms.split(",")]
         for name in names:
-            if name not in get_args(AlgorithmName):
-                raise InputError(f"unknown algorithm {name!r}: take some of {', '.join(get_args(AlgorithmName))}")
-        compared = compare_algorithms(network, data, config.calibration, quantization, seed, names)  # type: ignore[arg-type]
+            if name not in ALGORITHMS:
+                raise InputError(f"unknown algorithm {name!r}: take some of {', '.join(ALGORITHMS)}")
+        compared = compare_algorithms(network, data, config.calibration, quantization, seed, names)
     if counts:
         if not all(part.strip().isdecimal() and int(part) > 0 for part in counts.split(",")) or seeds < 1:
             raise InputError(f"--sweep-images takes numbers of images such as 50,100,500, not {counts!r}")

@@ -6,7 +6,6 @@ The package gives what its text is made of. Imports neither torch nor numpy: the
 from __future__ import annotations
 
 from calib.table.text import (
-    HEADER_NAMES,
     LEVELS,
     CalibrationTable,
     Legacy,
@@ -21,7 +20,6 @@ from calib.table.text import (
 from calib.table.version import TESTED_TENSORRT, version_number, version_string
 
 __all__ = [
-    "HEADER_NAMES",
     "LEVELS",
     "TESTED_TENSORRT",
     "CalibrationTable",

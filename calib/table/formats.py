@@ -20,7 +20,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from calib.table.text import LEVELS, CalibrationTable, Legacy, Problem, Scan, scale_from_hex, scale_to_hex, scan
+from calib.table.text import (
+    LEGACY_HEADER,
+    LEVELS,
+    CalibrationTable,
+    Legacy,
+    Problem,
+    Scan,
+    scale_from_hex,
+    scale_to_hex,
+    scan,
+)
 from common.errors import InputError
 from common.files import read_bytes, read_text, write_bytes, write_json, write_text
 
@@ -108,7 +118,8 @@ def format_of(content: bytes) -> Format:
     except UnicodeDecodeError:
         return "table"
     lines = [line.rstrip() for line in lines if line.strip()]
-    if not lines or lines[0].startswith(("TRT-", "0 ")) or _all(lines, ": ", _HEX.fullmatch):
+    header = not lines or lines[0].startswith("TRT-") or LEGACY_HEADER.fullmatch(lines[0])
+    if header or _all(lines, ": ", _HEX.fullmatch):
         return "table"
     if _all(lines, ": ", _decimal):
         return "ranges"
@@ -184,7 +195,7 @@ def to_json(table: CalibrationTable) -> dict[str, Any]:
     return {
         "algorithm": table.algorithm,
         "tensorrt_version": table.tensorrt_version,
-        **(legacy if table.algorithm == "legacy" else {}),
+        **({} if table.has_version else legacy),
         "scales": {name: finite.get(name, scale_to_hex(scale)) for name, scale in table.scales.items()},
         "dynamic_ranges": {name: LEVELS * scale for name, scale in finite.items()},
     }

@@ -15,9 +15,9 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+from calib.algorithms import ALGORITHMS
 from calib.table.version import TESTED_TENSORRT, version_number, version_string
 from common.errors import InputError
 from common.files import read_text, write_text
@@ -25,23 +25,11 @@ from common.files import read_text, write_text
 LEVELS = 127
 """Largest INT8 code of a symmetric quantization: dynamic range = LEVELS * scale."""
 
-HEADER_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "entropy2": "EntropyCalibration2",
-        "entropy": "EntropyCalibration",
-        "minmax": "MinMaxCalibration",
-        "percentile": "MinMaxCalibration",
-        "legacy": "LegacyCalibration",
-    }
-)
-"""How line 1 calls each algorithm. TensorRT knows no ``percentile``: such a table reads back as ``minmax``."""
-
-_ALGORITHMS: Mapping[str, str] = {
-    header: algorithm for algorithm, header in HEADER_NAMES.items() if algorithm != "percentile"
-}
+_BY_HEADER = {algorithm.header: name for name, algorithm in ALGORITHMS.items() if algorithm.tensorrt}
+_LEGACY = next(name for name, algorithm in ALGORITHMS.items() if algorithm.parameters_in_header)
 _HEADER = re.compile(r"TRT-([0-9]{1,9})-([A-Za-z0-9]+)", re.ASCII)
 _FOREIGN_HEADER = re.compile(r"TRT-(.*)-([A-Za-z0-9]+)", re.ASCII)
-_LEGACY_HEADER = re.compile(r"0 ([0-9a-fA-F]{16}) ([0-9a-fA-F]{16})", re.ASCII)
+LEGACY_HEADER = re.compile(r"0 ([0-9a-fA-F]{16}) ([0-9a-fA-F]{16})", re.ASCII)
 _DIGITS = 8
 # TensorRT does not pad: a tensor that was zero is "0", and a scale below 2**-95 has fewer than 8 digits.
 _SCALE = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
@@ -114,7 +102,7 @@ class CalibrationTable:
     Attributes:
         scales: Tensor name -> scale, in network order. The constructor rounds them to binary32, as the file does.
             What cannot quantize anything (zero, infinity, NaN, negative numbers) is kept: see :attr:`unusable`.
-        algorithm: ``entropy2``, ``entropy``, ``minmax``, ``percentile`` (read back as ``minmax``) or ``legacy``.
+        algorithm: One of ``calib.algorithms.ALGORITHMS``; one that TensorRT does not have is read back as another.
         tensorrt_version: Three numbers; a fourth one is dropped. Line 1 of ``legacy`` does not hold it.
         legacy: Parameters that line 1 of ``legacy`` holds.
         spelling: Digits that a file had for a scale, where they are others than :func:`scale_to_hex` gives ("0").
@@ -131,8 +119,8 @@ class CalibrationTable:
     spelling: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        if self.algorithm not in HEADER_NAMES:
-            raise InputError(f"unknown algorithm {self.algorithm!r}: take one of {', '.join(HEADER_NAMES)}")
+        if self.algorithm not in ALGORITHMS:
+            raise InputError(f"unknown algorithm {self.algorithm!r}: take one of {', '.join(ALGORITHMS)}")
         if not self.scales:
             raise InputError("a calibration table needs at least one tensor")
         rounded = {}
@@ -163,9 +151,14 @@ class CalibrationTable:
     @property
     def header(self) -> str:
         """Line 1, such as ``TRT-101200-EntropyCalibration2``, or ``0 3ff0000000000000 3fefff2e48e8a71e`` (legacy)."""
-        if self.algorithm == "legacy":
+        if not self.has_version:
             return self.legacy.header
-        return f"TRT-{version_number(self.tensorrt_version)}-{HEADER_NAMES[self.algorithm]}"
+        return f"TRT-{version_number(self.tensorrt_version)}-{ALGORITHMS[self.algorithm].header}"
+
+    @property
+    def has_version(self) -> bool:
+        """Whether line 1 holds a version; that of a legacy table holds its parameters."""
+        return not ALGORITHMS[self.algorithm].parameters_in_header
 
     @property
     def bits(self) -> dict[str, str]:
@@ -360,18 +353,18 @@ def _oddities(body: str, whole: bool) -> list[str]:
 
 def _scan_header(line: str) -> dict[str, Any] | None:
     """What line 1 says, as fields of :class:`Scan`; None if it is a tensor's line already."""
-    if match := _LEGACY_HEADER.fullmatch(line):
+    if match := LEGACY_HEADER.fullmatch(line):
         cutoff, quantile = (struct.unpack(">d", bytes.fromhex(digits))[0] for digits in match.groups())
-        return {"algorithm": "legacy", "legacy": Legacy(cutoff, quantile)}
+        return {"algorithm": _LEGACY, "legacy": Legacy(cutoff, quantile)}
     match = _FOREIGN_HEADER.fullmatch(line)
     if not match:
         name, separator, digits = line.rpartition(": ")
         if name and separator and _SCALE.fullmatch(digits):
             return None
         return _no_header(line)
-    fields: dict[str, Any] = {"algorithm": _ALGORITHMS.get(match[2])}
+    fields: dict[str, Any] = {"algorithm": _BY_HEADER.get(match[2])}
     if fields["algorithm"] is None:
-        problem = f"unknown algorithm {_quote(match[2])}: expected one of {', '.join(_ALGORITHMS)}"
+        problem = f"unknown algorithm {_quote(match[2])}: expected one of {', '.join(_BY_HEADER)}"
         fields["algorithm_problem"] = Problem(1, problem)
     try:
         known = _HEADER.fullmatch(line)

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from calib.algorithms import ALGORITHMS
 from calib.table import formats
-from calib.table.text import HEADER_NAMES, LEVELS, CalibrationTable, scale_to_hex, scan
+from calib.table.text import LEVELS, CalibrationTable, scale_to_hex, scan
 from common.errors import ExitCode, InputError
 from common.files import read_bytes, read_text
 
@@ -108,7 +109,7 @@ def add_replacements(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensorrt-version", metavar="VERSION", help="TensorRT of line 1, such as 8.5.2")
     parser.add_argument(
         "--algorithm",
-        choices=tuple(HEADER_NAMES),
+        choices=tuple(ALGORITHMS),
         help="algorithm of line 1: TensorRT takes a table only from a calibrator of the same algorithm "
         "(trtexec's is entropy2)",
     )
@@ -133,7 +134,7 @@ def _show(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({**formats.to_json(table), "unusable": table.unusable}, indent=2))
         return ExitCode.PASSED
-    version = f", TensorRT {table.tensorrt_version}" if table.algorithm != "legacy" else ""
+    version = f", TensorRT {table.tensorrt_version}" if table.has_version else ""
     print(f"{arguments.table}: {table.algorithm}{version}, {len(table.scales)} tensors")
     rows = [
         (name, table.spelling.get(name, scale_to_hex(scale)), f"{scale:.9g}", f"{LEVELS * scale:.7g}")

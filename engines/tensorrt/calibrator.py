@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Subset as DatasetSubset
 
+from calib.algorithms import ALGORITHMS
 from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable, Legacy
 from common.config import AlgorithmName
@@ -210,7 +211,7 @@ def _finish_class(run: CalibratorRun, algorithm: AlgorithmName, quantile: float)
     kind.get_batch = run.guard(give, None)
     kind.read_calibration_cache = run.guard(read, b"")
     kind.write_calibration_cache = run.guard(keep, None)
-    if algorithm == "legacy":
+    if ALGORITHMS[algorithm].parameters_in_header:
         # Torch-TensorRT's C++ asks the object for these and takes -1 where they are missing.
         kind.get_quantile = lambda self: quantile
         kind.get_regression_cutoff = lambda self: Legacy.cutoff

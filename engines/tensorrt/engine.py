@@ -153,7 +153,7 @@ class TorchTensorRTEngine(Engine):
     ) -> OwnCalibration | None:
         """See :meth:`engines.base.Engine.own_calibration`: TensorRT's own, where INT8 is implicit."""
         # The table's own, as ``compile`` asks for it, whatever the configuration says.
-        algorithm: AlgorithmName = table.algorithm  # type: ignore[assignment]
+        algorithm: AlgorithmName = table.algorithm
         mode, why = self.mode(algorithm)
         logger.info("INT8 through TensorRT is %s: %s", mode, why)
         if mode == "explicit":
@@ -186,7 +186,7 @@ class TorchTensorRTEngine(Engine):
             return Job(network.name, precision, network.module, build, takes_half(installed, build))
         if table is None:
             raise TensorRTError("INT8 needs a calibration table: run quantize.py --precision int8")
-        mode, why = self._mode(installed, table.algorithm)  # type: ignore[arg-type]  # one of AlgorithmName
+        mode, why = self._mode(installed, table.algorithm)
         details = {"quantization": f"{mode} ({why})"}
         if mode == "explicit":
             if self._config.int8_fp16 and strongly_typed(installed):
@@ -201,11 +201,11 @@ class TorchTensorRTEngine(Engine):
             module = fake_quantize(plan, place_in_front(plan))
             return Job(network.name, "int8-explicit", module, build, False, content, None, details)
         path = self._own_table_path(network)
-        content = self._own_table(path, network, table.algorithm, installed)  # type: ignore[arg-type]
+        content = self._own_table(path, network, table.algorithm, installed)
 
         def calibrator() -> CalibratorRun:
             device = building.gpu_device(self._config.device)
-            return table_calibrator(torch_tensorrt, path, table.algorithm, device)  # type: ignore[arg-type]
+            return table_calibrator(torch_tensorrt, path, table.algorithm, device)
 
         return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details)
 

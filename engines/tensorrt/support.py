@@ -21,6 +21,7 @@ from typing import Final, Literal
 
 import torch
 
+from calib.algorithms import ALGORITHMS
 from calib.table import CalibrationTable, version_number, version_string
 from common.config import AlgorithmName
 from common.console import silenced
@@ -42,10 +43,7 @@ LEAST_CAPABILITY: Final[Capability] = (7, 5)
 """Least compute capability that TensorRT supports from 10.5 on (Turing)."""
 
 TENSORRT_ALGORITHMS: Final[Mapping[AlgorithmName, str]] = {
-    "entropy2": "ENTROPY_CALIBRATION_2",
-    "entropy": "ENTROPY_CALIBRATION",
-    "minmax": "MINMAX_CALIBRATION",
-    "legacy": "LEGACY_CALIBRATION",
+    name: algorithm.tensorrt for name, algorithm in ALGORITHMS.items() if algorithm.tensorrt
 }
 """Members of ``torch_tensorrt.ts.ptq.CalibrationAlgo``."""
 
@@ -186,10 +184,7 @@ def table_problem(table: CalibrationTable, algorithm: AlgorithmName, tensorrt: s
         algorithm: That is wanted now.
         tensorrt: Installed version, such as ``10.12.0.36``.
     """
-    # Line 1 of a legacy table holds no version.
-    if table.algorithm != "legacy" and version_number(table.tensorrt_version) != version_number(
-        three_numbers(tensorrt)
-    ):
+    if table.has_version and version_number(table.tensorrt_version) != version_number(three_numbers(tensorrt)):
         return f"its table is of TensorRT {table.tensorrt_version}, and {three_numbers(tensorrt)} is installed"
     if table.algorithm != algorithm:
         return f"its table is of algorithm {table.algorithm}, and {algorithm} is wanted"

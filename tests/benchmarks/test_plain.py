@@ -8,8 +8,8 @@ import torch
 
 from benchmarks import plain
 from benchmarks.cost import TENSORS, chain
+from calib.algorithms import threshold
 from calib.histogram import AbsHistogram
-from calib.threshold import threshold
 
 
 @pytest.mark.parametrize("seed", [0, 1])

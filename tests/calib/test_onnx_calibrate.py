@@ -11,10 +11,10 @@ from PIL import Image
 
 from calib import onnx_observe
 from calib.__main__ import main
+from calib.algorithms import threshold
 from calib.histogram import AbsHistogram
 from calib.onnx_model import read_float_model
 from calib.table import CalibrationTable
-from calib.threshold import threshold
 from common.errors import InputError
 from tests.calib.onnx_networks import classifier, detector, model, node, save, two_inputs, weight
 

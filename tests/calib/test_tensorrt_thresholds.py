@@ -14,10 +14,10 @@ import pytest
 import torch
 
 from calib import device_search
-from calib import threshold as threshold_module
+from calib.algorithms import search as search_module
+from calib.algorithms import threshold, thresholds
 from calib.histogram import AbsHistogram
 from calib.table import scale_to_hex
-from calib.threshold import threshold, thresholds
 
 HERE = Path(__file__).parent / "tensorrt"
 ALGORITHMS = ("entropy2", "entropy", "minmax", "legacy")
@@ -60,7 +60,7 @@ def test_the_search_for_a_gpu_finds_tensorrts_scales_too(histograms, scales, mon
     def search(counts):
         return device_search.divergences(torch.from_numpy(counts)[None])[0].numpy()
 
-    monkeypatch.setattr(threshold_module, "_divergences", search)
+    monkeypatch.setattr(search_module, "_divergences", search)
     found = {name: scale_to_hex(threshold(histograms[name]).value / 127) for name in scales}
     assert found == {name: row[0] for name, row in scales.items()}
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib.algorithms import threshold
 from calib.histogram import BINS, AbsHistogram
 from calib.table import scale_to_hex
-from calib.threshold import threshold
 from common.errors import InputError
 from tests.calib import oracle
 
