@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from calib.cache import changed_since, read_provenance
-from calib.table import CalibrationTable
 from common.config import QuantizationConfig
 from common.decode import decode, encode
 from common.errors import InputError
@@ -68,28 +66,3 @@ def read_record(folder: Path) -> QuantizationRecord | None:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise InputError(f"{path} is not a quantization record of format {FORMAT}: run quantize.py again")
     return decode(QuantizationRecord, content, str(path))
-
-
-def quantized_table(folder: Path, weights: str) -> tuple[CalibrationTable, QuantizationRecord]:
-    """The table that ``quantize.py`` settled on, for the weights it was made for.
-
-    Args:
-        folder: The run's folder.
-        weights: Fingerprint of the checkpoint's weights.
-
-    Raises:
-        InputError: there is none, it is of other weights, or the table's file is missing, malformed or changed.
-    """
-    record = read_record(folder)
-    if record is None:
-        raise InputError("not quantized yet: run quantize.py --precision int8")
-    if record.weights != weights:
-        raise InputError("the calibration table is of other weights (trained again?): run quantize.py --precision int8")
-    path = folder / record.table
-    table = CalibrationTable.read(path)
-    provenance = read_provenance(path)
-    if provenance is not None:
-        if provenance.weights != weights or changed_since(path, provenance):
-            raise InputError(f"{path} was changed since quantize.py used it: run quantize.py --precision int8")
-        table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
-    return table, record

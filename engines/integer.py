@@ -22,7 +22,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.explicit import place
-from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, quantize, quantize_weight
+from calib.int8 import ACTIVATION_MIN, quantize, quantize_weight
 from calib.network import Layer, is_activation
 from calib.plan import Int8Plan
 
@@ -136,9 +136,3 @@ class IntegerNetwork(fx.Interpreter):
             return super().run_node(node)
         finally:
             self.env.update(kept)
-
-
-def saturated_share(values: Tensor, scale: float) -> float:
-    """Share of the values that ``scale`` cannot represent and clamps."""
-    codes = (values / scale).round_()
-    return float(((codes > ACTIVATION_MAX) | (codes < ACTIVATION_MIN)).double().mean())

@@ -12,7 +12,7 @@ from calib.int8 import quantize, quantize_weight
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
-from engines.integer import IntegerNetwork, _WeightedLayer, saturated_share
+from engines.integer import IntegerNetwork, _WeightedLayer
 from models import LeNet
 
 # The most that a sum can reach: every product at its extreme. 1032 terms are the last that float32 holds.
@@ -138,8 +138,3 @@ def test_one_value_read_by_two_layers_is_quantized_once_and_stays_float_for_othe
     IntegerNetwork(plan_int8(network, table), lambda name, value: seen.update({name: value.clone()}))(images)
     expected = (quantize(seen["left"], 0.05) + quantize(seen["conv"], 0.05)) * 0.05
     torch.testing.assert_close(seen["add"], expected)
-
-
-def test_saturated_share_counts_what_is_clamped() -> None:
-    values = torch.tensor([0.0, 127.4, 127.6, -128.4, -129.0])
-    assert saturated_share(values, 1.0) == pytest.approx(2 / 5)
