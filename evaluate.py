@@ -65,8 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) -> Report | None:
     """Evaluate, with what only a written report shows where ``explained``; None in all processes but the first."""
-    from engines import select_engine
     from engines.cuda import baselines_if_possible
+    from engines.select import select_engine
     from engines.tensorrt.support import mode_for_named_table
     from evaluation.accuracy import check_range
     from evaluation.pipeline import evaluate, explain

@@ -9,7 +9,8 @@ from benchmarks.setting import Setting
 from benchmarks.timing import in_turns, ratio, spread, timed
 from common.config import PrecisionName
 from data.base import ImageSet
-from engines import Compiled, EngineError, make_engine, select_engine
+from engines.base import Compiled, EngineError
+from engines.select import make_engine, select_engine
 from evaluation.accuracy import measure
 
 METHOD = (

@@ -21,7 +21,8 @@ from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.cli import ROOT, config_parser, parse
 from common.run import Run
-from engines import EngineError, make_engine
+from engines.base import EngineError
+from engines.select import make_engine
 from models.checkpoint import load_checkpoint
 from models.reopen import reopen_data
 

@@ -9,27 +9,30 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from calib.algorithms import ALGORITHMS, OPTIONS
 from common.errors import InputError
 from common.threads import available_cores
+from engines import ENGINES
 
 DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "imagefolder"]
 PrecisionName = Literal["fp32", "fp16", "int8"]
 # Lists and dictionaries without a type of their own: within Any, jsonargparse imports what looks like a class.
 PlainValue = bool | int | float | str | list | dict | None  # type: ignore[type-arg]
-EngineName = Literal["auto", "torch", "onnxruntime", "torch-tensorrt"]
 
-if TYPE_CHECKING:
+MYPY = False  # mypy takes it for true. So does jsonargparse TYPE_CHECKING, which therefore does not serve here.
+if MYPY:
     AlgorithmName = str
+    EngineName = str
 
     @dataclass
     class _Algorithm:
         algorithm: AlgorithmName = "entropy2"
 
-else:  # from the registry, which a type checker does not read
+else:  # of the registries, which mypy does not read
     AlgorithmName = Literal[tuple(ALGORITHMS)]
+    EngineName = Literal[("auto", *ENGINES)]
     _OPTIONS = [(name, float, option.default) for name, option in OPTIONS.items()]
     _HELP = "".join(f"    {name}: {option.help}\n" for name, option in OPTIONS.items())
     _Algorithm = make_dataclass(

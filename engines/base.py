@@ -77,7 +77,11 @@ class OwnCalibration:
 
 
 class Engine(Protocol):
-    """A way to execute a network; engines derive from it."""
+    """A way to execute a network; engines derive from it.
+
+    :func:`engines.select.make_engine` makes it of an ``EngineConfig``, a ``QuantizationConfig``, the run's folder (for
+    built files) and the batch sizes that will be run.
+    """
 
     name: str
 

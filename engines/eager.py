@@ -20,7 +20,7 @@ class TorchEngine(Engine):
 
     name = "torch"
 
-    def __init__(self, config: EngineConfig, quantization: QuantizationConfig) -> None:
+    def __init__(self, config: EngineConfig, quantization: QuantizationConfig, *_: object) -> None:
         self._config = config
         self._quantization = quantization
 

@@ -58,7 +58,7 @@ class OnnxRuntimeEngine(Engine):
 
     name = "onnxruntime"
 
-    def __init__(self, config: EngineConfig, quantization: QuantizationConfig) -> None:
+    def __init__(self, config: EngineConfig, quantization: QuantizationConfig, *_: object) -> None:
         self._threads = config.threads or available_cores()
         self._quantization = quantization
 

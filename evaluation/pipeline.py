@@ -18,7 +18,8 @@ from common.config import Config, PrecisionName
 from common.errors import InputError
 from common.macs import MacCount
 from common.processes import ALONE, Processes
-from engines import Compiled, EngineError, Selection
+from engines.base import Compiled, EngineError
+from engines.select import Selection
 from evaluation.accuracy import Predictions, accuracy, measure_shared, paired
 from evaluation.analysis import (
     TENSOR_IMAGES,

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-import engines
 from calib.calibrator import calibrate
 from calib.network import Network
 from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError
-from engines import EngineError, make_engine, select_engine
+from engines import select
+from engines.base import EngineError
 from engines.eager import TorchEngine
+from engines.select import make_engine, select_engine
 from models import LeNet
 
 
@@ -103,13 +104,13 @@ def test_auto_takes_the_first_that_can_run_and_says_why(
     def make(name: str, *_: Any) -> _Fake:
         return _Fake(name, missing.get(name))
 
-    monkeypatch.setattr(engines, "make_engine", make)
+    monkeypatch.setattr(select, "make_engine", make)
     selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
     assert selection.engine.name == chosen
     assert why in selection.reason
 
 
 def test_an_engine_asked_for_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(engines, "make_engine", lambda name, *_: _Fake(name, "there is no NVIDIA GPU"))
+    monkeypatch.setattr(select, "make_engine", lambda name, *_: _Fake(name, "there is no NVIDIA GPU"))
     with pytest.raises(InputError, match="engine torch-tensorrt cannot be used here: there is no NVIDIA GPU"):
         select_engine(EngineConfig(name="torch-tensorrt"), QuantizationConfig(), tmp_path)

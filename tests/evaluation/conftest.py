@@ -22,7 +22,7 @@ from common.config import (
 )
 from common.run import Run
 from data import open_data
-from engines import select_engine
+from engines.select import select_engine
 from evaluation.pipeline import Measured, evaluate, explain
 from evaluation.results import Report
 from evaluation.subject import Subject, open_subject

@@ -11,8 +11,9 @@ import torch
 from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
-from engines import Compiled, EngineError, Selection
+from engines.base import Compiled, EngineError
 from engines.eager import TorchEngine
+from engines.select import Selection
 from evaluation.pipeline import compile_precisions
 from models import LeNet
 

@@ -13,7 +13,7 @@ import torch
 from calib import CalibrationTable, trace
 from common.config import DataConfig, EngineConfig, QuantizationConfig
 from data import open_splits
-from engines import make_engine
+from engines.select import make_engine
 from models import load_checkpoint
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]

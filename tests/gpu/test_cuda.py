@@ -130,7 +130,7 @@ def test_auto_falls_back_with_a_notice(tmp_path):
     pytest.importorskip("onnx")
     from common.config import QuantizationConfig
     from common.errors import InputError
-    from engines import select_engine
+    from engines.select import select_engine
     from engines.tensorrt.engine import TorchTensorRTEngine
 
     reason = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path).unavailable()
