@@ -30,6 +30,7 @@ BENCHMARKS = {
     "calibration": "Calibration",
     "onnx_calibration": "Calibration of an ONNX file",
     "cost": "Cost of calibration",
+    "overhead": "Calibration beside the forward pass",
     "training": "Training",
     "inference": "Inference on the CPU",
     "columns": "First layers on the CPU",

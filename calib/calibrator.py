@@ -151,7 +151,7 @@ def collect(
     names = [name for name in network.tensors if network.scale_source[name] == name]
     seen = _Seen(progress)
     if device.type == "cuda" or process_group is not None:
-        with _without_tf32(device), _planar_weights(network, device):
+        with as_calibrated(network, device):
             of = _collect_on_device(network, names, batches, seen, device, process_group)
     else:
         of = _collect_on_cpu(network, names, batches, seen)
@@ -162,6 +162,11 @@ def collect(
     elif seen.same and seen.images > 1:
         logger.warning("all %d calibration images are the same one: it represents nothing but itself", seen.images)
     return Histograms(network, of, tuple(seen.seconds), seen.images)
+
+
+def _all_equal(images: Tensor, to: Tensor) -> bool:
+    """Whether all images are ``to``; where they are not, the last one mostly tells."""
+    return all(bool((part == to).all()) for part in (images[-1:], images[:-1]))
 
 
 def _device(network: Network) -> torch.device:
@@ -191,8 +196,8 @@ class _Seen:
         start = time.perf_counter()
         images = _images(batch)
         self._first = images[:1] if self._first is None else self._first
-        self.constant = self.constant and bool((images == images[0, 0, 0, 0]).all())
-        self.same = self.same and images.shape[1:] == self._first.shape[1:] and bool((images == self._first).all())
+        self.constant = self.constant and _all_equal(images, images[0, 0, 0, 0])
+        self.same = self.same and images.shape[1:] == self._first.shape[1:] and _all_equal(images, self._first)
         use(images)
         self.count += 1
         self.images += len(images)
@@ -361,6 +366,13 @@ def _every(batches: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:
     if isinstance(batches, Sequence):
         return (batches[number] for number in range(rank, len(batches), processes))
     return itertools.islice(batches, rank, None, processes)
+
+
+@contextmanager
+def as_calibrated(network: Network, device: torch.device) -> Iterator[None]:
+    """Compute as calibration on ``device`` does: in full float32, with the weights laid out for it."""
+    with _without_tf32(device), _planar_weights(network, device):
+        yield
 
 
 @contextmanager

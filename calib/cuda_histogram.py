@@ -1,4 +1,4 @@
-"""The kernel that counts histograms on an NVIDIA GPU, compiled when first used by NVRTC, which comes with PyTorch."""
+"""The kernels that count histograms on an NVIDIA GPU, compiled when first used by NVRTC, which comes with PyTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SOURCE = r"""extern "C" {
+from calib.device_counter import Tallies
+
+_RANGES = r"""extern "C" {
 #define BINS 2048
 #define COPIES 4
 
@@ -21,7 +23,12 @@ static __device__ double widened(double range, double most)
     while (most > range && most < 1e39) range *= 2;
     return range;
 }
+"""
+"""In parentheses of ``extern "C"`` as a whole, which PyTorch would else put in front of the first declaration."""
 
+COUNT = (
+    _RANGES
+    + r"""
 struct Counter
 {
     int* counts;
@@ -89,7 +96,45 @@ __global__ void count(const float* values, int size, int tensor, const double* r
 }
 }
 """
-"""In parentheses of ``extern "C"`` as a whole, which PyTorch would else put in front of the first declaration."""
+)
+
+ENTER = (
+    _RANGES
+    + r"""
+// Ends a batch, in one block for each tensor: calib.device_counter.Counter.enter.
+__global__ void enter(double* base, double* ranges, long long* counts, unsigned* largest, int* batch,
+                      const unsigned char* late, double* record)
+{
+    __shared__ long long sums[BINS];
+    const int tensor = blockIdx.x, tensors = gridDim.x;
+    const double before = ranges[tensor], most = __uint_as_float(largest[tensor]);
+    const double range = late[tensor] ? 0 : widened(before, most);
+    int doublings = 0;
+    for (double reached = before; reached > 0 && reached < range && doublings < 11; reached *= 2) ++doublings;
+    long long* all = counts + (long long)tensor * BINS;
+    int* both = batch + 2 * tensor * (BINS + 1);
+    const int* added = both + (range == before ? 0 : BINS + 1);
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) {
+        long long sum = added[i];
+        for (int bin = i << doublings; bin < BINS && bin < (i + 1) << doublings; ++bin) sum += all[bin];
+        sums[i] = sum;
+    }
+    if (threadIdx.x == 0) {
+        record[tensor] = most;
+        record[tensors + tensor] = added[BINS];
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BINS; i += blockDim.x) all[i] = sums[i];
+    for (int i = threadIdx.x; i < 2 * (BINS + 1); i += blockDim.x) both[i] = 0;
+    if (threadIdx.x == 0) {
+        if (before == 0) base[tensor] = range;
+        ranges[tensor] = range;
+        largest[tensor] = 0;
+    }
+}
+}
+"""
+)
 
 _THREADS = 1024
 _BLOCKS_PER_PROCESSOR = 2
@@ -98,48 +143,83 @@ _VALUES_PER_BLOCK = 16 * _THREADS
 
 
 class CudaCounter:
-    """Counts into the tensors of a ``calib.device_histogram.Batch``.
-
-    Args:
-        ranges: float64 [T].
-        largest: float32 [T].
-        counts: int32 [T, 2, 2049].
+    """Counts by kernels of its own; a ``calib.device_counter.Counter``.
 
     Raises:
         Exception: whatever the compiler or the driver raise; ``torch.cuda._compile_kernel`` may be missing.
     """
 
-    def __init__(self, ranges: Tensor, largest: Tensor, counts: Tensor) -> None:
-        self._device = ranges.device
-        with torch.cuda.device(self._device):
-            self._kernel = _kernel(self._device.index)
-        self._blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(self._device).multi_processor_count
-        self._tensors = (ranges, largest, counts)
-        self._pointers = tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in self._tensors)
+    def __init__(self, tallies: Tallies) -> None:
+        self._gpu = Launcher(tallies.base.device)
+        self._tensors = len(tallies.base)
+        # What the pointers point to must not be freed.
+        self._tallies = tallies
+        ranges, largest, batch = map(_pointer, (tallies.ranges, tallies.largest, tallies.batch))
+        self._values, self._size, self._tensor = ctypes.c_void_p(), ctypes.c_int(), ctypes.c_int()
+        of_count = (self._values, self._size, self._tensor, ranges, largest, batch)
+        self._passes = tuple(Arguments(*of_count, ctypes.c_int(again)) for again in (0, 1))
+        self._record = ctypes.c_void_p()
+        base, counts, late = map(_pointer, (tallies.base, tallies.counts, tallies.late))
+        self._end = Arguments(base, ranges, counts, largest, batch, late, self._record)
 
     def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
-        """Count one tensor's values; see ``calib.device_histogram.Counter``."""
+        """See ``calib.device_counter.Counter``."""
         values = values.float()
         size = values.numel()
-        blocks = min(self._blocks, -(-size // _VALUES_PER_BLOCK))
-        data, number, index = ctypes.c_void_p(values.data_ptr()), ctypes.c_int(size), ctypes.c_int(tensor)
-        with torch.cuda.device(self._device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-            for again in (0,) if maximum_alone else (0, 1):
-                arguments = (data, number, index, *self._pointers, ctypes.c_int(again))
-                packed = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
-                sizes = (blocks, 1, 1, _THREADS, 1, 1)
-                error = _driver().cuLaunchKernel(self._kernel.func, *sizes, 0, stream, packed, None)
-                if error:
-                    raise RuntimeError(f"CUDA cannot start the kernel: error {error}")
+        self._values.value, self._size.value, self._tensor.value = values.data_ptr(), size, tensor
+        blocks = min(self._gpu.blocks, -(-size // _VALUES_PER_BLOCK))
+        for arguments in self._passes[:1] if maximum_alone else self._passes:
+            self._gpu.launch("count", blocks, arguments)
+
+    def enter(self, record: Tensor) -> None:
+        """See ``calib.device_counter.Counter``."""
+        self._record.value = record.data_ptr()
+        self._gpu.launch("enter", self._tensors, self._end)
+
+
+class Arguments:
+    """A kernel's arguments as the driver takes them, which reads their values at each launch."""
+
+    def __init__(self, *values: ctypes.c_void_p | ctypes.c_int) -> None:
+        self._values = values
+        self.packed = (ctypes.c_void_p * len(values))(*map(ctypes.addressof, values))
+
+
+class Launcher:
+    """Starts the kernels on the stream that is current when it is made.
+
+    PyTorch's own way opens the driver's library at each call, which takes longer than LeNet's layers.
+
+    Args:
+        device: A GPU with its index; the current one at each launch.
+
+    Attributes:
+        blocks: How many keep the GPU busy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            self._functions = {name: _kernel(device.index, name).func for name in ("count", "enter")}
+            self._stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        self.blocks = _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+        self._start = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1").cuLaunchKernel
+
+    def launch(self, kernel: str, blocks: int, arguments: Arguments) -> None:
+        """Start a kernel, without waiting for it.
+
+        Raises:
+            RuntimeError: the driver refuses.
+        """
+        sizes = (blocks, 1, 1, _THREADS, 1, 1)
+        error = self._start(self._functions[kernel], *sizes, 0, self._stream, arguments.packed, None)
+        if error:
+            raise RuntimeError(f"CUDA cannot start the kernel: error {error}")
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @cache
-def _kernel(index: int) -> Any:
-    # PyTorch's own way to call it opens the driver's library at each call, which takes longer than LeNet's layers.
-    return torch.cuda._compile_kernel(SOURCE, "count")
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+def _kernel(index: int, name: str) -> Any:
+    return torch.cuda._compile_kernel({"count": COUNT, "enter": ENTER}[name], name)

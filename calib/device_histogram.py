@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import cache
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,32 +19,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from calib.cuda_histogram import CudaCounter
-from calib.histogram import BINS, PIECE, SMALLEST, AbsHistogram, flat, refuse_infinite
+from calib.device_counter import Counter, CpuCounter, Tallies, TorchCounter, doublings_of, shifted, widen
+from calib.histogram import BINS, AbsHistogram, flat, refuse_infinite
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_GPU_PIECE = 2**24
-"""Values at once where PyTorch's operations count on a GPU: they need several times as much memory."""
-_TINY_SCALE = 2.0**64
-
-
-class Counter(Protocol):
-    """Counts tensors of a batch on their device, without waiting for it.
-
-    It is made with ``ranges``, float64 [T], the histograms' ranges before the batch (0 for none); ``largest``, float32
-    [T]; and ``counts``, int32 [T, 2, 2049].
-    """
-
-    def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
-        """Count ``values``, flat, of a float dtype, of one tensor.
-
-        Raises ``largest`` to their absolute maximum; one below the smallest normal number is 0. Unless
-        ``maximum_alone``, adds them to ``counts`` [tensor, 0] by the range before where that holds the maximum, to
-        [tensor, 1] by the range that holds it where not. Bin 0 may be left out. The last counter is for values equal
-        to the range that holds them.
-        """
-        ...
+_RECORDS = 64
+"""Batches whose maxima are kept in one piece of memory."""
 
 
 class DeviceHistograms:
@@ -71,18 +52,12 @@ class DeviceHistograms:
         self._rank, self._processes = rank, processes
         self._index = {name: index for index, name in enumerate(self.names)}
         count = len(self.names)
-        self._largest = torch.zeros(count, dtype=torch.float32, device=device)
-        self._base = torch.zeros(count, dtype=torch.float64, device=device)
-        if base is not None:
-            self._base.copy_(torch.tensor(base, dtype=torch.float64))
-        self._range = self._base.clone()
-        self._batch = torch.zeros(count, 2, BINS + 1, dtype=torch.int32, device=device)
-        self._counter = _counter(self._range, self._largest, self._batch)
-        # Bin 0 is what remains of all values.
-        self._counts = torch.zeros(count, BINS, dtype=torch.int64, device=device)
+        self._tallies = Tallies(count, device, base)
+        self._counter = _counter_class(device)(self._tallies)
         self._seen = np.zeros(count, dtype=np.int64)
-        self._log: list[Tensor] = []
-        self._pending: list[tuple[Tensor, torch.cuda.Event | None]] = []
+        self._records: list[Tensor] = []
+        self._batches = 0
+        self._waiting = _Waiting(count, device)
         self._checked = 0
         self._late: frozenset[int] = frozenset()
 
@@ -112,31 +87,14 @@ class DeviceHistograms:
         Raises:
             InputError: an earlier batch holds NaN or infinity (this one's values are judged later, without a wait).
         """
-        largest = self._largest.double()
-        widened, doublings = widen(self._range, largest)
-        if self._late:
-            late = sorted(self._late)
-            widened[late], doublings[late] = 0.0, 0
-        self._base = torch.where(self._range == 0, widened, self._base)
-        batch = torch.where((widened == self._range)[:, None], self._batch[:, 0], self._batch[:, 1])
-        self._range.copy_(widened)
-        self._counts = shifted(self._counts, doublings)
-        self._counts += batch[:, :BINS]
-        self._log.append(torch.stack([largest, batch[:, BINS].double()]))
-        self._batch.zero_()
-        self._largest.zero_()
+        if self._batches % _RECORDS == 0:
+            shape = (_RECORDS, 2, len(self.names))
+            self._records.append(torch.empty(shape, dtype=torch.float64, device=self._tallies.base.device))
+        record = self._records[-1][self._batches % _RECORDS]
+        self._batches += 1
+        self._counter.enter(record)
+        self._waiting.put(record[0])
         self.check(keep=1)
-        self._pending.append(self._on_its_way(largest))
-
-    @staticmethod
-    def _on_its_way(largest: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-        if largest.device.type != "cuda":
-            return largest, None
-        copy = torch.empty(largest.shape, dtype=largest.dtype, pin_memory=True)
-        copy.copy_(largest, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return copy, event
 
     def check(self, keep: int = 0) -> None:
         """Wait for the counts, but for those of the last ``keep`` batches.
@@ -144,13 +102,11 @@ class DeviceHistograms:
         Raises:
             InputError: values were not finite.
         """
-        while len(self._pending) > keep:
-            largest, event = self._pending.pop(0)
-            if event is not None:
-                event.synchronize()
+        while self._batches - self._checked > keep:
+            largest = self._waiting.get()
             number = self._rank + self._checked * self._processes + 1
             self._checked += 1
-            if bool(largest.isfinite().all()):
+            if np.isfinite(largest).all():
                 continue
             for name, value in zip(self.names, largest.tolist(), strict=True):
                 refuse_infinite(value, f"calibration batch {number}, tensor {name}: ")
@@ -158,11 +114,12 @@ class DeviceHistograms:
     def bases(self) -> list[float]:
         """The range that each tensor began with; 0 while it was all zeros."""
         self.check()
-        return self._base.tolist()
+        return self._tallies.base.tolist()
 
     def leave_late(self) -> None:
         """Record only the maxima of tensors that were all zeros so far: their range is agreed on later."""
         self._late = frozenset(index for index, base in enumerate(self.bases()) if base == 0)
+        self._tallies.late[sorted(self._late)] = True
 
     @property
     def late(self) -> tuple[str, ...]:
@@ -182,19 +139,20 @@ class DeviceHistograms:
             InputError: values are not finite.
         """
         self.check()
-        device = self._counts.device
-        total = torch.tensor(self._rank + (len(self._log) - 1) * self._processes + 1 if self._log else 0, device=device)
+        counted, device = self._tallies.counts, self._tallies.counts.device
+        last = self._rank + (self._batches - 1) * self._processes
+        total = torch.tensor(last + 1 if self._batches else 0, device=device)
         if group is not None:
             torch.distributed.all_reduce(total, torch.distributed.ReduceOp.MAX, group=group)
         log = torch.zeros(int(total), 2, len(self.names), dtype=torch.float64, device=device)
-        if self._log:
-            log[self._rank :: self._processes] = torch.stack(self._log)
+        if self._batches:
+            log[self._rank : last + 1 : self._processes] = torch.cat(self._records)[: self._batches]
         seen = torch.from_numpy(self._seen).to(device)
         if group is not None:
             for part in (log, seen):
                 torch.distributed.all_reduce(part, group=group)
         maxima, at_range = log.cpu().unbind(dim=1)
-        base = self._base.cpu()
+        base = self._tallies.base.cpu()
         # The range after each batch, as one process has it, and as the process that counted the batch had it.
         known = widen(base, maxima.cummax(dim=0).values)[0]
         own = torch.empty_like(known)
@@ -202,11 +160,11 @@ class DeviceHistograms:
             share = slice(rank, None, self._processes)
             own[share] = widen(base, maxima[share].cummax(dim=0).values)[0]
         end = known[-1]
-        self._counts = shifted(self._counts, _doublings(self._range.cpu(), end).to(device))
+        counted = shifted(counted, doublings_of(self._tallies.ranges.cpu(), end).to(device))
         if group is not None:
-            torch.distributed.all_reduce(self._counts, group=group)
-        counts = self._counts.cpu().numpy()
-        bins = torch.where(own == known, BINS - 1, BINS >> _doublings(own, known)) >> _doublings(known, end)
+            torch.distributed.all_reduce(counted, group=group)
+        counts = counted.cpu().numpy()
+        bins = torch.where(own == known, BINS - 1, BINS >> doublings_of(own, known)) >> doublings_of(known, end)
         for batch, index in at_range.nonzero().tolist():
             counts[index, bins[batch, index]] += int(at_range[batch, index])
         totals = seen.cpu().numpy()
@@ -222,90 +180,68 @@ class DeviceHistograms:
         return found, first
 
 
-def widen(before: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranges (float64) that hold ``largest`` as well, and how often they double (int64); 0 is no range yet."""
-    start = torch.where(before == 0, largest, before)
-    doublings = torch.where(largest.isfinite(), _doublings(start, largest).clamp(min=0), 0)
-    # ldexp multiplies by a power that a GPU need not compute exactly.
-    return start * _powers_of_two(before.device)[doublings], doublings
-
-
-@cache
-def _powers_of_two(device: torch.device) -> Tensor:
-    """2**0, 2**1, ...: float64 [256], as many as there are between float32's normal numbers."""
-    return torch.tensor([2.0**power for power in range(256)], dtype=torch.float64).to(device)
-
-
-def _doublings(small: Tensor, large: Tensor) -> Tensor:
-    """The least whole number of doublings of ``small`` that reach ``large``, int64; 0 where one of them is 0."""
-    mantissa, exponent = torch.frexp(small)
-    other, reached = torch.frexp(large)
-    doublings = reached.long() - exponent.long() + (other > mantissa)
-    return torch.where((small > 0) & (large > 0), doublings, 0)
-
-
-def shifted(counts: Tensor, doublings: Tensor) -> Tensor:
-    """``counts``, int64 [tensors, 2048], at ranges doubled so often, int64 [tensors]."""
-    bins = torch.arange(BINS, device=counts.device) >> doublings.clamp(max=12)[:, None]
-    return torch.zeros_like(counts).scatter_add_(1, bins, counts)
-
-
 def _histogram(counts: NDArray[np.int64], end: float, maximum: float) -> AbsHistogram:
     histogram = AbsHistogram()
     histogram.counts, histogram.range, histogram.maximum = counts.copy(), end, maximum
     return histogram
 
 
-class TorchCounter:
-    """PyTorch's operations, for every device: in several steps through memory."""
+class _Waiting:
+    """Maxima of batches on their way from the device; not more than two at a time.
 
-    def __init__(self, ranges: Tensor, largest: Tensor, counts: Tensor) -> None:
-        self._ranges, self._largest, self._counts = ranges, largest, counts
+    Args:
+        tensors: Number of the maxima.
+        device: Where they come from.
+    """
 
-    def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
-        """Count one tensor's values; see :class:`Counter`."""
-        largest = self._largest[tensor]
-        low, high = torch.aminmax(values)
-        found = torch.maximum(-low, high).float()
-        largest.copy_(torch.where(found < SMALLEST, 0.0, torch.maximum(largest, found)))
-        if maximum_alone:
-            return
-        widened, _ = widen(self._ranges[tensor], largest.double())
-        scale = torch.where(widened < BINS * SMALLEST, _TINY_SCALE, 1.0).to(widened)
-        factor = torch.where(widened > 0, BINS / (widened * scale), 0.0).float()
-        scale = scale.float()
-        on_gpu = values.device.type == "cuda"
-        for piece in values.split(_GPU_PIECE if on_gpu else PIECE):
-            magnitudes = piece.float().abs()
-            magnitudes.mul_(magnitudes >= SMALLEST).mul_(scale).mul_(factor)
-            bins = magnitudes.to(torch.int32).clamp_(0, BINS)
-            # bincount waits for the GPU, and histc takes no integers on the CPU.
-            of_piece = torch.histc(bins, BINS + 1, 0, BINS + 1) if on_gpu else torch.bincount(bins, minlength=BINS + 1)
-            # By one of the two ranges, which are equal otherwise: the other's counts are not read.
-            self._counts[tensor] += of_piece.int()
+    def __init__(self, tensors: int, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._places = torch.empty(2, tensors, dtype=torch.float64, pin_memory=self._on_gpu)
+        self._values = self._places.numpy()
+        self._events = [torch.cuda.Event() for _ in self._places] if self._on_gpu else []
+        self._put = self._got = 0
+
+    def put(self, largest: Tensor) -> None:
+        """Send maxima, float64 [T]."""
+        place = self._put % 2
+        self._places[place].copy_(largest, non_blocking=True)
+        if self._on_gpu:
+            self._events[place].record()
+        self._put += 1
+
+    def get(self) -> NDArray[np.float64]:
+        """Wait for the first ones that were not waited for."""
+        place = self._got % 2
+        if self._on_gpu:
+            self._events[place].synchronize()
+        self._got += 1
+        found: NDArray[np.float64] = self._values[place]
+        return found
 
 
-def _counter(ranges: Tensor, largest: Tensor, counts: Tensor) -> Counter:
-    """The counter for the tensors' device."""
-    kind = TorchCounter if ranges.device.type != "cuda" else _gpu_counter(ranges.device.index)
-    return kind(ranges, largest, counts)
+def _counter_class(device: torch.device) -> type[Counter]:
+    """What counts on the device."""
+    if device.type == "cuda":
+        return _gpu_counter(device.index)
+    return CpuCounter if device.type == "cpu" else TorchCounter
 
 
 @cache
-def _gpu_counter(index: int) -> type[TorchCounter | CudaCounter]:
+def _gpu_counter(index: int) -> type[Counter]:
     """The own kernel, if it can be compiled here and counts as PyTorch's operations do; else those."""
     device = torch.device("cuda", index)
     values = torch.linspace(-3, 2, 100_000, device=device)
-    ranges = torch.tensor([1.1, 3.0, 0.0], dtype=torch.float64, device=device)
     found = []
     try:
         for kind in (CudaCounter, TorchCounter):
-            largest = torch.zeros(3, device=device)
-            counts = torch.zeros(3, 2, BINS + 1, dtype=torch.int32, device=device)
-            counter = kind(ranges, largest, counts)
-            for tensor in range(3):
-                counter.count(tensor, values)
-            found.append([largest.tolist(), counts[[0, 1, 2], [1, 0, 1], 1:].tolist()])
+            tallies = Tallies(3, device, [1.1, 3.0, 0.0])
+            counter, records = kind(tallies), torch.empty(2, 2, 3, dtype=torch.float64, device=device)
+            for record, factor in zip(records, (1.0, 5.0), strict=True):
+                for tensor in range(3):
+                    counter.count(tensor, factor * values)
+                counter.enter(record)
+            state = (tallies.base, tallies.ranges, tallies.counts[:, 1:], tallies.largest, tallies.batch, records)
+            found.append([part.tolist() for part in state])
         if found[0] == found[1]:
             return CudaCounter
         problem = "it counts wrongly"

@@ -24,17 +24,19 @@ def divergences(counts: Tensor) -> Tensor:
     Args:
         counts: int64 [T, 2048], on the device that computes; bin 0 counts like its neighbour.
     """
-    level_runs, last = _positions(counts.device)
+    level_runs, starts, ends, last = _positions(counts.device)
     below = _cumulated(counts)
     filled = _cumulated((counts > 0).long())
     log_sums = _cumulated(_xlogx(counts))
 
-    runs = torch.zeros(len(counts), _MAX_WIDTH, BINS, dtype=torch.float64, device=counts.device)
-    for width in range(1, _MAX_WIDTH + 1):
-        sums = (below[:, width:] - below[:, :-width]).double()
-        bins = (filled[:, width:] - filled[:, :-width]).double()
-        runs[:, width - 1, : BINS + 1 - width] = sums * torch.log(sums.clamp(min=1) / bins.clamp(min=1))
-    levels = runs.flatten(1).index_select(1, level_runs).unflatten(1, (-1, LEVELS)).sum(dim=2)
+    # All runs at once, [16 * 2048, T]: many small operations would take longer to start than to compute.
+    of_runs = below.T.double()
+    sums = of_runs.index_select(0, ends).sub_(of_runs.index_select(0, starts))
+    of_runs = filled.T.double()
+    bins = of_runs.index_select(0, ends).sub_(of_runs.index_select(0, starts))
+    runs = sums.clamp(min=1).div_(bins.clamp_(min=1)).log_().mul_(sums)
+    # Sums of rows, without a copy of them in memory.
+    levels = torch.nn.functional.embedding_bag(level_runs, runs, mode="sum").T
 
     kept, total = below[:, LEVELS:].double(), below[:, -1:].double()
     added = total - kept
@@ -58,15 +60,18 @@ def _xlogx(counts: Tensor) -> Tensor:
 
 
 @cache
-def _positions(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where each candidate finds its levels, int64 on ``device``.
+def _positions(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where runs of bins lie, and where each candidate finds its levels, int64 on ``device``.
 
     Returns:
-        Its levels as positions in the flattened runs [width - 1, start], [1921 * 128]; and where its last level
-        begins, [1921].
+        Each candidate's levels as positions in the runs [width - 1, start], flattened: [1921, 128]. The bins at which
+        these runs start and end, [16 * 2048] (runs beyond the last bin, which nothing needs, end there). And where
+        each candidate's last level begins, [1921].
     """
     candidates = torch.arange(LEVELS, BINS + 1)[:, None]
     # Bin j belongs to level floor(j * 128 / i), so that level l begins at ceil(l * i / 128).
     bounds = -(-torch.arange(LEVELS + 1) * candidates // LEVELS)
-    runs = (bounds.diff(dim=1) - 1) * BINS + bounds[:, :-1]
-    return runs.flatten().to(device), bounds[:, -2].to(device)
+    levels = (bounds.diff(dim=1) - 1) * BINS + bounds[:, :-1]
+    starts = torch.arange(BINS).repeat(_MAX_WIDTH)
+    ends = (starts + torch.arange(1, _MAX_WIDTH + 1).repeat_interleave(BINS)).clamp(max=BINS)
+    return levels.to(device), starts.to(device), ends.to(device), bounds[:, -2].to(device)

@@ -6,19 +6,21 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 
-from calib import device_histogram
+from calib import cuda_histogram, device_histogram
 from calib.calibrator import calibrate, collect
-from calib.cuda_histogram import SOURCE, CudaCounter
-from calib.device_histogram import DeviceHistograms, TorchCounter
+from calib.cuda_histogram import COUNT, ENTER, CudaCounter
+from calib.device_counter import Counter, CpuCounter, Tallies, TorchCounter
+from calib.device_histogram import DeviceHistograms
 from calib.histogram import SMALLEST, AbsHistogram
 from calib.tracing import trace
 from common.errors import InputError
@@ -67,7 +69,11 @@ def test_counts_as_one_histogram_does(batches: list[list[float]]) -> None:
     assert_counts_are_equal([torch.tensor(batch, dtype=torch.float32) for batch in batches])
 
 
-def test_counts_difficult_batches_as_one_histogram_does() -> None:
+@pytest.mark.parametrize("counter", [CpuCounter, TorchCounter])
+def test_counts_difficult_batches_as_one_histogram_does(
+    counter: type[Counter], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_histogram, "_counter_class", lambda device: counter)
     for batches in difficult():
         assert_counts_are_equal(batches)
 
@@ -115,46 +121,79 @@ static void atomicMax(unsigned* to, unsigned value) { if (*to < value) *to = val
 static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
 static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
 %s
-extern "C" void launch(int blocks, const float* values, int size, int tensor, const double* ranges, unsigned* largest,
-                       int* out, int again)
+#define OF(type, n) (*(type*)of[n])
+extern "C" void launch(int blocks, void** of)
 {
     gridDim.x = blocks;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) count(values, size, tensor, ranges, largest, out, again);
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) %s;
 }
 """
-"""The kernel as C++, blocks of one thread one after the other: its arithmetic, not its concurrency."""
+"""A kernel as C++, blocks of one thread one after the other: its arithmetic, not its concurrency."""
+
+CALLS = {
+    COUNT: "count(OF(float*, 0), OF(int, 1), OF(int, 2), OF(double*, 3), OF(unsigned*, 4), OF(int*, 5), OF(int, 6))",
+    ENTER: "enter(OF(double*, 0), OF(double*, 1), OF(long long*, 2), OF(unsigned*, 3), OF(int*, 4), "
+    "OF(unsigned char*, 5), OF(double*, 6))",
+}
 
 
 @pytest.fixture(scope="module")
-def kernel_on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> type[TorchCounter]:
+def launcher_on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> type[cuda_histogram.Launcher]:
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("there is no g++ to compile the kernel with")
+        pytest.skip("there is no g++ to compile the kernels with")
     folder = tmp_path_factory.mktemp("kernel")
-    (folder / "kernel.cpp").write_text(CUDA_ON_THE_CPU % SOURCE)
-    library = folder / "kernel.so"
-    options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC"]
-    subprocess.run([compiler, *options, folder / "kernel.cpp", "-o", library], check=True)
-    launch = ctypes.CDLL(str(library)).launch
+    kernels = {}
+    for name, source in (("count", COUNT), ("enter", ENTER)):
+        (folder / f"{name}.cpp").write_text(CUDA_ON_THE_CPU % (source, CALLS[source]))
+        options = ["-O1", "-ffp-contract=off", "-shared", "-fPIC", "-o", folder / f"{name}.so"]
+        subprocess.run([compiler, *options, folder / f"{name}.cpp"], check=True)
+        kernels[name] = ctypes.CDLL(str(folder / f"{name}.so")).launch
 
-    class CounterOnTheCPU(TorchCounter):
-        def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
-            values = values.float()
-            pointers = [ctypes.c_void_p(one.data_ptr()) for one in (self._ranges, self._largest, self._counts)]
-            for again in (0,) if maximum_alone else (0, 1):
-                launch(3, ctypes.c_void_p(values.data_ptr()), values.numel(), tensor, *pointers, again)
+    class LauncherOnTheCPU(cuda_histogram.Launcher):
+        def __init__(self, device: torch.device) -> None:
+            self.blocks = 3
 
-    return CounterOnTheCPU
+        def launch(self, kernel: str, blocks: int, arguments: cuda_histogram.Arguments) -> None:
+            kernels[kernel](blocks, arguments.packed)
+
+    return LauncherOnTheCPU
 
 
 def test_the_gpu_kernels_arithmetic_is_the_cpus(
-    kernel_on_the_cpu: type[TorchCounter], monkeypatch: pytest.MonkeyPatch
+    launcher_on_the_cpu: type[cuda_histogram.Launcher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_histogram, "TorchCounter", kernel_on_the_cpu)
+    monkeypatch.setattr(cuda_histogram, "Launcher", launcher_on_the_cpu)
+    monkeypatch.setattr(device_histogram, "_counter_class", lambda device: CudaCounter)
     for batches in difficult():
         assert_counts_are_equal(batches)
     odd = torch.randn(5000)
     assert_counts_are_equal([odd.half(), odd[1:], 9 * odd[:70]])
+
+
+@given(BATCHES)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_all_counters_have_the_same_state_after_each_batch(
+    launcher_on_the_cpu: type[cuda_histogram.Launcher], batches: list[list[float]]
+) -> None:
+    """The second tensor is late: only its maxima count."""
+    with mock.patch.object(cuda_histogram, "Launcher", launcher_on_the_cpu):
+        found = []
+        for kind in (TorchCounter, CpuCounter, CudaCounter):
+            tallies = Tallies(2, CPU)
+            tallies.late[1] = True
+            counter: Counter = kind(tallies)
+            states = []
+            for batch in filter(None, batches):
+                record = torch.empty(2, 2, dtype=torch.float64)
+                for tensor in range(2):
+                    counter.count(tensor, torch.tensor(batch), maximum_alone=tensor == 1)
+                counter.enter(record)
+                # Bin 0 may be left out.
+                parts = (tallies.base, tallies.ranges, tallies.counts[:, 1:], record, tallies.largest, tallies.batch)
+                states.append([part.tolist() for part in parts])
+            found.append(states)
+    assert found[0] == found[1] == found[2]
 
 
 class Dying(nn.Module):
