@@ -10,6 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from torch.distributed import ProcessGroup
 from calib.algorithms import ALGORITHMS, Threshold
 from calib.algorithms import thresholds as thresholds_of
 from calib.device_histogram import DeviceHistograms
-from calib.histogram import AbsHistogram
+from calib.histogram import AbsHistogram, counting_threads
 from calib.network import INPUT, Network
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.tracing import trace
@@ -246,17 +247,18 @@ def collect_prefixes(
         if progress is not None:
             progress(count, time.perf_counter() - start)
 
-    for begin in range(0, wanted[-1], batch_size):
-        end = begin + batch_size
-        for count in wanted:
-            if begin < count < end:
-                part = copy.deepcopy(of)
-                _observe(network, images(begin, count), part, seen.count + 1)
-                keep(count, part)
-        if end <= wanted[-1]:
-            seen.run(images(begin, end), lambda batch: _observe(network, batch, of, seen.count + 1))
-        if end in wanted:
-            keep(end, copy.deepcopy(of))
+    with counting_threads() as pool:
+        for begin in range(0, wanted[-1], batch_size):
+            end = begin + batch_size
+            for count in wanted:
+                if begin < count < end:
+                    part = copy.deepcopy(of)
+                    _observe(network, images(begin, count), part, seen.count + 1, pool)
+                    keep(count, part)
+            if end <= wanted[-1]:
+                seen.run(images(begin, end), lambda batch: _observe(network, batch, of, seen.count + 1, pool))
+            if end in wanted:
+                keep(end, copy.deepcopy(of))
     return found
 
 
@@ -264,12 +266,15 @@ def _collect_on_cpu(
     network: Network, names: Sequence[str], batches: Iterable[Any], seen: _Seen
 ) -> Mapping[str, AbsHistogram]:
     of = {name: AbsHistogram() for name in names}
-    for batch in batches:
-        seen.run(batch, lambda images: _observe(network, images, of, seen.count + 1))
+    with counting_threads() as pool:
+        for batch in batches:
+            seen.run(batch, lambda images: _observe(network, images, of, seen.count + 1, pool))
     return of
 
 
-def _observe(network: Network, images: Tensor, of: Mapping[str, AbsHistogram], number: int) -> None:
+def _observe(
+    network: Network, images: Tensor, of: Mapping[str, AbsHistogram], number: int, pool: Executor | None
+) -> None:
     """Count batch ``number``, from 1, into the histograms."""
 
     def observe(name: str, value: Tensor) -> None:
@@ -277,7 +282,7 @@ def _observe(network: Network, images: Tensor, of: Mapping[str, AbsHistogram], n
         if histogram is None:
             return
         try:
-            histogram.add(value)
+            histogram.add(value, pool)
         except InputError as error:
             raise InputError(f"calibration batch {number}, tensor {name}: {error}") from error
 

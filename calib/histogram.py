@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +24,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 # threads: the threads of so short an operation would wait for each other longer than it takes, and far longer where
 # other programs use the cores.
 PIECE = 32768
+SHARE = 8 * PIECE
+"""Values that a thread takes at once, where several count."""
 
 
 class AbsHistogram:
@@ -48,20 +53,21 @@ class AbsHistogram:
         """Number of values seen."""
         return int(self.counts.sum())
 
-    def add(self, batch: Tensor) -> None:
+    def add(self, batch: Tensor, pool: Executor | None = None) -> None:
         """Count one batch.
 
         Args:
             batch: Any shape, on the CPU; float32, or float16 and bfloat16, whose values float32 holds.
+            pool: Threads that share the counting, from :func:`counting_threads`.
 
         Raises:
             InputError: the batch holds NaN or infinity; the histogram is as it was before.
             TypeError: another dtype.
         """
-        counted = count(batch, self.range)
+        counted = count(batch, self.range, pool)
         if not counted.fits:
             self.widen(counted.largest)
-            counted = count(batch, self.range)
+            counted = count(batch, self.range, pool)
         self.add_counted(counted)
 
     def add_counted(self, part: Counted) -> None:
@@ -128,12 +134,24 @@ class Counted:
         return self.largest <= self.range or self.largest < SMALLEST
 
 
-def count(batch: Tensor, limit: float) -> Counted:
+@contextmanager
+def counting_threads() -> Iterator[Executor | None]:
+    """As many threads as PyTorch computes with, to count with; None for one."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield None
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield pool
+
+
+def count(batch: Tensor, limit: float, pool: Executor | None = None) -> Counted:
     """Count values as :class:`AbsHistogram` does, reading them once.
 
     Args:
         batch: As :meth:`AbsHistogram.add` takes it.
         limit: Upper end of the last bin; 0 where only zeros were seen before.
+        pool: Threads that share the counting; none of them may wait for this call.
 
     Raises:
         TypeError: another dtype.
@@ -141,6 +159,16 @@ def count(batch: Tensor, limit: float) -> Counted:
     if batch.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"AbsHistogram counts float32 values, not {batch.dtype}")
     values = flat(batch.detach())
+    if pool is None or values.numel() <= SHARE:
+        return _count(values, limit)
+    parts = list(pool.map(lambda part: _count(part, limit), values.split(SHARE)))
+    largest = float(np.max([part.largest for part in parts]))  # NaN stays
+    counts = np.sum([part.counts for part in parts], axis=0)
+    return Counted(counts if all(part.fits for part in parts) else np.zeros_like(counts), limit, largest)
+
+
+def _count(values: Tensor, limit: float) -> Counted:
+    """:func:`count` for flat values, in one thread."""
     counts = torch.zeros(BINS + 1, dtype=torch.int64)
     nothing = np.zeros(BINS + 1, dtype=np.int64)
     # 2048 / range would overflow here, or give a bin to values that are zeros.

@@ -1,12 +1,14 @@
 """Histograms of absolute values: float32 bins, the range's rules, what is counted and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.histogram import BINS, SMALLEST, AbsHistogram, count
+from calib.histogram import BINS, SHARE, SMALLEST, AbsHistogram, count
 from common.errors import InputError
 from tests.calib import oracle
 
@@ -64,6 +66,19 @@ def test_values_below_the_smallest_normal_one_are_zeros(limit):
     counts, _ = oracle.histogram([np.array([limit, SMALLEST, 0, 0], dtype=np.float32)])
     assert histogram.counts.tolist() == counts.tolist()
     assert histogram.counts[0] >= 2
+
+
+@pytest.mark.parametrize("last", [0.5, 3.0, -1e-39, float("nan"), float("inf")])
+@pytest.mark.parametrize("limit", [0.0, 2.5, 1e-36])
+def test_threads_count_as_one_does(limit, last):
+    values = torch.randn(3 * SHARE + 5, generator=torch.Generator().manual_seed(0)).clamp(-2.5, 2.5) * (limit or 1.0)
+    values[-1] = last
+    alone = count(values, limit)
+    with ThreadPoolExecutor(3) as pool:
+        shared = count(values, limit, pool)
+    assert shared.counts.tolist() == alone.counts.tolist()
+    np.testing.assert_equal(shared.largest, alone.largest)
+    assert (shared.range, shared.fits) == (alone.range, alone.fits)
 
 
 def test_only_subnormal_values_leave_the_range_open():
