@@ -112,8 +112,8 @@ def _add_from_qdq(commands: Any) -> None:
 
 
 def _from_qdq(arguments: argparse.Namespace) -> int:
+    from calib.onnx_from_qdq import table_of_quantized
     from calib.onnx_model import read_model
-    from calib.onnx_qdq import table_of_quantized
     from calib.table import CalibrationTable
 
     _refuse_own_input([arguments.output, arguments.onnx], [arguments.model])

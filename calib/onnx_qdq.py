@@ -1,4 +1,4 @@
-"""Explicit quantization of any ONNX network: quantize/dequantize pairs (Q/DQ) at a table's scales, and back.
+"""Explicit quantization of any ONNX network: quantize/dequantize pairs (Q/DQ) at a table's scales.
 
 The layout is what TensorRT fuses (developer guide, "Working with Quantized Types"): pairs in front of convolutions,
 matrix products and pooling, and on the shortcut of a residual sum; none between a convolution and its activation or
@@ -17,11 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from calib.onnx_model import QUANTIZERS, constant, no_floats
-from calib.onnx_rules import ACTIVATIONS, RESHAPES, WEIGHTED, Graph
-from calib.table import LEVELS, CalibrationTable
+from calib.int8 import weight_scales
+from calib.onnx_model import no_floats
+from calib.onnx_pairs import Activation, Weight, write_pairs
+from calib.onnx_rules import RESHAPES, WEIGHTED, Graph
+from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -34,7 +37,6 @@ _NEWEST_OPSET: Final = 20
 """From 21 on, ONNX Runtime (1.32) refuses pairs around pooling on x86: it mixes up the types of those that it adds."""
 
 _POOLING: Final = frozenset({"AveragePool", "GlobalAveragePool", "MaxPool"})
-_SAME_SCALE: Final = RESHAPES | {"MaxPool", "Transpose", "Pad", "Dropout"}
 _NO_ARITHMETIC: Final = RESHAPES | {
     "Cast",
     "Concat",
@@ -84,9 +86,17 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     usable = {name: scale for name, scale in table.scales.items() if name not in table.unusable}
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    insert = _Insertion(result)
+    names = _name_nodes(result)
+    activations: dict[str, Activation] = {}
+    weights: dict[tuple[str, int | None], Weight] = {}
+    readers_of: dict[tuple[str, int | None], set[str]] = {}
     missing: dict[str, str] = {}
     chosen: set[int] = set()
+
+    def quantize_value(name: str, index: int) -> None:
+        chosen.add(index)
+        activations.setdefault(name, Activation(usable[name], set())).readers.add(names[index])
+
     for index, node in enumerate(graph.nodes):
         weight = _weight(node, graph, path)
         if weight is None:
@@ -94,19 +104,23 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         if node.input[0] not in usable:
             missing[node.name or node.op_type] = node.input[0]
             continue
-        chosen.add(index)
-        insert.activation(index, 0, usable[node.input[0]])
-        insert.weight(index, 1, weight, _channel_axis(node, weight))
+        quantize_value(node.input[0], index)
+        axis = _channel_axis(node, weight)
+        channels = weight[np.newaxis] if axis is None else np.moveaxis(weight, axis, 0)
+        scales = weight_scales(torch.from_numpy(channels.copy())).numpy()
+        scales = scales[0] if axis is None else scales
+        readers = readers_of.setdefault((node.input[1], axis), set())
+        readers.add(names[index])
+        weights[node.input[1], axis] = Weight(node.input[1], axis, scales, None, usable[node.input[0]], readers)
     for index, slot in _others(graph, chosen):
         name = graph.nodes[index].input[slot]
         if name in usable:
-            chosen.add(index)
-            insert.activation(index, slot, usable[name])
+            quantize_value(name, index)
         else:
             missing[graph.nodes[index].name or graph.nodes[index].op_type] = name
     if not chosen:
         raise InputError(f"nothing in {path} can be quantized with this table: it has no scale for what layers read")
-    insert.finish()
+    write_pairs(result, activations, list(weights.values()), folder=path.parent, float_outputs=True)
     others = graph.constant | no_floats(model)
     kinds = Counter(graph.nodes[index].op_type for index in chosen)
     rest = Counter(
@@ -115,6 +129,20 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         if index not in chosen and node.op_type not in _NO_ARITHMETIC and not others.issuperset(node.output)
     )
     return Quantized(result, dict(kinds.most_common()), dict(rest.most_common()), missing)
+
+
+def _name_nodes(model: onnx.ModelProto) -> list[str]:
+    """The names of a network's nodes, in order; those that have none, or another one's, get one of their own."""
+    taken = {node.name for node in model.graph.node}
+    seen = {""}
+    for index, node in enumerate(model.graph.node):
+        if node.name in seen:
+            node.name = f"{node.op_type}_{index}"
+            while node.name in taken:
+                node.name += "_"
+            taken.add(node.name)
+        seen.add(node.name)
+    return [node.name for node in model.graph.node]
 
 
 def _with_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
@@ -178,7 +206,7 @@ def _others(graph: Graph, chosen: set[int]) -> Iterable[tuple[int, int]]:
         if node.op_type in _POOLING and node.input[0] not in graph.constant:
             if any(position[id(reader)] in chosen for reader in _readers(graph, node.output[0])):
                 yield index, 0
-        elif node.op_type == "Add" and not graph.constant.intersection(node.input):
+        elif node.op_type == "Add" and len({*node.input} - graph.constant) == 2:
             inner = [
                 slot
                 for slot, name in enumerate(node.input)
@@ -197,244 +225,3 @@ def _readers(graph: Graph, value: str) -> Iterable[onnx.NodeProto]:
         yield node
         if node.op_type in RESHAPES:
             yield from _readers(graph, node.output[0])
-
-
-class _Insertion:
-    """Collects what is put into a model, and puts it in."""
-
-    def __init__(self, model: onnx.ModelProto) -> None:
-        self._model = model
-        self._before: dict[int, list[onnx.NodeProto]] = {}
-        self._replaced: dict[str, str] = {}
-        self._taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
-        self._taken.update(weight.name for weight in model.graph.initializer)
-
-    def activation(self, index: int, slot: int, scale: float) -> None:
-        """Let a node read an input through a pair."""
-        import onnx
-
-        name = self._model.graph.node[index].input[slot]
-        if name not in self._replaced:
-            factor = self._initializer(f"{name}_scale", np.array(scale, np.float32))
-            zero = self._initializer(f"{name}_zero_point", np.array(0, np.int8))
-            codes, values = self._name(f"{name}_quantized"), self._name(f"{name}_dequantized")
-            first = self._first_reader(name)
-            self._before.setdefault(first, []).extend(
-                [
-                    onnx.helper.make_node("QuantizeLinear", [name, factor, zero], [codes], f"{name}_QuantizeLinear"),
-                    onnx.helper.make_node(
-                        "DequantizeLinear", [codes, factor, zero], [values], f"{name}_DequantizeLinear"
-                    ),
-                ]
-            )
-            self._replaced[name] = values
-        self._model.graph.node[index].input[slot] = self._replaced[name]
-
-    def weight(self, index: int, slot: int, weight: NDArray[np.float32], axis: int | None) -> None:
-        """Let a node read its weight from int8."""
-        import onnx
-
-        name = self._model.graph.node[index].input[slot]
-        key = f"{name} {axis}"
-        if key not in self._replaced:
-            over = None if axis is None else tuple(other for other in range(weight.ndim) if other != axis)
-            scales = np.abs(weight).max(axis=over) / np.float32(LEVELS)
-            # A channel of zeros takes any scale.
-            scales = np.where(scales < np.finfo(np.float32).tiny, np.float32(1), scales).astype(np.float32)
-            shape = [-1 if other == axis else 1 for other in range(weight.ndim)]
-            quotients = weight / (scales if axis is None else scales.reshape(shape))
-            codes = np.clip(np.rint(quotients), -LEVELS, LEVELS).astype(np.int8)
-            inputs = [
-                self._initializer(f"{name}_quantized", codes),
-                self._initializer(f"{name}_scale", scales),
-                self._initializer(f"{name}_zero_point", np.zeros(scales.shape, np.int8)),
-            ]
-            values = self._name(f"{name}_dequantized")
-            attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
-            made = onnx.helper.make_node("DequantizeLinear", inputs, [values], f"{name}_DequantizeLinear", **attributes)
-            self._before.setdefault(0, []).append(made)
-            self._replaced[key] = values
-        self._model.graph.node[index].input[slot] = self._replaced[key]
-
-    def finish(self) -> None:
-        """Put the new nodes in, and drop weights that nothing reads any more."""
-        import onnx
-
-        nodes = []
-        for index, node in enumerate(self._model.graph.node):
-            nodes += [*self._before.get(index, ()), node]
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del self._model.graph.node[:]
-        self._model.graph.node.extend(kept)
-        graph = Graph(self._model)
-        read = {*graph.readers, *graph.outputs}
-        weights = [weight for weight in self._model.graph.initializer if weight.name in read]
-        copies = [onnx.TensorProto.FromString(weight.SerializeToString()) for weight in weights]
-        del self._model.graph.initializer[:]
-        self._model.graph.initializer.extend(copies)
-        inputs = [value for value in self._model.graph.input if value.name in read or value.name in graph.inputs]
-        values = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in inputs]
-        del self._model.graph.input[:]
-        self._model.graph.input.extend(values)
-
-    def _first_reader(self, name: str) -> int:
-        return next(index for index, node in enumerate(self._model.graph.node) if name in node.input)
-
-    def _initializer(self, name: str, array: NDArray[Any]) -> str:
-        import onnx
-
-        name = self._name(name)
-        self._model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-        return name
-
-    def _name(self, name: str) -> str:
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
-
-
-@dataclass(frozen=True)
-class FromQdq:
-    """What :func:`table_of_quantized` found.
-
-    Attributes:
-        scales: Tensor -> scale, in the network's order.
-        asymmetric: Tensors whose zero point is not that of a symmetric range, which their scale here covers.
-        unknown: Tensors that the pairs say nothing about.
-        model: The float network that the table goes with: without the pairs, weights rounded as they were.
-    """
-
-    scales: Mapping[str, float]
-    asymmetric: tuple[str, ...]
-    unknown: tuple[str, ...]
-    model: onnx.ModelProto
-
-
-def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
-    """The scales of a network that was trained with quantization, or quantized by another tool.
-
-    A value that is quantized in several places takes the largest scale. Values without a pair take the scale of what
-    they are reshaped or pooled from, or, where an activation alone reads them, that of the activation.
-
-    Args:
-        model: The network with pairs, as :func:`calib.onnx_model.read_model` reads it.
-        path: Its file, in whose folder external weights lie.
-
-    Raises:
-        InputError: the network has no pairs around its values, or scales that are no constants or per channel.
-    """
-    quantizers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
-    if not quantizers:
-        raise InputError(f"{path} has no quantize/dequantize operators: python -m calib calibrate makes its table")
-    graph = Graph(model)
-    scales: dict[str, float] = {}
-    asymmetric: dict[str, None] = {}
-    for node in quantizers:
-        if node.op_type != "QuantizeLinear" or node.input[0] in graph.constant:
-            continue
-        scale = _constant(model, node, 1, path)
-        zero = _constant(model, node, 2, path) if len(node.input) > 2 and node.input[2] else np.array(0, np.uint8)
-        if scale.size != 1 or zero.size != 1:
-            raise InputError(f"{path}: {node.input[0]!r} is quantized per channel, which no calibration table can hold")
-        if zero.dtype not in (np.int8, np.uint8):
-            raise InputError(f"{path}: {node.input[0]!r} is quantized to {zero.dtype}, and a table is of int8")
-        offset = int(zero.item()) - (128 if zero.dtype == np.uint8 else 0)
-        if offset:
-            asymmetric.setdefault(node.input[0])
-        found = float(scale.item()) * (LEVELS + abs(offset)) / LEVELS
-        scales[node.input[0]] = max(found, scales.get(node.input[0], 0.0))
-    if not scales:
-        raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
-    stripped = _without_pairs(model, path)
-    graph = Graph(stripped)
-    _spread(graph, scales)
-    tensors = [*graph.inputs, *(name for node in graph.nodes for name in node.output if name not in graph.constant)]
-    ordered = {name: scales[name] for name in tensors if name in scales}
-    others = no_floats(stripped)
-    unknown = tuple(name for name in tensors if name and name not in scales and name not in others)
-    return FromQdq(ordered, tuple(name for name in asymmetric if name in ordered), unknown, stripped)
-
-
-def _constant(model: onnx.ModelProto, node: onnx.NodeProto, slot: int, path: Path) -> NDArray[Any]:
-    array = constant(model, node.input[slot], path.parent)
-    if array is None:
-        raise InputError(f"{path}: the scale or zero point of {node.input[0]!r} is no constant")
-    return array
-
-
-def _spread(graph: Graph, scales: dict[str, float]) -> None:
-    """Give values without a scale the one that their neighbours determine, until nothing changes."""
-    changed = True
-    while changed:
-        changed = False
-        for node in graph.nodes:
-            if not node.input or not node.output:
-                continue
-            source, result = node.input[0], node.output[0]
-            if source in graph.constant or not result:
-                continue
-            if node.op_type in _SAME_SCALE and source in scales and result not in scales:
-                scales[result], changed = scales[source], True
-            moved = node.op_type in _SAME_SCALE or (node.op_type in ACTIVATIONS and graph.sole_reader(source) is node)
-            if moved and result in scales and source not in scales:
-                scales[source], changed = scales[result], True
-
-
-def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The float network: values are read directly, weights are what they were rounded to."""
-    import onnx
-
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    producer = {name: node for node in result.graph.node for name in node.output}
-    outputs = {value.name for value in result.graph.output}
-    direct: dict[str, str] = {}
-    nodes = []
-    for node in result.graph.node:
-        if node.op_type == "QuantizeLinear":
-            direct[node.output[0]] = direct.get(node.input[0], node.input[0])
-        elif node.op_type == "DequantizeLinear":
-            source = direct.get(node.input[0])
-            if source is None or (source not in producer and _is_weight(result, source)):
-                weight = _rounded(model, node, source, path)
-                result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
-            elif node.output[0] in outputs:
-                nodes.append(onnx.helper.make_node("Identity", [source], [node.output[0]], node.name))
-            else:
-                direct[node.output[0]] = source
-        else:
-            nodes.append(node)
-    for node in nodes:
-        node.input[:] = [direct.get(name, name) for name in node.input]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(kept)
-    read = {name for node in result.graph.node for name in node.input} | outputs
-    weights = [onnx.TensorProto.FromString(weight.SerializeToString()) for weight in result.graph.initializer]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(weight for weight in weights if weight.name in read)
-    return result
-
-
-def _is_weight(model: onnx.ModelProto, name: str) -> bool:
-    return any(weight.name == name for weight in model.graph.initializer)
-
-
-def _rounded(model: onnx.ModelProto, node: onnx.NodeProto, source: str | None, path: Path) -> NDArray[np.float32]:
-    """The value of a weight behind its DequantizeLinear: of int8 codes, or of a float weight that is quantized."""
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-    scale = _constant(model, node, 1, path)
-    zero = _constant(model, node, 2, path) if len(node.input) > 2 and node.input[2] else np.array(0, np.uint8)
-    array = constant(model, source or node.input[0], path.parent)
-    if array is None:
-        raise InputError(f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before")
-    if scale.size > 1:
-        shape = [-1 if other == axis % array.ndim else 1 for other in range(array.ndim)]
-        scale, zero = scale.reshape(shape), zero.reshape(shape) if zero.size > 1 else zero
-    offset = zero.astype(np.float32)
-    if source is not None:
-        limits = np.iinfo(zero.dtype)
-        array = np.clip(np.rint(array / scale) + offset, limits.min, limits.max)
-    rounded: NDArray[np.float32] = ((array.astype(np.float32) - offset) * scale).astype(np.float32)
-    return rounded

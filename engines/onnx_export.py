@@ -2,7 +2,7 @@
 
 The values in both carry the names of the calibration table. PyTorch's exporter lets its caller name a graph's outputs
 and nothing else; so the network is exported with every named value as an output, and all outputs but ``prob`` are
-taken away again. Then come the Q/DQ pairs, with the scales of the plan (:mod:`engines.qdq`).
+taken away again. Then come the Q/DQ pairs, with the scales of the plan (:mod:`calib.onnx_pairs`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from calib.explicit import is_plain_relu, place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import INPUT, Network
 from calib.onnx_model import without_weights
+from calib.onnx_pairs import Activation, Weight, write_pairs
 from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
 from engines.columns import columns_at_once, compute_columns_at_once
-from engines.qdq import Activation, Weight, write_pairs
 from engines.tensorrt.form import for_tensorrt
 
 OPSET: Final = 17

@@ -1,16 +1,24 @@
-"""Writing quantize/dequantize pairs (Q/DQ) and 8-bit weights into an ONNX graph."""
+"""Writing quantize/dequantize pairs (Q/DQ) and 8-bit weights into an ONNX graph.
+
+Imports onnx inside functions: it is slow to load.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
-import onnx
 from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
+from calib.onnx_model import constant
+from calib.onnx_rules import Graph
+
+if TYPE_CHECKING:
+    import onnx
 
 _MIDDLE: Final = 128
 """Zero point of values and weights in uint8: their codes are those of int8, moved up by it."""
@@ -29,18 +37,20 @@ class Weight:
     """The weight of a layer in INT8.
 
     Attributes:
-        name: The initializer, which no other layer reads.
-        axis: Of its output channels.
-        scales: One for each of them, float32 [channels].
+        name: The initializer, or what a Constant node gives.
+        axis: Of its output channels, or None where there is one scale for all.
+        scales: One for each of them, float32 [channels] or [].
         bias: The initializer of the layer's bias, or None.
         input_scale: Of the value that the layer reads.
+        readers: Names of the ONNX nodes that read it quantized; None for all.
     """
 
     name: str
-    axis: int
+    axis: int | None
     scales: NDArray[np.float32]
     bias: str | None
     input_scale: float
+    readers: Set[str] | None = None
 
 
 def write_pairs(
@@ -48,9 +58,11 @@ def write_pairs(
     activations: Mapping[str, Activation],
     weights: Sequence[Weight],
     *,
+    folder: Path | None = None,
     unsigned: bool = False,
     unsigned_weights: bool = False,
     integer_biases: bool = False,
+    float_outputs: bool = False,
 ) -> None:
     """Quantize values and weights of a float network, in place.
 
@@ -58,15 +70,16 @@ def write_pairs(
     Runtime's quantizer gives: ``<value>_QuantizeLinear_Output``, ``<weight>_quantized``, ``<value>_scale``, ...
 
     Args:
-        model: The network.
+        model: The network. Readers are told by their nodes' names, which must differ.
         activations: Value -> how it is quantized.
         weights: The weights to quantize.
+        folder: Where external weights lie.
         unsigned: Whether values are uint8 with zero point 128 instead of int8 with zero point 0.
         unsigned_weights: Likewise for weights.
         integer_biases: Whether the layers' biases become int32, of scale input scale * weight scale.
+        float_outputs: Whether a value that is also an output of the network is put out as it was before its pair.
     """
-    graph = model.graph
-    pairs = _Pairs(graph)
+    pairs = _Pairs(model, folder or Path(), float_outputs)
     for weight in weights:
         pairs.weight(weight, unsigned_weights)
         if integer_biases and weight.bias is not None:
@@ -79,21 +92,27 @@ def write_pairs(
 class _Pairs:
     """Collects what is written into a graph, and writes it."""
 
-    def __init__(self, graph: onnx.GraphProto) -> None:
-        self._graph = graph
-        self._nodes = {node.name: node for node in graph.node}
-        self._weights = {weight.name: weight for weight in graph.initializer}
-        self._outputs = {value.name for value in graph.output}
-        self._constants: dict[str, onnx.NodeProto] = {}
+    def __init__(self, model: onnx.ModelProto, folder: Path, float_outputs: bool) -> None:
+        self._model = model
+        self._folder = folder
+        self._weights = {weight.name: weight for weight in model.graph.initializer}
+        self._readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in model.graph.node:
+            for name in dict.fromkeys(node.input):
+                self._readers.setdefault(name, []).append(node)
+        self._outputs = set() if float_outputs else {value.name for value in model.graph.output}
+        self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._renamed: dict[str, str] = {}
         self._made: list[onnx.TensorProto] = []
+        self._taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
+        self._taken.update(self._weights)
 
     def weight(self, weight: Weight, unsigned: bool) -> None:
         """Store a weight as codes: rint(weight / scale) in [-127, 127]."""
-        values = onnx.numpy_helper.to_array(self._weights[weight.name])
+        values = self._constant(weight.name)
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
-        codes = values / weight.scales.reshape(shape)
+        codes = values / (weight.scales if weight.axis is None else weight.scales.reshape(shape))
         np.rint(codes, out=codes)
         np.clip(codes, -WEIGHT_MAX, WEIGHT_MAX, out=codes)
         if unsigned:
@@ -106,72 +125,107 @@ class _Pairs:
             self._store(f"{name}_scale", weight.scales),
             self._store(f"{name}_zero_point", zero_points),
         ]
-        self._constants[name] = _dequantize(name, inputs, axis=weight.axis)
+        self._dequantized_constant(name, inputs, weight.axis, weight.readers)
 
     def bias(self, weight: Weight, bias: str) -> None:
         """Store a bias as int32."""
         scales = np.float32(weight.input_scale) * weight.scales
-        values = onnx.numpy_helper.to_array(self._weights[bias]).astype(np.float64)
         limits = np.iinfo(np.int32)
-        codes = np.rint(values / scales.astype(np.float64)).clip(limits.min, limits.max).astype(np.int32)
+        quotients = self._constant(bias).astype(np.float64) / scales.astype(np.float64)
+        codes = np.rint(quotients).clip(limits.min, limits.max).astype(np.int32)
         inputs = [
             self._store(f"{bias}_quantized", codes),
             self._store(f"{bias}_quantized_scale", scales),
             self._store(f"{bias}_quantized_zero_point", np.zeros(scales.shape, np.int32)),
         ]
-        self._constants[bias] = _dequantize(bias, inputs, axis=0)
+        self._dequantized_constant(bias, inputs, 0, weight.readers)
 
     def activation(self, value: str, activation: Activation, unsigned: bool) -> None:
         """Put a pair behind a value."""
+        import onnx
+
         zero_point = np.array(_MIDDLE, np.uint8) if unsigned else np.array(0, np.int8)
         parameters = [
             self._store(f"{value}_scale", np.array(activation.scale, np.float32)),
             self._store(f"{value}_zero_point", zero_point),
         ]
         is_output = value in self._outputs
-        source = f"{value}_QuantizeLinear_Input" if is_output else value
-        codes = f"{value}_QuantizeLinear_Output"
+        source = self._name(f"{value}_QuantizeLinear_Input") if is_output else value
+        codes = self._name(f"{value}_QuantizeLinear_Output")
         pair = [
             onnx.helper.make_node("QuantizeLinear", [source, *parameters], [codes], f"{value}_QuantizeLinear"),
-            _dequantize(value, [codes, *parameters]),
+            self._dequantize(value, [codes, *parameters]),
         ]
         self._after[value] = pair
         if is_output:
             # The output keeps its name, and is what comes out of the pair.
             self._renamed[value] = source
             pair[1].output[0] = value
-            return
-        for reader in activation.readers:
-            node = self._nodes[reader]
-            node.input[:] = [pair[1].output[0] if name == value else name for name in node.input]
+        else:
+            self._let_read(activation.readers, value, pair[1].output[0])
 
     def finish(self) -> None:
         """Write the new nodes and initializers, and drop the weights that nothing reads any more."""
-        graph = self._graph
-        nodes = [*self._constants.values()]
-        for value in graph.input:
-            nodes += self._after.get(value.name, [])
+        graph = self._model.graph
+        nodes = [*self._first]
+        for item in graph.input:
+            nodes += self._after.get(item.name, [])
         for node in graph.node:
-            node.input[:] = [
-                self._constants[name].output[0] if name in self._constants else name for name in node.input
-            ]
             nodes.append(node)
             for value in list(node.output):
                 nodes += self._after.get(value, [])
             node.output[:] = [self._renamed.get(name, name) for name in node.output]
         _replace(graph.node, nodes)
-        read = {name for node in graph.node for name in node.input}
-        _replace(graph.initializer, [weight for weight in (*graph.initializer, *self._made) if weight.name in read])
+        written = Graph(self._model)
+        read = {*written.readers, *written.outputs}
+        weights = [*graph.initializer, *self._made]
+        _replace(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read])
+        # In old files, weights are inputs, too.
+        dropped = {weight.name for weight in weights if weight.name not in read}
+        _replace(graph.input, [item for item in graph.input if item.name not in dropped])
+        _replace(graph.initializer, [weight for weight in weights if weight.name in read])
+
+    def _constant(self, name: str) -> NDArray[Any]:
+        from onnx import numpy_helper
+
+        if name in self._weights:
+            return numpy_helper.to_array(self._weights[name], base_dir=str(self._folder))
+        array = constant(self._model, name, self._folder)
+        assert array is not None, f"{name} is no constant"
+        return array
+
+    def _dequantized_constant(
+        self, name: str, inputs: Sequence[str], axis: int | None, readers: Set[str] | None
+    ) -> None:
+        node = self._dequantize(name, inputs, axis)
+        self._first.append(node)
+        self._let_read(readers, name, node.output[0])
+
+    def _let_read(self, readers: Set[str] | None, value: str, instead: str) -> None:
+        """Let nodes read another value instead; all that read it if None."""
+        for node in self._readers.get(value, ()):
+            if readers is None or node.name in readers:
+                node.input[:] = [instead if name == value else name for name in node.input]
+
+    def _dequantize(self, name: str, inputs: Sequence[str], axis: int | None = None) -> onnx.NodeProto:
+        import onnx
+
+        output = self._name(f"{name}_DequantizeLinear_Output")
+        return onnx.helper.make_node("DequantizeLinear", inputs, [output], f"{name}_DequantizeLinear", axis=axis)
 
     def _store(self, name: str, array: NDArray[Any]) -> str:
+        import onnx
+
+        name = self._name(name)
         self._made.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
 
-
-def _dequantize(name: str, inputs: Sequence[str], axis: int | None = None) -> onnx.NodeProto:
-    return onnx.helper.make_node(
-        "DequantizeLinear", inputs, [f"{name}_DequantizeLinear_Output"], f"{name}_DequantizeLinear", axis=axis
-    )
+    def _name(self, name: str) -> str:
+        """The name, or one like it where the network has it already."""
+        while name in self._taken:
+            name += "_"
+        self._taken.add(name)
+        return name
 
 
 def _replace(field: Any, items: Iterable[Any]) -> None:
