@@ -1,4 +1,4 @@
-"""Where the time of a network goes in ONNX Runtime, by kind of operator, as its own profiler has it."""
+"""Where the time goes, by kind of operator: of a network in ONNX Runtime, and of a training step in PyTorch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 import statistics
 import tempfile
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -81,3 +82,59 @@ def _by_kind(events: list[dict[str, Any]]) -> dict[str, float]:
     for (operator, _), values in durations.items():
         seconds[kind_of(operator)] += statistics.median(values[_WARM_UP:]) / 1e6
     return seconds
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a kind of operator takes in a training step.
+
+    Attributes:
+        seconds: Median of the steps.
+        operations: Floating-point operations, two for a multiply-accumulate; 0 where they are not products.
+    """
+
+    seconds: float
+    operations: float
+
+
+FORWARD: Final = "convolutions, forward"
+BACKWARD: Final = "convolutions, backward"
+MATRICES: Final = "matrix products of linear layers, forward and backward"
+
+
+def training_parts(step: Callable[[], object], rounds: int) -> dict[str, Part]:
+    """Take a training step on the CPU apart by PyTorch's own profiler.
+
+    Args:
+        step: Forward pass, backward pass and update.
+        rounds: How often it is run.
+
+    Returns:
+        Kind of operator -> what it takes. The profiler's own time is not in it.
+    """
+    from torch.profiler import ProfilerActivity, profile
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    operations: dict[str, float] = dict.fromkeys([FORWARD, BACKWARD, MATRICES, OTHERS], 0.0)
+    for operator, count in counter.get_flop_counts()["Global"].items():
+        operations[_training_kind(str(operator))] += count
+    found: dict[str, list[float]] = {kind: [] for kind in operations}
+    for _ in range(rounds):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            step()
+        seconds = dict.fromkeys(operations, 0.0)
+        for event in profiler.events():
+            seconds[_training_kind(event.name)] += event.self_cpu_time_total / 1e6
+        for kind, values in found.items():
+            values.append(seconds[kind])
+    return {kind: Part(statistics.median(found[kind]), operations[kind]) for kind in operations}
+
+
+def _training_kind(operator: str) -> str:
+    """The kind of one of PyTorch's operators, such as ``aten::mkldnn_convolution`` or ``aten.convolution_backward``."""
+    name = operator.lower()
+    if "conv" in name:
+        return BACKWARD if "backward" in name else FORWARD
+    return MATRICES if name.replace(".", ":").rpartition(":")[2] in ("mm", "addmm", "bmm", "matmul") else OTHERS

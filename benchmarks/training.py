@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,14 +22,16 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import MNIST, VisionDataset
 from torchvision.transforms import ToTensor
 
+from benchmarks import kernels
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting
-from benchmarks.timing import in_turns, ratio, spread
+from benchmarks.timing import in_turns, ratio, spread, timed
 from data.base import ImageSet
 from data.module import ImageData
 from models import fit
 from models.classifier import Classifier, parameter_groups
 from models.network import logits_of
+from models.precision import measure_precision
 from models.schedule import learning_rate_factor
 
 OURS = "this project: train.py's Lightning run"
@@ -38,6 +41,8 @@ BATCH_SIZES = (64, 256)
 IMAGES = 12800
 WORKERS = 2
 ACCURACY_EPOCHS = 5
+BARE_PRODUCT = 1024
+"""Rows and columns of the matrices whose product shows what the CPU can do."""
 
 METHOD = (
     f"LeNet's training on {IMAGES:,} images a turn, without augmentation, from the first step to the last, validation "
@@ -51,7 +56,7 @@ METHOD = (
 def run(setting: Setting) -> Findings:
     """See the module."""
     fit.quiet()
-    default = fit.check_trainer(setting.config.trainer).values.trainer["precision"]
+    default = _precision(setting)
     precisions = [default] if default == "32-true" else [default, "32-true"]
     tables: list[Table] = []
     targets: list[Target] = []
@@ -84,7 +89,18 @@ def run(setting: Setting) -> Findings:
                     ratio(rates[OURS], rates[BARE]),
                 ),
             ]
-    return Findings(METHOD, [*tables, _options(setting), _accuracy(setting, default)], targets)
+    apart = [_step(setting, precision) for precision in precisions]
+    return Findings(METHOD, [*tables, *apart, _options(setting), _accuracy(setting, default)], targets)
+
+
+def _precision(setting: Setting) -> str:
+    """What train.py trains in here."""
+    options = fit.check_trainer(setting.config.trainer)
+    if not options.measure_precision:
+        return str(options.values.trainer["precision"])
+    info = setting.data.info
+    network, shape = setting.new_network(), info.preprocessing.shape
+    return measure_precision(network, shape, len(info.classes), setting.config.data.batch_size).precision
 
 
 def _options(setting: Setting) -> Table:
@@ -114,10 +130,50 @@ def _options(setting: Setting) -> Table:
     reference = "32-true"
     entries = [Entry(name, spread(rates[name]), ratio(rates[name], rates[reference])) for name in rates]
     note = (
-        "train.py uses channels-last throughout, and bf16-mixed where the CPU has instructions for it; it does not "
-        "compile. Compiling itself is not in these figures."
+        "train.py uses channels-last throughout, and bf16-mixed where it measures at the start that it is faster; it "
+        "does not compile. Compiling itself is not in these figures."
     )
     return Table(f"what the options give, bare loop, batch {batch}", "images/s", entries, reference, [note])
+
+
+def _step(setting: Setting, precision: str) -> Table:
+    """Where the time of a step goes, and what the CPU's bare matrix products would need for the same arithmetic."""
+    batch = setting.config.data.batch_size
+    images = torch.rand(batch, *setting.data.info.preprocessing.shape, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(batch) % len(setting.data.info.classes)
+    network = setting.new_network().train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = SGD(network.parameters(), lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+    mixed = precision == "bf16-mixed"
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            loss = F.cross_entropy(logits_of(network)(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        clip_grad_norm_(network.parameters(), setting.config.trainer["gradient_clip_val"])
+        optimizer.step()
+
+    matrix = torch.rand(BARE_PRODUCT, BARE_PRODUCT).to(torch.bfloat16 if mixed else torch.float32)
+    rounds = setting.rounds(30)
+    seconds = in_turns(
+        {"step": timed(step), "product": timed(lambda: matrix @ matrix)}, rounds, warm_up=not setting.quick
+    )
+    whole, bare = (statistics.median(seconds[name]) for name in ("step", "product"))
+    rate = 2 * BARE_PRODUCT**3 / bare / 1e9
+    parts = kernels.training_parts(step, rounds)
+    entries = [
+        Entry(name, figures=_share(1e3 * part.seconds, part.operations / 1e9, rate)) for name, part in parts.items()
+    ]
+    total = sum(part.operations for part in parts.values()) / 1e9
+    entries.append(Entry("the step as a whole, without the profiler", figures=_share(1e3 * whole, total, rate)))
+    note = f"A product of two matrices of {BARE_PRODUCT} x {BARE_PRODUCT} runs at {rate:.0f} GFLOP/s in this precision."
+    return Table(f"where the time of a step goes, batch {batch}, {precision}", "", entries, notes=[note])
+
+
+def _share(milliseconds: float, operations: float, rate: float) -> dict[str, float | str]:
+    bare = 1e3 * operations / rate
+    shown: float | str = bare if operations else "-"
+    return {"ms": milliseconds, "GFLOP": operations if operations else "-", "ms at the bare product's rate": shown}
 
 
 def _accuracy(setting: Setting, default: str) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from common.errors import InputError
 from data.base import DatasetInfo
 from models.archive import load_archive
 from models.checkpoint import write_torch
+from models.precision import BFLOAT16, FLOAT32
 from models.progress import EpochProgress
 
 logger = logging.getLogger(__name__)
@@ -67,10 +69,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 @dataclass(frozen=True)
 class TrainerOptions:
-    """Arguments of ``lightning.Trainer``, checked against its signature."""
+    """Arguments of ``lightning.Trainer``, checked against its signature.
+
+    Attributes:
+        parser: Of these arguments.
+        values: The arguments, under ``trainer``.
+        measure_precision: Whether ``precision`` is a stand-in for what is faster on this CPU.
+    """
 
     parser: ArgumentParser
     values: Namespace
+    measure_precision: bool = False
+
+    def with_precision(self, precision: str) -> TrainerOptions:
+        """The same options in a precision that was found."""
+        values = self.values.clone()
+        values.trainer["precision"] = precision
+        return TrainerOptions(self.parser, values)
 
 
 def trainer_parser() -> ArgumentParser:
@@ -83,15 +98,19 @@ def trainer_parser() -> ArgumentParser:
 def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
     """Check ``trainer`` of the configuration by name and type.
 
-    ``precision: auto`` is ``bf16-mixed`` on a CPU that multiplies matrices of bfloat16 in hardware, else ``32-true``.
+    ``precision: auto`` is ``32-true`` on a GPU, and to be measured on a CPU (:mod:`models.precision`). Several
+    processes, which must all take the same one, take ``bf16-mixed`` where the CPU has matrix instructions for it.
 
     Raises:
         InputError: an argument that ``lightning.Trainer`` does not have, a wrong type, or a strategy whose processes
             do not begin with this command.
     """
     values = dict(options)
+    measure = False
     if values.get("precision") == "auto":
-        values["precision"] = "bf16-mixed" if _cpu_training(values) and has_amx() else "32-true"
+        on_cpu, alone = _cpu_training(values), _one_process(values)
+        measure = on_cpu and alone
+        values["precision"] = BFLOAT16 if on_cpu and not alone and has_amx() else FLOAT32
     if values.get("max_epochs") is None and not values.keys() & {"max_steps", "max_time"}:
         values["max_epochs"] = EPOCHS
     parser = trainer_parser()
@@ -100,7 +119,7 @@ def check_trainer(options: Mapping[str, Any]) -> TrainerOptions:
         if name.partition(".")[0] not in names:
             raise InputError(f"lightning.Trainer has no argument {name!r}: train.py --trainer.help lists them")
     try:
-        checked = TrainerOptions(parser, parser.parse_object({"trainer": values}))
+        checked = TrainerOptions(parser, parser.parse_object({"trainer": values}), measure)
     except Exception as error:
         raise InputError(f"trainer: {_short(str(error))}") from error
     _check_strategy(checked.values.trainer.strategy)
@@ -128,6 +147,11 @@ def _short(message: str) -> str:
 def _cpu_training(values: Mapping[str, Any]) -> bool:
     accelerator = values.get("accelerator", "auto")
     return accelerator == "cpu" or (accelerator == "auto" and not torch.accelerator.is_available())
+
+
+def _one_process(values: Mapping[str, Any]) -> bool:
+    started = os.environ.get("WORLD_SIZE", "1") == "1"
+    return started and values.get("devices", "auto") in ("auto", 1, "1") and values.get("num_nodes", 1) in (1, "1")
 
 
 def has_amx() -> bool:
@@ -279,6 +303,13 @@ def checkpoint_to_resume(folder: Path) -> Path:
     if not last.is_file():
         raise InputError(f"there is no checkpoint to resume from in {last.parent}: train without --resume")
     return last
+
+
+def precision_of(checkpoint: Path) -> str | None:
+    """The precision of the training that a checkpoint is of; None where it does not say."""
+    hyperparameters = AtomicCheckpointIO().load_checkpoint(checkpoint).get("hyper_parameters") or {}
+    precision = (hyperparameters.get("trainer") or {}).get("precision") if isinstance(hyperparameters, dict) else None
+    return precision if precision in (BFLOAT16, FLOAT32) else None
 
 
 def load_best(fitting: Fitting, module: LightningModule) -> int:

@@ -19,6 +19,7 @@ from models import fit
 from models.checkpoint import CheckpointMeta
 from models.classifier import Classifier
 from models.network import build_network, check_network, network_arguments, network_name
+from models.precision import measure_precision
 
 if TYPE_CHECKING:
     from data.module import ImageData
@@ -73,9 +74,11 @@ def train(
     Raises:
         InputError: the loss is not finite, nothing can be written, or another process of this training ended.
     """
+    last = fit.checkpoint_to_resume(folder) if resume else None
+    if options.measure_precision:
+        options = options.with_precision(_precision(network, data.info, config.data.batch_size, last))
     fitting = fit.make_trainer(options, folder, config.optimizer.average, resume)
     trainer = fitting.trainer
-    last = fit.checkpoint_to_resume(folder) if resume else None
     record = fit.training_record(config, data.info, options)
     classifier = Classifier(network, config.optimizer, len(data.info.classes), record)
     try:
@@ -95,6 +98,16 @@ def train(
     if fitting.checkpoints.best_score is not None:
         metrics["val_top1"] = round(fitting.checkpoints.best_score, 6)
     return Trained(classifier.network, epochs, metrics, classifier.seconds, fit.is_trial(trainer))
+
+
+def _precision(network: nn.Module, info: DatasetInfo, batch_size: int, last: Path | None) -> str:
+    """What to train in on this CPU: what the training that goes on was in, else what is faster."""
+    before = fit.precision_of(last) if last is not None else None
+    if before is not None:
+        return before
+    measured = measure_precision(network, info.preprocessing.shape, len(info.classes), batch_size)
+    logger.info("training in %s: %s", measured.precision, measured.reason)
+    return measured.precision
 
 
 def start(config: Config) -> fit.TrainerOptions:

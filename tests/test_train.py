@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -274,6 +275,7 @@ def test_mnist(command, tmp_path):
     short = ("--epochs=1", "--trainer.limit_train_batches=150")
     result = command("train.py", "--artifacts", tmp_path, *short, "--json")
     assert result.returncode == 0, result.stderr
+    assert re.search(r"training in (32-true|bf16-mixed): .* bfloat16", result.stderr)
     summary = json.loads(result.stdout)
     assert summary["dataset"] == "mnist"
     assert summary["notes"] == []

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("onnxruntime")
 
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
 
 from benchmarks import kernels
 
@@ -64,3 +66,20 @@ def test_events_are_summed_by_kind_and_the_first_do_not_count() -> None:
 
     expected = {kernels.PRODUCTS: 22e-6, "pooling": 7e-6, "conversion of type and layout": 0, kernels.OTHERS: 0}
     assert found == pytest.approx(expected)
+
+
+def test_a_training_step_is_taken_apart() -> None:
+    """Multiply-accumulates count as two; the first layer's input needs no gradient, the linear layer's does."""
+    network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
+    images = torch.rand(3, 2, 8, 8)
+
+    parts = kernels.training_parts(lambda: network(images).sum().backward(), rounds=2)
+
+    convolution, linear = 3 * 36 * 9 * 2 * 4, 3 * 144 * 5
+    assert {kind: part.operations for kind, part in parts.items()} == {
+        kernels.FORWARD: 2 * convolution,
+        kernels.BACKWARD: 2 * convolution,
+        kernels.MATRICES: 2 * 3 * linear,
+        kernels.OTHERS: 0,
+    }
+    assert all(part.seconds > 0 for part in parts.values())

@@ -415,13 +415,27 @@ def test_trainer_defaults():
     assert fit.check_trainer({"max_steps": 5}).values.trainer.max_epochs is None
 
 
+def test_precision_is_measured_on_a_cpu():
+    options = fit.check_trainer({"precision": "auto", "accelerator": "cpu"})
+    assert options.measure_precision
+    assert options.with_precision("bf16-mixed").values.trainer.precision == "bf16-mixed"
+    assert options.values.trainer.precision == "32-true"
+    for given in ({"accelerator": "gpu"}, {"accelerator": "cpu", "devices": 2}, {"precision": "16-mixed"}):
+        assert not fit.check_trainer({"precision": "auto", **given}).measure_precision
+
+
 @pytest.mark.parametrize("amx", [True, False])
-def test_automatic_precision(monkeypatch, amx):
+def test_several_processes_take_the_precision_that_the_instructions_say(monkeypatch, amx):
     monkeypatch.setattr(fit, "has_amx", lambda: amx)
-    found = fit.check_trainer({"precision": "auto", "accelerator": "cpu"}).values.trainer.precision
-    assert found == ("bf16-mixed" if amx else "32-true")
-    assert fit.check_trainer({"precision": "auto", "accelerator": "gpu"}).values.trainer.precision == "32-true"
-    assert fit.check_trainer({"precision": "16-mixed"}).values.trainer.precision == "16-mixed"
+    for given in ({"devices": 2}, {"num_nodes": 2}):
+        found = fit.check_trainer({"precision": "auto", "accelerator": "cpu", **given})
+        assert found.values.trainer.precision == ("bf16-mixed" if amx else "32-true")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_a_checkpoint_knows_its_precision(run, precision):
+    _, fitting = run(max_epochs=1, record={"trainer": {"precision": precision}})
+    assert fit.precision_of(fitting.checkpoints.last) == precision
 
 
 def test_users_callbacks_and_loggers_come_on_top(tmp_path):
