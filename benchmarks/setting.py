@@ -122,6 +122,12 @@ class Setting:
         """All layers in INT8."""
         return plan_int8(self.network, self.table)
 
+    @cached_property
+    def quantized(self) -> Path:
+        """The table that quantize.py wrote for the run, calibrated now if it was not before."""
+        self.command("quantize.py", "--precision", "int8")
+        return self.run.table(self.network.name)
+
     def new_network(self) -> nn.Module:
         """The same network, untrained."""
         meta = self.checkpoint.meta

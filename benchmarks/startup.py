@@ -16,8 +16,7 @@ METHOD = "Each command is started as a process of its own, in turns, and waited 
 
 def run(setting: Setting) -> Findings:
     """See the module."""
-    setting.command("quantize.py", "--precision", "int8")
-    table = str(setting.run.table(setting.network.name))
+    table = str(setting.quantized)
     helps = {f"{name} --help": [name, "--help"] for name in ("train.py", "quantize.py", "evaluate.py")}
     tools = {
         f"python -m calib {name}": ["-m", "calib", name, *files]

@@ -147,6 +147,8 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]
     names = ParserNames(model, frozenset(graph.constant))
     for node in graph.nodes:
         if all(name in graph.constant for name in node.output):
+            if node.op_type != "Constant":
+                names.read(node)
             continue
         before, after = _constants(graph, node, folder, names.read(node))
         found += before
