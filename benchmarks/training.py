@@ -61,7 +61,7 @@ def run(setting: Setting) -> Findings:
     tables: list[Table] = []
     targets: list[Target] = []
     for precision in precisions:
-        for batch in BATCH_SIZES:
+        for batch in BATCH_SIZES[: 1 if setting.quick else None]:
             steps = setting.images(IMAGES) // batch
             rates = _race(setting, batch, steps, precision, setting.rounds(4))
             name = f"batch {batch}, {precision}"
