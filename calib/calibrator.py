@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.tracing import trace
 from common.config import AlgorithmName, CalibrationConfig
 from common.errors import InputError
+from common.processes import ANOTHER_ENDED, collective
 
 logger = logging.getLogger(__name__)
 
@@ -359,11 +360,13 @@ def _together(work: Callable[[], None], group: ProcessGroup, device: torch.devic
     except Exception as error:  # noqa: BLE001 - raised again, when the others know
         failure = error
     failed = torch.tensor(int(failure is not None), device=device)
-    distributed.all_reduce(failed, group=group)
+    # What failed here comes first.
+    with nullcontext() if failure is None else suppress(InputError), collective():
+        distributed.all_reduce(failed, group=group)
     if failure is not None:
         raise failure
     if int(failed):
-        raise InputError("another process ended; see its error above")
+        raise InputError(ANOTHER_ENDED)
 
 
 def _every(batches: Iterable[Any], rank: int, processes: int) -> Iterator[Any]:

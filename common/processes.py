@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
@@ -22,6 +22,22 @@ T = TypeVar("T")
 
 _LONGEST_WAIT = timedelta(days=1)
 """For the slowest process; one that ends in an error is noticed at once."""
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around a call of torch.distributed that all processes take part in.
+
+    Raises:
+        InputError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # the connection was closed
+        raise InputError(ANOTHER_ENDED) from error
+
+
+ANOTHER_ENDED = "another process ended; see its error above"
 
 
 @dataclass(frozen=True)
@@ -57,13 +73,18 @@ class Processes:
         return range(batches * self.rank // self.count, batches * (self.rank + 1) // self.count)
 
     def gather(self, value: T) -> list[T] | None:
-        """Every process's value in the order of their ranks, in the first process; None in the others."""
+        """Every process's value in the order of their ranks, in the first process; None in the others.
+
+        Raises:
+            InputError: another process ended.
+        """
         if self.count == 1:
             return [value]
         from torch import distributed
 
         found: list[T] | None = [value] * self.count if self.first else None
-        distributed.gather_object(value, found)
+        with collective():
+            distributed.gather_object(value, found)
         return found
 
     @contextmanager
@@ -107,12 +128,14 @@ class Processes:
             from torch import distributed
 
             flags = torch.tensor([int(called), int(failure is not None)])
-            distributed.all_reduce(flags, distributed.ReduceOp.MAX)
+            # What failed here comes first.
+            with nullcontext() if failure is None else suppress(InputError), collective():
+                distributed.all_reduce(flags, distributed.ReduceOp.MAX)
             called, failed = map(bool, flags.tolist())
         if failure is not None:
             raise failure
         if self.count > 1 and failed:
-            raise InputError("another process ended; see its error above")
+            raise InputError(ANOTHER_ENDED)
         return called
 
     def help(self, prepare: Callable[[], Callable[[], object]]) -> None:

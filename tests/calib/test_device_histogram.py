@@ -24,6 +24,7 @@ from calib.device_histogram import DeviceHistograms
 from calib.histogram import SMALLEST, AbsHistogram
 from calib.tracing import trace
 from common.errors import InputError
+from common.processes import collective
 
 CPU = torch.device("cpu")
 VALUES = st.one_of(
@@ -241,6 +242,9 @@ def share(rank: int, processes: int, folder: str) -> None:
             collect(network, batches, process_group=group)
     with pytest.raises(InputError, match="at least one batch"):
         collect(network, [], process_group=group)
+    if rank < processes - 1:  # the last one has ended
+        with pytest.raises(InputError, match="another process ended"), collective():
+            distributed.all_reduce(torch.zeros(1), group=group)
     distributed.destroy_process_group()
 
 
