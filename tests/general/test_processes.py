@@ -71,7 +71,7 @@ def free_port() -> int:
 
 def torchrun(count: int, *arguments: str | Path, program: str = "evaluate.py") -> subprocess.CompletedProcess[str]:
     """Run a command in several processes."""
-    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port())]
+    launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port()), "--"]
     return subprocess.run(
         [sys.executable, "-m", *launcher, str(ROOT / program), *map(str, arguments)],
         cwd=ROOT,
@@ -242,7 +242,8 @@ def test_processes_calibrate_with_the_table_of_one(digits: tuple[Path, dict[str,
     expected = table.read_bytes()
     table.unlink()
 
-    shared = torchrun(2, *options, program="quantize.py")
+    # torchrun would take --run for an option of its own, but for the -- in front of the command.
+    shared = torchrun(2, *options, "--run", "lenet_digits", program="quantize.py")
 
     assert shared.returncode == 0, shared.stderr
     assert table.read_bytes() == expected
