@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize_weight
+from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
 from calib.ops import MOVES_VALUES
 from calib.plan import Int8Plan
 
@@ -33,7 +33,8 @@ class Placement:
         points: Those of ``scales`` that are not multiples of their scale already, because they were chosen from
             quantized values: quantizing at the points is enough.
         partial: fx node -> (scale, names of the reading fx nodes), for values that others read in float.
-        requantized: Those of ``points`` that are quantized again, with another scale, before a layer reads them.
+        requantized: Those of ``points`` that are more than what INT8 layers do to their inputs: quantized again, with
+            another scale, before a layer reads them, or read in float as well.
     """
 
     scales: Mapping[str, float]
@@ -48,7 +49,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
     Args:
         plan: Which layers run in INT8.
         before_relu: Whether quantization passes through ReLU, too, as far as the layer before it. The numbers are
-            the same: with zero point 0, clamping at 0 and rounding commute.
+            the same: with zero point 0, clamping at 0 and rounding commute (:func:`clamps_codes_at_zero`).
     """
     network = plan.network
     nodes = [node for node in network.module.graph.nodes if network.kinds.get(node.name, "shape") != "shape"]
@@ -63,12 +64,14 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
             elif reader.name in layers:
                 in_int8 = plan.reads_int8(layers[reader.name], node.name)
                 wanted[reader.name] = plan.scales[node.name] if in_int8 else None
-            elif _commutes(reader, plan, before_relu):
+            elif _commutes(reader, plan, scales, before_relu):
                 wanted[reader.name] = scales.get(reader.name)
             elif network.kinds[reader.name] != "shape":
                 wanted[reader.name] = None
         different = set(wanted.values())
-        if len(different) == 1 and None not in different:
+        if node.name in plan.rounded:
+            scales[node.name] = plan.own_scales[node.name]
+        elif len(different) == 1 and None not in different:
             scales[node.name] = next(scale for scale in different if scale is not None)
         elif different and None not in different and node.name in plan.own_scales:
             scales[node.name] = plan.own_scales[node.name]
@@ -84,7 +87,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
             continue
         sources = [item.name for item in node.all_input_nodes if network.kinds.get(item.name, "shape") != "shape"]
         same = all(item in quantized and scales[item] == scales[node.name] for item in sources)
-        if _commutes(node, plan, before_relu) and same:
+        if _commutes(node, plan, scales, before_relu) and same:
             quantized.add(node.name)
         elif not _is_tuple(node):
             quantized.add(node.name)
@@ -93,24 +96,31 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
     again: set[str] = set()
     for node in reversed(nodes):
         for reader in node.users:
-            moves = reader.name in quantized and _commutes(reader, plan, before_relu)
+            moves = reader.name in quantized and _commutes(reader, plan, scales, before_relu)
             if moves and node.name in quantized and (scales[reader.name] != scales[node.name] or reader.name in again):
                 again.add(node.name)
-    requantized = {name: scale for name, scale in points.items() if name in again}
+    requantized = {name: scale for name, scale in points.items() if name in again or name in plan.rounded}
     return Placement(scales, points, partial, requantized)
 
 
-def _commutes(node: fx.Node, plan: Int8Plan, before_relu: bool) -> bool:
+def _commutes(node: fx.Node, plan: Int8Plan, scales: Mapping[str, float], before_relu: bool) -> bool:
     """Whether quantizing an operation's inputs is the same as quantizing its output."""
     kind = plan.network.kinds[node.name]
-    return kind in MOVES_VALUES or (before_relu and kind == "relu" and is_plain_relu(node, plan.network.module))
+    if kind != "relu" or not before_relu:
+        return kind in MOVES_VALUES
+    return clamps_codes_at_zero(node, plan.network.module, scales.get(node.name))
 
 
-def is_plain_relu(node: fx.Node, module: fx.GraphModule) -> bool:
-    """Whether a node of kind ``relu`` clamps at 0 alone (ReLU6 also clamps at 6, which need not be a code's value)."""
+def clamps_codes_at_zero(node: fx.Node, module: fx.GraphModule, scale: float | None) -> bool:
+    """Whether a node of kind ``relu`` does no more to codes of this scale than to clamp them at 0.
+
+    ReLU6 does not where the code of 6 is the largest: what exceeds 6 gets that code by saturation.
+    """
     if node.op == "call_module":
-        return isinstance(module.get_submodule(str(node.target)), nn.ReLU)
-    return node.target is not F.relu6
+        clamps_at_6 = not isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    else:
+        clamps_at_6 = node.target is F.relu6
+    return not clamps_at_6 or (scale is not None and float(quantize(torch.tensor(6.0), scale)) == ACTIVATION_MAX)
 
 
 def _is_tuple(node: fx.Node) -> bool:

@@ -27,6 +27,8 @@ class Int8Plan:
         output_scale: Scale of the network's output where that is quantized too.
         own_scales: fx node name -> scale of its tensor in the table, for every activation that has a usable one.
         float_inputs: INT8 layer -> the fx nodes among its inputs that it reads in float nevertheless.
+        rounded: fx nodes whose value is quantized with the scale of its own tensor for all that read it, those that
+            compute in float too.
     """
 
     network: Network
@@ -37,6 +39,7 @@ class Int8Plan:
     output_scale: float | None = None
     own_scales: Mapping[str, float] = field(default_factory=dict)
     float_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    rounded: frozenset[str] = frozenset()
 
     def reads_int8(self, layer: Layer, node: str) -> bool:
         """Whether ``layer`` runs in INT8 and takes the value of the fx node ``node`` quantized."""

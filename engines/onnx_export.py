@@ -14,8 +14,9 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -24,9 +25,8 @@ import numpy as np
 import onnx
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
-from calib.explicit import is_plain_relu, place, place_in_front
+from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import INPUT, Network
 from calib.onnx_model import without_weights
@@ -36,7 +36,7 @@ from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
-from engines.columns import columns_at_once, compute_columns_at_once
+from engines.ort_form import for_onnxruntime, rewrite_for_kernels
 from engines.tensorrt.form import for_tensorrt
 
 OPSET: Final = 17
@@ -233,11 +233,12 @@ def float_model(network: Network) -> onnx.ModelProto:
     return _float_graph(network)[0]
 
 
-def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx.ModelProto, dict[str, str]]:
+def _float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.ModelProto, dict[str, str]]:
     """The float network in ONNX, and fx node -> name of its value there (a tuple of tensors has none).
 
-    What lies between two fx nodes of ``quantized`` takes the form that ONNX Runtime's integer kernels want: ReLU
-    becomes a leaky ReLU of slope 0, and convolutions of few channels compute several columns at once.
+    Args:
+        network: Traced with an ``input_shape``.
+        rewrite: Changes the copy of the network's module that is exported, whose values must stay the same.
     """
     if network.input_shape is None:
         raise InputError(f"exporting {network.name} needs the shape of its input: trace(model, input_shape=(C, H, W))")
@@ -249,17 +250,8 @@ def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx
     values = {node: names[source] for node, source in recorder.same_as.items() if source in names}
     module = copy.deepcopy(network.module)
     nodes = {node.name: node for node in module.graph.nodes}
-    for name, node in nodes.items():
-        if name not in quantized or not all(source.name in quantized for source in node.all_input_nodes):
-            continue
-        if network.kinds.get(name) == "relu" and is_plain_relu(node, module):
-            node.op, node.target = "call_function", F.leaky_relu
-            node.args, node.kwargs = (*node.all_input_nodes, 0.0), {}
-        elif network.kinds.get(name) == "conv" and node.op == "call_module":
-            height, width = recorder.shapes[name][-2:]
-            columns = columns_at_once(module.get_submodule(str(node.target)), width)
-            if columns > 1:
-                compute_columns_at_once(module, node, (height, width), columns)
+    if rewrite is not None:
+        rewrite(module, recorder.shapes)
     asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     outputs = [values[node] for node in network.outputs]
     asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
@@ -275,6 +267,10 @@ def _float_graph(network: Network, quantized: Container[str] = ()) -> tuple[onnx
     for output, known in zip(model.graph.output, inferred.output, strict=True):
         output.CopyFrom(known)
     return model, values
+
+
+Rewrite = Callable[[fx.GraphModule, Mapping[str, torch.Size]], None]
+"""Changes a module in place, which is to be exported; told fx node -> shape of its value."""
 
 
 class _Recorder(fx.Interpreter):
@@ -437,8 +433,9 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
     (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights,
     too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
-    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, and convolutions of few
-    channels with several columns at once (:mod:`engines.columns`).
+    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, convolutions of few channels
+    with several columns at once (:mod:`engines.columns`), and no convolution in INT8 whose result is read in float
+    (:mod:`engines.ort_form`).
 
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
@@ -449,9 +446,9 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
     Raises:
         InputError: the network cannot be exported.
     """
-    plan = plan if for_cpu else for_tensorrt(plan)
+    plan = for_onnxruntime(plan) if for_cpu else for_tensorrt(plan)
     placement = place(plan, before_relu=True) if for_cpu else place_in_front(plan)
-    model, values = _float_graph(plan.network, placement.scales if for_cpu else ())
+    model, values = _float_graph(plan.network, partial(rewrite_for_kernels, plan, placement) if for_cpu else None)
     computing = _Computing(plan.network, model.graph, values)
     quantized = placement.scales if for_cpu else placement.points
     write_pairs(

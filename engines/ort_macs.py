@@ -7,6 +7,7 @@ convolution whose result is read in float), it computes the layer in float on de
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import TYPE_CHECKING, Final
 
 from torch import nn
@@ -24,7 +25,8 @@ IN_FLOAT: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "Fuse
 
 _SOURCE: Final = "as ONNX Runtime executes it on this CPU"
 _REASON: Final = "is computed in float by ONNX Runtime, although its operands are INT8"
-_WIDENED: Final = "_columns"
+_REWRITTEN: Final = re.compile(r"(.+)_(?:columns|product)_*[._]weight.*")
+"""Weight of a convolution in another form (:func:`engines.ort_form.rewrite_for_kernels`)."""
 
 
 def executed_macs(network: Network, model: onnx.ModelProto, optimized: onnx.ModelProto) -> MacCount:
@@ -62,13 +64,13 @@ def _initializer(value: str) -> str:
 
 
 def _as_in_the_network(layer: LayerMacs, weight: str, network: Network, graph: Graph) -> LayerMacs:
-    """A convolution of several columns at once (:mod:`engines.columns`), counted without its weights of zero."""
-    name, widened, _ = weight.partition(_WIDENED)
-    node = next((node for node in network.module.graph.nodes if widened and node.name == name), None)
+    """A convolution that was written otherwise (:mod:`engines.ort_form`), as it is in the network."""
+    found = _REWRITTEN.fullmatch(weight)
+    node = next((node for node in network.module.graph.nodes if found and node.name == found[1]), None)
     if node is None or node.op != "call_module":
         return layer
     conv = network.module.get_submodule(str(node.target))
-    assert isinstance(conv, nn.Conv2d)  # nothing else is widened
-    width = graph.weights[f"{weight}_quantized"].dims[-1]
-    macs = layer.macs * conv.kernel_size[1] // width
-    return dataclasses.replace(layer, layer=network.observed.get(name, layer.layer), macs=macs)
+    assert isinstance(conv, nn.Conv2d)  # nothing else is written otherwise
+    *_, width = graph.weights[f"{weight}_quantized"].dims
+    macs = layer.macs if layer.operator == "MatMul" else layer.macs * conv.kernel_size[1] // width
+    return dataclasses.replace(layer, layer=network.observed.get(node.name, layer.layer), macs=macs)

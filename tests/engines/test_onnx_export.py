@@ -25,6 +25,7 @@ from common.run import Run
 from engines import onnx_export
 from engines.integer import IntegerNetwork
 from engines.onnx_export import export, export_fp32, float_model, int8_model, keep_outputs, onnx_table, value_names
+from engines.ort_form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan
@@ -199,7 +200,7 @@ def check_int8_model(name: str, option: str, for_cpu: bool) -> None:
     model = int8_model(plan, for_cpu)
     onnx.checker.check_model(model, full_check=True)
     batch = images(name, 32, seed=3)
-    expected = IntegerNetwork(plan if for_cpu else for_tensorrt(plan))(batch).numpy()
+    expected = IntegerNetwork(for_onnxruntime(plan) if for_cpu else for_tensorrt(plan))(batch).numpy()
     result = run(model, batch)
     # A code that differs at a tie moves a probability by little.
     step = plan.output_scale or 0.0

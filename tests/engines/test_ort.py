@@ -38,6 +38,7 @@ from engines.ort import (
     open_runner,
     open_session,
 )
+from engines.ort_form import for_onnxruntime
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
 
@@ -71,7 +72,7 @@ def test_fp32_is_the_network(name):
 def test_int8_is_the_simulation(name, integer_kernels):
     network, batch = make_network(name), images(name, 32, seed=3)
     compiled = make_engine().compile(network, "int8", make_table(network))
-    expected = IntegerNetwork(make_plan(network))(batch)
+    expected = IntegerNetwork(for_onnxruntime(make_plan(network)))(batch)
     difference = (compiled(batch) - expected).abs()
     assert difference.quantile(0.9) < 1e-3
     assert difference.max() < 0.01

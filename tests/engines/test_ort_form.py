@@ -1,0 +1,136 @@
+"""The form for ONNX Runtime's kernels: no convolution in float, and the numbers of the simulation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calib.calibrator import calibrate
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
+from calib.table import CalibrationTable
+from calib.tracing import trace
+from common.config import EngineConfig, QuantizationConfig
+from engines.base import Compiled
+from engines.integer import IntegerNetwork
+from engines.ort import OnnxRuntimeEngine
+from engines.ort_form import for_onnxruntime
+
+
+class Dense(nn.Module):
+    """As in densenet: what is concatenated is normalised before the next convolution, in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.grow = nn.Conv2d(8, 4, 3, padding=1)
+        self.last_norm = nn.BatchNorm2d(12)
+        self.fc = nn.Linear(12, 10)
+        nn.init.uniform_(self.last_norm.running_mean, -0.2, 0.2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu_(self.stem(x))
+        x = torch.cat([x, self.grow(torch.relu(self.norm(x)))], 1)
+        return self.fc(torch.relu(self.last_norm(x)).mean((2, 3)))
+
+
+class Capped(nn.Sequential):
+    """ReLU6 behind every convolution."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            *(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU6(True)),
+            *(nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.ReLU6(True)),
+            *(nn.Conv2d(8, 8, 1), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+        )
+        nn.init.normal_(self[0].weight, std=2.0)  # type: ignore[arg-type]
+
+
+class Gate(nn.Module):
+    """A pointwise convolution whose result is read in float alone, and a last one that nothing in INT8 follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.point = nn.Conv2d(8, 6, 1)
+        self.last = nn.Conv2d(6, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.last(torch.sigmoid(self.point(torch.relu(self.first(x)))))).flatten(1)
+
+
+def quantized(model: nn.Module, keep: tuple[str, ...] = ()) -> tuple[Network, CalibrationTable, Int8Plan]:
+    network = trace(model.eval(), "net", (3, 12, 12))
+    table = calibrate(network, [torch.randn(32, 3, 12, 12)])
+    return network, table, plan_int8(network, table, keep)
+
+
+def executed(network: Network, table: CalibrationTable) -> Compiled:
+    return OnnxRuntimeEngine(EngineConfig(threads=1), QuantizationConfig()).compile(network, "int8", table)
+
+
+@pytest.mark.parametrize("kind", [Dense, Capped])
+def test_every_convolution_is_computed_on_integers(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    network, table, plan = quantized(kind())
+    compiled = executed(network, table)
+    batch = torch.randn(32, 3, 12, 12)
+    expected = IntegerNetwork(for_onnxruntime(plan))(batch)
+
+    assert compiled.macs is not None
+    assert [layer.layer for layer in compiled.macs.in_float] == []
+    # A code that differs at a tie moves a result by little.
+    difference = (compiled(batch) - expected).abs()
+    assert difference.quantile(0.9) < 1e-3
+    assert difference.max() < 0.02
+
+
+def test_results_that_are_read_in_float_are_rounded_to_their_own_scale() -> None:
+    torch.manual_seed(0)
+    _, _, plan = quantized(Dense())
+    form = for_onnxruntime(plan)
+    values: dict[str, Tensor] = {}
+    IntegerNetwork(form, lambda name, value: values.__setitem__(name, value.clone()))(torch.randn(4, 3, 12, 12))
+
+    assert {plan.network.tensor_of[node] for node in form.rounded} == {"stem", "grow"}
+    for node in form.rounded:
+        codes = values[plan.network.tensor_of[node]] / plan.own_scales[node]
+        torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
+        assert codes.unique().numel() > 10
+    assert for_onnxruntime(form) == form
+
+
+def test_relu6_is_no_limit_where_6_has_the_largest_code() -> None:
+    """A wider scale, such as that of a sum, has codes beyond 6: there it is computed in float."""
+    torch.manual_seed(0)
+    network, table, _ = quantized(Capped())
+    assert max(table.scales[name] for name in ("0", "2", "4")) <= 6.01 / 127
+    wide = CalibrationTable({**table.scales, "0": 0.1})
+    batch = torch.randn(32, 3, 12, 12)
+    compiled = executed(network, wide)
+    assert compiled.macs is not None
+    assert [layer.operator for layer in compiled.macs.in_float] == ["Conv"]
+    expected = IntegerNetwork(for_onnxruntime(plan_int8(network, wide)))(batch)
+    assert (compiled(batch) - expected).abs().quantile(0.9) < 1e-3
+
+
+def test_a_pointwise_convolution_gives_float_and_the_last_one_stays() -> None:
+    torch.manual_seed(0)
+    network, table, plan = quantized(Gate())
+    assert not for_onnxruntime(plan).rounded
+    compiled = executed(network, table)
+    assert compiled.macs is not None
+    assert {layer.layer: (layer.operator, layer.int8) for layer in compiled.macs.layers} == {
+        "first": ("Conv", True),
+        "point": ("MatMul", True),
+        "last": ("Conv", False),
+    }
+    batch = torch.randn(16, 3, 12, 12)
+    torch.testing.assert_close(compiled(batch), IntegerNetwork(plan)(batch), atol=0.01, rtol=0)
+
+
+def test_what_a_layer_kept_in_float_reads_is_not_rounded() -> None:
+    _, _, plan = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), ("2",))
+    assert not for_onnxruntime(plan).rounded
