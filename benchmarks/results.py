@@ -61,7 +61,7 @@ class Table:
 
     Attributes:
         title: What they are.
-        unit: Of the measurements: ``s``, ``ms``, ``images/s``; empty if there are none.
+        unit: What the measurements are in: ``s``, ``ms``, ``images/s``; empty if there are none.
         entries: The rows.
         reference: Name of the entry that the ratios are to.
         notes: What a reader must know.
@@ -146,7 +146,7 @@ class Results:
     """The content of ``bench.json``.
 
     Attributes:
-        format: Of the file.
+        format: Version of this file's members.
         quick: Whether this was only a trial with few repetitions, whose figures mean nothing.
         subject: Network and data set.
         environment: What it ran on.

@@ -56,7 +56,7 @@ class Setting:
 
     @property
     def arguments(self) -> list[str]:
-        """Of the three commands, for this run."""
+        """The options that all three commands get for this run."""
         config = ROOT / "configs" / ("lenet_digits.yaml" if self.quick else "lenet_mnist.yaml")
         common = ["--config", str(config), "--run", self.run.name, "--artifacts", str(self.artifacts.absolute())]
         return common + (SHORT if self.quick else [])

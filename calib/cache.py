@@ -41,7 +41,7 @@ class SubsetRecord:
         batches: Number of batches.
         batch_size: Images per batch.
         skip: Batches skipped at the start (``first``).
-        seed: Of the draw.
+        seed: Decided which images were drawn.
     """
 
     strategy: Strategy

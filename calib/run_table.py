@@ -69,7 +69,7 @@ def wanted_provenance(
         weights: Fingerprint of its checkpoint's weights.
         dataset: What it was trained on.
         config: The algorithm and the subset.
-        seed: Of the subset.
+        seed: Chooses the subset.
     """
     installed = installed_versions("tensorrt").get("tensorrt", TESTED_TENSORRT)
     version = config.tensorrt_version or installed
@@ -129,7 +129,7 @@ def calibrate_subset(
         network: The traced network.
         subset: Opens the data and gives the batches of images, float32 [N, C, H, W].
         wanted: What to record: the algorithm, its options, the version for the table's first line.
-        config: Of the run.
+        config: Its ``engine`` says where values are counted, its ``quantization`` which clipping is warned of.
         processes: Those that share the batches.
         call: Calls the others of them to :func:`collector`'s work.
 

@@ -56,7 +56,7 @@ def select(
         batches: Number of batches.
         batch_size: Images per batch.
         skip: Batches to skip (``first`` alone).
-        seed: Of the draw and of the order.
+        seed: Decides which images are drawn, and their order.
 
     Raises:
         InputError: there are fewer images than asked for, ``skip`` is given to another strategy, or a class would be

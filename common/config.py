@@ -117,11 +117,11 @@ class OptimizerConfig:
         bias_weight_decay: The same of the biases; None: as ``weight_decay``.
         schedule: Learning-rate policy, stepped every batch; ``inv`` is Caffe's
             lr * (1 + gamma * iteration) ** -power.
-        gamma: Of ``inv``.
-        power: Of ``inv``.
+        gamma: Factor of the iteration in ``inv``, per step.
+        power: Exponent of ``inv``.
         average: Decay of the exponential moving average of the weights, per step; 0 trains without. The averaged
             weights are validated and kept.
-        label_smoothing: Of the cross entropy.
+        label_smoothing: Share of the target that the cross entropy spreads evenly over all classes.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"

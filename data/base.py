@@ -16,8 +16,8 @@ class Preprocessing:
 
     Attributes:
         channels: 1 or 3.
-        height: Of the network's input, pixels.
-        width: Of the network's input, pixels.
+        height: Pixels of the network's input.
+        width: Pixels of the network's input.
         scale: Factor on the stored uint8 pixels (1/255 gives [0, 1]), applied before ``mean`` and ``std``.
         mean: Per channel, subtracted after scaling; empty for none.
         std: Per channel, divides after subtracting; empty for none.
@@ -46,7 +46,7 @@ class DatasetInfo:
         name: ``mnist``, ``digits``, ...
         title: For people, such as ``MNIST (60,000 + 10,000)``.
         classes: Class names, in label order.
-        preprocessing: Of these images.
+        preprocessing: What makes the network's input of an image file.
         fingerprint: Hex digest of the images and labels (or of the list of files), equal when the data is.
         notes: What a reader must know, such as that the digits stand in for MNIST; shown on the terminal, in the
             artifacts and in the report.

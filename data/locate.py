@@ -71,7 +71,7 @@ def locate(
     In this order: ``directory``; the folder that environment ``variable`` names; ``implicit``; the default folder.
 
     Args:
-        name: Of the data set, which is its subfolder in the cache.
+        name: The data set's, and that of its subfolder in the cache.
         directory: Named by the user, or None.
         variable: Environment variable that may name a folder; unset and empty are the same.
         missing: Names the files that a folder lacks.

@@ -24,7 +24,7 @@ class ImageData(LightningDataModule):
         splits: The images.
         batch_size: Images per training batch and process.
         augment: Ranges of the random transform of training batches; None for none.
-        seed: Of the order of the batches and the augmentation.
+        seed: Decides the order of the batches and the augmentation.
     """
 
     def __init__(self, splits: Splits, *, batch_size: int, augment: Affine | None, seed: int) -> None:

@@ -47,7 +47,7 @@ def divide(info: DatasetInfo, train_file: ImageSet, test: ImageSet, validation: 
         train_file: All training images, in the order of their file.
         test: For the final figure alone.
         validation: Number of images to hold out of ``train_file`` (stratified, seeded), or a set of its own.
-        seed: Of the hold-out.
+        seed: Decides which images are held out.
 
     Raises:
         InputError: there are too few images to hold any out.
@@ -64,7 +64,7 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     Args:
         labels: int64 [N].
         count: How many to hold out; at most N / ``LARGEST_VALIDATION_SHARE`` are.
-        seed: Of the choice.
+        seed: Decides which images are chosen.
 
     Raises:
         InputError: there are too few images to hold any out.

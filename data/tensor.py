@@ -30,7 +30,7 @@ class TensorImages:
     Args:
         pixels: uint8 [N, C, H, W], or [N, H, W] for one channel.
         labels: Integers [N].
-        preprocessing: Of these images; its shape is that of ``pixels``.
+        preprocessing: What makes the network's input of ``pixels``, whose shape it has.
 
     Raises:
         ValueError: types or shapes do not fit.

@@ -39,10 +39,10 @@ class CheckpointMeta:
         init_args: All its keyword arguments, those that came from the data set included.
         dataset: The data it was trained on.
         data: Configuration that opens the same data again; ``dataset`` is never ``auto`` here.
-        seed: Of the training.
+        seed: That training began with.
         epochs: Epochs of training that the weights have seen.
         metrics: Final figures, such as ``test_top1`` (in [0, 1]).
-        versions: Of the packages that made it.
+        versions: Package -> the version that trained it.
     """
 
     network: str

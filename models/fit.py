@@ -243,7 +243,7 @@ def make_trainer(options: TrainerOptions, folder: Path, average: float, resume: 
 
     Args:
         options: From :func:`check_trainer`.
-        folder: Of the run.
+        folder: The run's, for checkpoints and logs.
         average: Decay of the exponential moving average of the weights; 0 for none.
         resume: Keep the logs so far, and begin another version beside them.
 

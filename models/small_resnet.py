@@ -9,9 +9,9 @@ class Block(nn.Module):
     """Two 3x3 convolutions around a shortcut: ResNet's basic block (He et al., 2015, arXiv:1512.03385).
 
     Args:
-        channels_in: Of its input.
-        channels: Of its output; where they differ, the shortcut is a 1x1 convolution.
-        stride: Of the first convolution and of the shortcut.
+        channels_in: Channels of the input, [N, channels_in, H, W].
+        channels: Channels of the output; where they differ, the shortcut is a 1x1 convolution.
+        stride: Stride of the first convolution and of the shortcut.
     """
 
     def __init__(self, channels_in: int, channels: int, stride: int) -> None:

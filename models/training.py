@@ -66,9 +66,9 @@ def train(
     Args:
         network: From :func:`prepare`; its weights are changed.
         data: The images.
-        config: Of the run.
-        options: Of the Trainer, checked.
-        folder: Of the run, for checkpoints to resume from, and logs.
+        config: Which data set, network and optimiser.
+        options: Arguments of ``lightning.Trainer``, checked.
+        folder: The run's, for checkpoints to resume from, and logs.
         resume: Go on from the last of these checkpoints instead of starting anew.
 
     Raises:

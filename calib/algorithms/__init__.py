@@ -55,7 +55,7 @@ def thresholds(
     """The thresholds of several tensors, each by itself.
 
     Args:
-        histograms: Of the tensors' absolute values.
+        histograms: One for each tensor, of its absolute values.
         algorithm: One of :data:`ALGORITHMS`.
         device: Where the entropy search runs (the CPU if None): it takes a GPU a millisecond for all tensors.
         options: Of any algorithm; what this one takes and is not given has its default.

@@ -29,5 +29,5 @@ ALGORITHM = Algorithm(
     after_fusion=True,
     parameters_in_header=True,
     find=each(_end),
-    options=(Option("quantile", 0.9999, 1, "Of ``legacy``."),),
+    options=(Option("quantile", 0.9999, 1, "Share of the values that stay in range (``legacy``), as a fraction."),),
 )

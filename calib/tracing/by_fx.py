@@ -33,7 +33,7 @@ def fx_graph(model: nn.Module, name: str) -> fx.GraphModule:
 
     Args:
         model: In eval mode; its layers and weights are shared with the result.
-        name: Of the network, for the error.
+        name: The network's, for the error.
 
     Returns:
         One input, one output (a tensor, or a tuple of tensors: those of the model's result, in its order); what

@@ -24,7 +24,7 @@ def describe(
     """The network that a normalised graph is.
 
     Args:
-        name: Of the network.
+        name: The network's, for error lines and files.
         module: Without batch normalisation that could be folded, dropout and operations in place; ``meta["name"]`` of
             a function's node is the name of its tensor where that is not the node's.
         in_place: fx names of operations that overwrote their input until they were made pure.

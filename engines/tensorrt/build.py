@@ -77,9 +77,9 @@ def compile_arguments(
 
     Args:
         torch_tensorrt: The module.
-        shape: Of the one input, [B, C, H, W]; the engine takes no other.
+        shape: [B, C, H, W] of the one input; the engine takes no other.
         build: The options.
-        dtype: Of the input.
+        dtype: The input's: float32, or float16.
     """
     on_dla = build.dla_core is not None
     return {

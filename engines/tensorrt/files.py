@@ -23,7 +23,7 @@ class EngineRecord:
     Attributes:
         network: Name of the network.
         precision: ``fp32``, ``fp16``, ``int8-implicit`` or ``int8-explicit``.
-        shape: Of the input, [B, C, H, W].
+        shape: [B, C, H, W] that the engine takes.
         weights: Fingerprint of the module that TensorRT was given, weights and operations.
         table: SHA-256 of the calibration table; empty without one.
         build: Options of the build.
