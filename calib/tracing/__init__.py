@@ -16,7 +16,7 @@ from torch import fx, nn
 from calib.network import Network
 from calib.tracing.by_export import export_graph, is_exported, plain_execution
 from calib.tracing.by_fx import fx_graph, hidden_products
-from calib.tracing.check import ModelCheck, RefusedError, where
+from calib.tracing.check import ModelCheck, RefusedError, told
 from calib.tracing.describe import describe
 from calib.tracing.fold import bake_parametrizations, fold_batchnorm, remove_nothing
 from calib.tracing.inplace import purify
@@ -54,6 +54,7 @@ class _Tracing:
     def __init__(self, model: nn.Module, name: str, shape: tuple[int, int, int] | None) -> None:
         self._model = model
         self._name = name
+        self._fault = f"network {name} cannot be traced: "
         self._shape = shape
         self._check = ModelCheck(self._copy(), name, shape) if shape is not None else None
 
@@ -80,8 +81,8 @@ class _Tracing:
         except InputError as error:
             if self._shape is None:
                 raise
-            return self._exported(f"cannot: {error}")
-        hidden = hidden_products(found.module, found.kinds) if self._shape is not None else []
+            return self._exported(f"cannot: {str(error).removeprefix(self._fault)}")
+        hidden = hidden_products(found.module, found.kinds, self._check.images[:1]) if self._check is not None else []
         if not hidden:
             return found
         try:
@@ -97,20 +98,20 @@ class _Tracing:
             reason: What ``torch.fx`` does or cannot; empty where it was not tried.
         """
         assert self._shape is not None or is_exported(self._model)
-        failed: Exception
+        failed: InputError
         for functional in (False, True):
             root = self._copy()
             try:
                 module = export_graph(root, self._shape or (), functional)
                 return self._finished(module, f"torch.export, since torch.fx {reason}" if reason else "torch.export")
-            except Exception as error:  # noqa: BLE001 - what torch.export raises is open-ended
+            except InputError as error:
                 failed = error
+            except Exception as error:  # noqa: BLE001 - what torch.export raises is open-ended
+                failed = InputError(f"{self._fault}{told(error, root)}; quantize a part of it without this")
+                failed.__cause__ = error
             if is_exported(self._model):
                 break
-        if isinstance(failed, InputError):
-            raise failed
-        fault = f"network {self._name} cannot be traced: torch.export fails: {first_line(failed)}{where(failed)}"
-        raise InputError(f"{fault}; torch.fx {reason}" if reason else fault) from failed
+        raise failed
 
     def _finished(self, module: fx.GraphModule, traced_by: str) -> Network:
         """Normalise what was traced, check it against the model, and describe it."""

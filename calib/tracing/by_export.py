@@ -26,8 +26,8 @@ from calib.tracing.inplace import purify_aten
 from calib.tracing.rewrite import Rewriter
 from common.console import silenced
 
-BATCH: Final = 3
-"""Images of the example: a number that a network is unlikely to compute with, so that a baked-in batch size shows."""
+_BATCHES: Final = (3, 5)
+"""Images of the two examples: what differs between their graphs is the number of images."""
 
 _aten = torch.ops.aten
 
@@ -39,7 +39,8 @@ _FILLED: Final = {
     _aten.new_full.default: _aten.full.default,
 }
 """What asks its input for the device and the type alone."""
-_SIZED: Final = frozenset({"view", "reshape", "expand", "_unsafe_view", "repeat"})
+_RESHAPES: Final = frozenset({"view", "reshape", "_unsafe_view"})
+_SIZED: Final = _RESHAPES | {"expand", "repeat"}
 """Operations whose second argument lists sizes, that of the batch first."""
 
 
@@ -74,11 +75,12 @@ def export_graph(model: nn.Module, shape: tuple[int, ...], functional: bool = Fa
     Raises:
         Exception: what ``torch.export`` raises is open-ended.
     """
-    graph_module = model if is_exported(model) else _exported(model, shape, functional)
-    assert isinstance(graph_module, fx.GraphModule)
-    _inline_regions(graph_module)
-    _forget_notes(graph_module.graph)
-    _free_batch(graph_module.graph, model)
+    if is_exported(model):
+        assert isinstance(model, fx.GraphModule)
+        graph_module = _plain(model)
+        _free_first_size(graph_module.graph)
+    else:
+        graph_module = _exported(model, shape, functional)
     _without_likes(graph_module.graph)
     fold_constants(graph_module)
     purify_aten(graph_module.graph)
@@ -93,19 +95,32 @@ def is_exported(model: nn.Module) -> bool:
 
 
 def _exported(model: nn.Module, shape: tuple[int, ...], functional: bool) -> fx.GraphModule:
+    """The model's ATen graph for any number of images.
+
+    ``torch.export`` can leave that number open, but takes up to ten times as long, since it then computes with symbols
+    (swin_t: 56 s instead of 6 s). So it runs with two numbers, and what differs in the graphs is theirs.
+    """
+    first, second = (_plain(_with_batch(model, shape, functional, count)) for count in _BATCHES)
+    _free_batch(first, second)
+    return first
+
+
+def _with_batch(model: nn.Module, shape: tuple[int, ...], functional: bool, count: int) -> fx.GraphModule:
     parameter = next(model.parameters(), torch.empty(0))
-    images = torch.rand(BATCH, *shape, generator=torch.Generator().manual_seed(1)).to(parameter.device)
+    images = torch.rand(count, *shape, generator=torch.Generator().manual_seed(1)).to(parameter.device)
     with silenced(logging.CRITICAL), torch.no_grad():
-        try:
-            program = torch.export.export(
-                model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False
-            )
-        except Exception:  # noqa: BLE001 - open-ended; some networks ask for the batch size as a number
-            program = torch.export.export(model, (images,), strict=False)
+        program = torch.export.export(model, (images,), strict=False)
         if functional:
             program = program.run_decompositions({})
         module = program.module()
     assert isinstance(module, fx.GraphModule)
+    return module
+
+
+def _plain(module: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without regions and checks."""
+    _inline_regions(module)
+    _forget_notes(module.graph)
     return module
 
 
@@ -160,8 +175,59 @@ def _forget_notes(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _free_batch(graph: fx.Graph, model: nn.Module) -> None:
-    """Ask the images for their number where the example's was written down as the first size of a reshape."""
+def _free_batch(module: fx.GraphModule, other: fx.GraphModule) -> None:
+    """Ask the images for their number wherever a graph has it as a constant.
+
+    Args:
+        module: For the first number of ``_BATCHES``; changed.
+        other: The same model's for the second.
+
+    Raises:
+        NotImplementedError: the graphs differ in more than multiples of the number of images.
+    """
+    graph = module.graph
+    images = next(node for node in graph.nodes if node.op == "placeholder")
+    with graph.inserting_after(images):
+        batch = graph.call_function(_aten.sym_size.int, (images, 0))
+    pairs = list(zip((node for node in graph.nodes if node is not batch), other.graph.nodes, strict=False))
+    if len(graph.nodes) - 1 != len(other.graph.nodes) or any(a.target != b.target for a, b in pairs):
+        raise NotImplementedError("the network does other things for another number of images")
+    for node, same in pairs:
+        if node.op == "get_attr":
+            values = attribute(module, str(node.target)), attribute(other, str(same.target))
+            if all(isinstance(value, Tensor) for value in values) and values[0].shape != values[1].shape:
+                raise NotImplementedError(f"the constant {node.target} depends on the number of images")
+        elif node.op == "call_function":
+            sizes = _sizes(node, same) if str(getattr(node.target, "_opname", "")) in _RESHAPES else []
+            if sizes.count(-1) == 1:
+                node.update_arg(1, sizes)
+                continue
+            with graph.inserting_before(node):
+                node.args = tuple(_freed(a, b, batch) for a, b in zip(node.args, same.args, strict=True))
+
+
+def _sizes(node: fx.Node, same: fx.Node) -> list[int]:
+    """The shape that an operation gives, with -1 for what differs: where that is one size, a constant, in ONNX too."""
+    values = node.meta.get("val"), same.meta.get("val")
+    if not all(isinstance(value, Tensor) for value in values):
+        return []
+    return [a if a == b else -1 for a, b in zip(*(value.shape for value in values), strict=True)]  # type: ignore[union-attr]
+
+
+def _freed(value: Any, other: Any, batch: fx.Node) -> Any:
+    """An argument with every number that is a multiple of the number of images computed from ``batch``."""
+    if isinstance(value, list | tuple):
+        return type(value)(_freed(a, b, batch) for a, b in zip(value, other, strict=True))
+    if isinstance(value, fx.Node) or value == other:
+        return value
+    factor, rest = divmod(value, _BATCHES[0])
+    if not isinstance(value, int) or rest or other != factor * _BATCHES[1]:
+        raise NotImplementedError(f"the number {value} becomes {other} for another number of images")
+    return batch if factor == 1 else batch.graph.call_function(operator.mul, (batch, factor))
+
+
+def _free_first_size(graph: fx.Graph) -> None:
+    """Ask the images for their number where that of the export was written down as the first size of a reshape."""
     images = next(node for node in graph.nodes if node.op == "placeholder")
     value = images.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(value.shape[0], int):

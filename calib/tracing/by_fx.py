@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Any, Final
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from calib.ops import MODULES
-from calib.tracing.check import RefusedError, where
+from calib.tracing.check import RefusedError, told
 from calib.tracing.fold import fold_constants
-from common.errors import InputError, first_line
+from common.errors import InputError
 
-_NO_PRODUCTS: Final = (nn.LayerNorm, nn.GroupNorm, nn.Embedding, nn.PReLU, nn.modules.batchnorm._BatchNorm)
-_PRODUCTS: Final = frozenset(
-    {
-        *("conv1d", "conv2d", "linear", "matmul", "bmm", "mm", "addmm", "baddbmm", "einsum", "bilinear"),
-        *("scaled_dot_product_attention", "multi_head_attention_forward", "batch_norm", "conv2d_same"),
-    }
+_MULTIPLY: Final = frozenset(
+    {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution", "_convolution", "_trilinear"}
 )
+"""ATen's convolutions and matrix products, into which PyTorch divides linear layers, attention and the like."""
 
 
 class _Tracer(fx.Tracer):
@@ -46,7 +47,7 @@ def fx_graph(model: nn.Module, name: str) -> fx.GraphModule:
     try:
         graph = _Tracer().trace(model)
     except Exception as error:  # what user code raises under tracing is open-ended
-        raise InputError(f"network {name} cannot be traced: {first_line(error)}{where(error)}") from error
+        raise InputError(f"network {name} cannot be traced: {told(error, model)}") from error
     module = fx.GraphModule(model, graph, class_name=name)
     _check_ends(module, name)
     fold_constants(module)
@@ -80,18 +81,49 @@ def _is_optional(node: fx.Node) -> bool:
     return bool(node.args) or str(node.target).startswith("*")
 
 
-def hidden_products(module: fx.GraphModule, kinds: Mapping[str, str]) -> list[str]:
-    """What stays in float and holds convolutions or matrix products that ``torch.export`` may bring to light."""
-    found = []
-    for node in module.graph.nodes:
-        if kinds.get(node.name) not in ("other", "batchnorm"):
-            continue
-        if node.op == "call_module":
-            part = module.get_submodule(str(node.target))
-            large = any(parameter.dim() > 1 for parameter in part.parameters())
-            derived = isinstance(part, nn.modules.batchnorm._BatchNorm) and kinds[node.name] == "other"
-            if derived or (large and type(part) not in _NO_PRODUCTS):
-                found.append(f"{node.target} ({type(part).__name__})")
-        elif (getattr(node.target, "__name__", None) or str(node.target)) in _PRODUCTS:
-            found.append(getattr(node.target, "__name__", None) or str(node.target))
-    return list(dict.fromkeys(found))
+def hidden_products(module: fx.GraphModule, kinds: Mapping[str, str], image: Tensor) -> list[str]:
+    """What stays in float and holds convolutions or matrix products that ``torch.export`` may bring to light.
+
+    Args:
+        module: Traced by :func:`fx_graph`.
+        kinds: fx node name -> kind of operation.
+        image: float32 [B, C, H, W]: the network is run on it.
+    """
+    running = _Hidden(module, kinds)
+    with torch.no_grad():
+        running.run(image)
+    return list(dict.fromkeys(running.found))
+
+
+class _Hidden(fx.Interpreter):
+    """Notes the operations in float that multiply, and the layers derived from batch normalisation."""
+
+    def __init__(self, module: fx.GraphModule, kinds: Mapping[str, str]) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.found: list[str] = []
+        self._kinds = kinds
+
+    def run_node(self, n: fx.Node) -> Any:
+        if self._kinds.get(n.name) != "other":
+            return super().run_node(n)
+        part = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
+        if isinstance(part, _ConvNd):  # in one or three dimensions, transposed: they stay what they are
+            return super().run_node(n)
+        with _Products() as products:  # type: ignore[no-untyped-call]
+            value = super().run_node(n)
+        if products.found or isinstance(part, _BatchNorm):
+            name = getattr(n.target, "__name__", None) or str(n.target)
+            self.found.append(name if part is None else f"{name} ({type(part).__name__})")
+        return value
+
+
+class _Products(TorchDispatchMode):
+    """Notes whether ATen convolves or multiplies matrices."""
+
+    found = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func._opname)
+        self.found |= name in _MULTIPLY or name.startswith("_scaled_dot_product")
+        return func(*args, **(kwargs or {}))

@@ -6,7 +6,7 @@ import linecache
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
@@ -14,7 +14,9 @@ from torch.utils import _pytree
 
 from common.errors import InputError, first_line
 
-_PACKAGE = Path(__file__).parents[1]
+_PACKAGE: Final = Path(__file__).parents[1]
+_LONGEST_REASON: Final = 90
+_LONGEST_CODE: Final = 60
 
 
 class RefusedError(InputError):
@@ -28,8 +30,8 @@ class ModelCheck:
         self._name = name
         parameter = next(model.parameters(), torch.empty(0))
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
-        self._images = images.to(parameter.device)
-        paths, _ = _pytree.tree_flatten_with_path(self._run(model, self._images))
+        self.images = images.to(parameter.device)
+        paths, _ = _pytree.tree_flatten_with_path(self._run(model, self.images))
         outputs = {_key(path): value for path, value in paths if isinstance(value, Tensor)}
         if not outputs:
             raise RefusedError(f"network {name} gives no tensor")
@@ -41,21 +43,21 @@ class ModelCheck:
             with torch.no_grad():
                 return model(images.clone())
         except Exception as error:  # what user code raises is open-ended
-            shape = tuple(self._images.shape)
+            shape = tuple(self.images.shape)
             raise InputError(
-                f"network {self._name} does not take images of shape {shape}: {first_line(error)}{where(error)}"
+                f"network {self._name} does not take images of shape {shape}: {told(error, model)}"
             ) from error
 
     def compare(self, module: nn.Module) -> None:
         """Raise InputError if ``module`` computes something else than the model, or only for this number of images."""
-        found = _pytree.tree_leaves(self._run(module, self._images))
+        found = _pytree.tree_leaves(self._run(module, self.images))
         if not self._agree(found, self._expected):
             raise InputError(
                 f"network {self._name} computes something else once traced: random, or changing a value in place that "
                 "other operations see through a view, or branching on something that tracing fixes"
             )
-        first = [value[:1] if value.dim() and len(value) == len(self._images) else value for value in self._expected]
-        if not self._agree(_pytree.tree_leaves(self._run(module, self._images[:1])), first):
+        first = [value[:1] if value.dim() and len(value) == len(self.images) else value for value in self._expected]
+        if not self._agree(_pytree.tree_leaves(self._run(module, self.images[:1])), first):
             raise InputError(f"network {self._name} computes something else for another number of images")
 
     def tell_shapes(self, module: fx.GraphModule) -> None:
@@ -83,14 +85,26 @@ def _key(path: Sequence[Any]) -> str:
     return "_".join(re.sub(r"\W", "", _pytree.keystr((key,))) for key in path) or "output"
 
 
-def where(error: BaseException) -> str:
-    """The last place outside PyTorch and this package that the error passed through."""
-    place, step = "", error.__traceback__
+def told(error: BaseException, model: nn.Module) -> str:
+    """What failed, for a message of one line: the innermost module of ``model``, what was said, and the line of code.
+
+    ``in layer1.0 (Block): proxies cannot branch (resnet.py:87: if x.sum() > 0:)``
+    """
+    names = {module: name for name, module in model.named_modules()}
+    inside, place, step = "", "", error.__traceback__
     while step is not None:
+        frame = step.tb_frame
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and names.get(owner):
+            inside = f"in {names[owner]} ({type(owner).__name__}): "
         # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
-        name = step.tb_frame.f_code.co_filename
+        name = frame.f_code.co_filename
         if "/torch/" not in name and _PACKAGE not in Path(name).parents and Path(name).is_file():
-            line = step.tb_lineno or step.tb_frame.f_code.co_firstlineno  # a patched frame may have none
-            place = f" ({name}:{line}: {linecache.getline(name, line).strip()})"
+            line = step.tb_lineno or frame.f_code.co_firstlineno  # a patched frame may have none
+            place = f" ({Path(name).name}:{line}: {_short(linecache.getline(name, line).strip(), _LONGEST_CODE)})"
         step = step.tb_next
-    return place
+    return f"{inside}{_short(first_line(error), _LONGEST_REASON)}{place}"
+
+
+def _short(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 3].rstrip()}..."

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
@@ -214,3 +214,58 @@ def test_further_arguments_keep_their_defaults_where_they_branch() -> None:
     network = trace(Extra(), input_shape=SHAPE)
     assert network.module(torch.rand(5, *SHAPE)).shape == (5, 3 * 6 * 6)
     assert network.traced_by.startswith("torch.export, since ")
+
+
+@fx.wrap
+def mixed_by_weight(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x.flatten(1), weight)
+
+
+def test_a_matrix_product_in_a_function_that_fx_does_not_enter_is_found() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 3 * 6 * 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return mixed_by_weight(x, self.weight)
+
+    network = trace(Wrapped(), input_shape=SHAPE)
+    assert network.traced_by == "torch.export, since torch.fx does not look into mixed_by_weight"
+    assert [layer.kind for layer in network.layers] == ["linear"]
+
+
+class Windows(nn.Module):
+    """Attention within windows, whose number multiplies with that of the images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1, batch_first=True)
+        self.token = nn.Parameter(torch.randn(1, 1, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, channels, height, width = x.shape
+        windows = x.reshape(images, channels, 2, height // 2, 2, width // 2).permute(0, 2, 4, 3, 5, 1)
+        windows = windows.reshape(images * 4, -1, channels)
+        windows = torch.cat([self.token.expand(images * 4, -1, -1), windows], 1)
+        return self.attention(windows, windows, windows)[0].reshape(images, -1)
+
+
+def test_a_multiple_of_the_number_of_images_stays_one_for_any_number() -> None:
+    model = Windows().eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(7, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    reshapes = [node for node in network.module.graph.nodes if node.target is torch.reshape]
+    assert reshapes
+    assert all(isinstance(size, int) for node in reshapes for size in node.args[1])
+
+
+def test_a_network_that_goes_image_by_image_is_refused() -> None:
+    class OneByOne(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([image.mean() * len(x) for image in x])
+
+    with pytest.raises(InputError, match="OneByOne .* for another number of images"):
+        trace(OneByOne(), input_shape=SHAPE)
