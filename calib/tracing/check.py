@@ -17,6 +17,8 @@ from common.errors import InputError, first_line
 _PACKAGE: Final = Path(__file__).parents[1]
 _LONGEST_REASON: Final = 90
 _LONGEST_CODE: Final = 60
+_SAID: Final = {"GuardOnDataDependentSymNode": "it branches on a value that depends on the images"}
+"""Error of PyTorch -> what it means, where its own text speaks of PyTorch's symbols."""
 
 
 class RefusedError(InputError):
@@ -103,7 +105,8 @@ def told(error: BaseException, model: nn.Module) -> str:
             line = step.tb_lineno or frame.f_code.co_firstlineno  # a patched frame may have none
             place = f" ({Path(name).name}:{line}: {_short(linecache.getline(name, line).strip(), _LONGEST_CODE)})"
         step = step.tb_next
-    return f"{inside}{_short(first_line(error), _LONGEST_REASON)}{place}"
+    said = _SAID.get(type(error).__name__, first_line(error))
+    return f"{inside}{_short(said, _LONGEST_REASON)}{place}"
 
 
 def _short(text: str, longest: int) -> str:
