@@ -35,7 +35,7 @@ def find_gpu(index: int) -> Gpu:
     """The GPU with this index.
 
     Raises:
-        GpuError: PyTorch is a CPU build, there is no driver or no GPU, or not as many.
+        GpuError: PyTorch is a CPU build, there is no driver or no GPU, or not as many, or the GPU has no memory left.
     """
     if torch.version.cuda is None:
         raise GpuError("this PyTorch is a CPU build: install one with CUDA to use an NVIDIA GPU")
@@ -47,6 +47,10 @@ def find_gpu(index: int) -> Gpu:
         raise GpuError(f"no NVIDIA GPU can be used: {first_line(error).partition('. ')[0]}") from error
     if not index < count:
         raise GpuError(f"there is no GPU {index}: this machine has {count} (--engine.device counts from 0)")
+    try:
+        torch.cuda.mem_get_info(index)  # the first call that needs memory there, for CUDA itself
+    except RuntimeError as error:
+        raise GpuError(f"GPU {index} cannot be used ({first_line(error)}): end what else uses it") from error
     return Gpu(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 

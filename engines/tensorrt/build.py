@@ -18,7 +18,7 @@ from torch import nn
 from calib.network import Network
 from common.config import EngineConfig, PrecisionName
 from common.errors import first_line
-from engines.tensorrt.support import Installed, TensorRTError, strongly_typed
+from engines.tensorrt.support import Installed, TensorRTError, require_builder, strongly_typed
 
 MIB = 1024 * 1024
 
@@ -148,6 +148,8 @@ def build_engine(
     """
     half = takes_half(installed, build)
     device = device or gpu_device(build.device)
+    if device.type == "cuda":
+        require_builder(installed, torch.cuda.mem_get_info(device)[0])
     arguments = compile_arguments(torch_tensorrt, shape, build, torch.half if half else torch.float)
     if calibrator is not None:
         arguments["calibrator"] = calibrator

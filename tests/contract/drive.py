@@ -384,6 +384,30 @@ def build_half() -> dict[str, Any]:
     return built(network().module, "fp16", Installed(really.torch, "2.13.0", "11.0.0"))
 
 
+def needs_builder() -> dict[str, Any]:
+    """TensorRT is asked for a builder before Torch-TensorRT is."""
+    _, installed = support.load()
+    support.require_builder(installed, 0)
+    return {"returned": True}
+
+
+def without_builder() -> dict[str, Any]:
+    """A null pointer in place of a builder, to our check."""
+    os.environ["TENSORRT_WITHOUT_BUILDER"] = "1"
+    _, installed = support.load()
+    try:
+        support.require_builder(installed, 3 << 29)
+    except TensorRTError as error:
+        print(error, flush=True)
+    return {"returned": True}
+
+
+def upstream_crashes() -> dict[str, Any]:
+    """The same to Torch-TensorRT."""
+    os.environ["TENSORRT_WITHOUT_BUILDER"] = "1"
+    return build_fp32()
+
+
 def _pretend_gpu() -> None:
     support.find_gpu = lambda index: Gpu(index, "NVIDIA Stand-in", (9, 0))
 
@@ -457,6 +481,9 @@ ENDINGS = (
     build_fp16,
     build_half,
     build_explicit,
+    needs_builder,
+    without_builder,
+    upstream_crashes,
     lowered,
     calibrate,
     engine,

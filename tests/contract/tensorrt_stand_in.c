@@ -2,11 +2,13 @@
  * Stand-ins for TensorRT's three libraries, with which Torch-TensorRT imports on a machine that has neither TensorRT
  * nor a GPU. They export what the wheels link to and do nothing. The one call that matters, the request for a
  * builder, prints a line and ends the process with a code of its own: "everything before TensorRT itself worked".
+ * With TENSORRT_WITHOUT_BUILDER in the environment it is refused with a null pointer.
  *
  * One library is built from each part: -DPART_NVINFER, -DPART_PLUGIN, -DPART_PARSER. TENSORRT_VERSION is the
  * integer of the version that they claim to be (101200 for 10.12.0).
  */
 #include <stdint.h>
+#include <stdlib.h>
 #include <unistd.h>
 
 #define EXPORT __attribute__((visibility("default")))
@@ -35,6 +37,7 @@ EXPORT void *createInferRefitter_INTERNAL(void *engine, void *logger, int32_t ve
 }
 EXPORT void *createInferBuilder_INTERNAL(void *logger, int32_t version) {
     (void)logger; (void)version;
+    if (getenv("TENSORRT_WITHOUT_BUILDER")) return 0; /* as on a full GPU */
     if (write(STDOUT_FILENO, BUILDER_MARKER, sizeof BUILDER_MARKER - 1) < 0) _exit(1);
     _exit(BUILDER_EXIT_CODE);
 }

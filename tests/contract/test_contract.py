@@ -248,6 +248,20 @@ class TestFrontEnd:
     def test_compiling_gets_as_far_as_tensorrt(self, found, scenario):
         assert asks_for_a_builder(found["endings"][scenario])
 
+    def test_tensorrt_is_asked_for_a_builder_beforehand(self, found):
+        assert asks_for_a_builder(found["endings"]["needs_builder"])
+
+    def test_without_a_builder_there_is_one_line(self, found):
+        ending = found["endings"]["without_builder"]
+        assert ending["code"] == 0, ending["stderr"]
+        assert ending["stdout"].startswith(
+            "TensorRT 10.12.0 gives no builder, for the reason above: 1.5 GiB of the GPU's"
+        )
+        assert ending["stdout"].count("\n") == 1
+
+    def test_control_torch_tensorrt_crashes_without_a_builder(self, found):
+        assert found["endings"]["upstream_crashes"]["code"] == -signal.SIGSEGV
+
     def test_the_engine_builds_explicit_int8(self, found):
         ending = found["endings"]["engine_explicit"]
         assert asks_for_a_builder(ending)

@@ -30,6 +30,18 @@ def test_no_such_gpu(monkeypatch):
         find_gpu(1)
 
 
+def test_a_gpu_without_memory_for_cuda_itself(monkeypatch):
+    def full(index):
+        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    with pytest.raises(GpuError, match=r"^GPU 0 cannot be used \(CUDA error: out of memory\): end what else uses it$"):
+        find_gpu(0)
+
+
 @pytest.mark.parametrize(
     ("capability", "int8", "fp16"),
     [
