@@ -39,7 +39,7 @@ class Upstream(ModuleType):
         self.error, self.table, self.batches = error, table, batches
         self.Input = lambda shape, dtype: (shape, dtype)
         self.DeviceType = SimpleNamespace(GPU="gpu", DLA="dla")
-        self.logging = SimpleNamespace(errors=nullcontext)
+        self.logging = SimpleNamespace(errors=nullcontext, debug=nullcontext)
         self.ts = SimpleNamespace(
             check_method_op_support=lambda module, name: supported,
             ptq=SimpleNamespace(

@@ -6,8 +6,12 @@ The module ``torch_tensorrt`` is an argument here: only ``support.load`` imports
 from __future__ import annotations
 
 import copy
+import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -70,6 +74,35 @@ class Build:
 _DTYPES: dict[PrecisionName, torch.dtype] = {"fp32": torch.float, "fp16": torch.half, "int8": torch.int8}
 
 
+class BuilderLog:
+    """What Torch-TensorRT and TensorRT log while an engine is built.
+
+    Attributes:
+        text: The log, once the engine is built.
+    """
+
+    text = ""
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        """Take what goes to the process's stderr, where C++ code logs; give back the lines that are errors."""
+        sys.stderr.flush()
+        stderr = os.dup(2)
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(stderr, 2)
+                os.close(stderr)
+                file.seek(0)
+                self.text = file.read().decode("utf-8", "replace")
+                for line in self.text.splitlines():
+                    if line.startswith("ERROR:"):
+                        os.write(2, f"{line}\n".encode())
+
+
 def compile_arguments(
     torch_tensorrt: ModuleType, shape: Sequence[int], build: Build, dtype: torch.dtype = torch.float
 ) -> dict[str, Any]:
@@ -128,6 +161,7 @@ def build_engine(
     build: Build,
     calibrator: object | None = None,
     device: torch.device | None = None,
+    log: BuilderLog | None = None,
 ) -> Any:
     """Compile ``module`` for inputs of ``shape`` through the TorchScript front end.
 
@@ -139,6 +173,7 @@ def build_engine(
         build: The options.
         calibrator: For implicit INT8.
         device: Where the module lies while it is compiled; the GPU of ``build`` if None.
+        log: Takes the builder's verbose log, which lists the engine's layers.
 
     Returns:
         A ScriptModule. It takes and gives float16 where the network is strongly typed and ``build`` is FP16.
@@ -155,7 +190,8 @@ def build_engine(
         arguments["calibrator"] = calibrator
     try:
         traced = to_torchscript(module, shape, device, half)
-        with warnings.catch_warnings(), torch_tensorrt.logging.errors():
+        level = torch_tensorrt.logging.errors if log is None else torch_tensorrt.logging.debug
+        with warnings.catch_warnings(), level(), nullcontext() if log is None else log.taking():
             warnings.simplefilter("ignore", DeprecationWarning)
             return torch_tensorrt.compile(traced, **arguments)
     except torch.cuda.OutOfMemoryError as error:

@@ -28,16 +28,18 @@ from calib.subset import Labelled, Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
+from common.macs import MacCount
 from engines.base import Compiled, Engine, EngineError, OwnCalibration
 from engines.cuda import capture
 from engines.gpu import Gpu, precision_problem
 from engines.tensorrt import build as building
 from engines.tensorrt import files
-from engines.tensorrt.build import Build, build_engine, takes_half
+from engines.tensorrt.build import Build, BuilderLog, build_engine, takes_half
 from engines.tensorrt.calibration import calibrate
 from engines.tensorrt.calibrator import CalibratorRun, table_calibrator
 from engines.tensorrt.files import EngineRecord
 from engines.tensorrt.form import for_tensorrt
+from engines.tensorrt.layers import EngineLayer, executed_macs, read_layers
 from engines.tensorrt.support import (
     Installed,
     Mode,
@@ -123,7 +125,9 @@ class TorchTensorRTEngine(Engine):
                     engines.module((size, *network.input_shape))
         except TensorRTError as error:
             raise EngineError(str(error)) from error
-        details = {**job.details, "TF32": "allowed" if self._config.tf32 else "off"}
+        counts = engines.macs()
+        details = {**job.details, **{f"engine of batch {size}": count.summary() for size, count in counts.items()}}
+        details["TF32"] = "allowed" if self._config.tf32 else "off"
         if self._config.dla_core is not None and job.build.dla_core is None:
             details["DLA"] = "none: a DLA core does not compute in FP32, this runs on the GPU"
         graphs = self._config.cuda_graphs
@@ -141,6 +145,7 @@ class TorchTensorRTEngine(Engine):
                 **details,
                 "CUDA graphs": "the engine replayed, for its latency" if graphs else "none",
             },
+            macs=counts[max(counts)] if counts else None,
         )
 
     def own_calibration(
@@ -199,7 +204,7 @@ class TorchTensorRTEngine(Engine):
             details["int8 layers"] = ", ".join(layer.name for layer in network.layers if layer.name in plan.layers)
             content = table.dumps().encode()
             module = fake_quantize(plan, place_in_front(plan))
-            return Job(network.name, "int8-explicit", module, build, False, content, None, details)
+            return Job(network.name, "int8-explicit", module, build, False, content, None, details, plan.network)
         path = self._own_table_path(network)
         content = self._own_table(path, network, table.algorithm, installed)
 
@@ -207,7 +212,7 @@ class TorchTensorRTEngine(Engine):
             device = building.gpu_device(self._config.device)
             return table_calibrator(torch_tensorrt, path, table.algorithm, device)
 
-        return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details)
+        return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details, network)
 
     @staticmethod
     def _own_table(path: Path, network: Network, algorithm: AlgorithmName, installed: Installed) -> bytes:
@@ -240,6 +245,7 @@ class Job:
         table: Bytes of the calibration table; empty without one.
         calibrator: Makes the calibrator of one build, for implicit INT8.
         details: For the report.
+        described: The network that ``module`` computes, for INT8, where the layers that ran in it are counted.
     """
 
     network: str
@@ -250,6 +256,7 @@ class Job:
     table: bytes = b""
     calibrator: Callable[[], CalibratorRun] | None = None
     details: dict[str, str] = field(default_factory=dict)
+    described: Network | None = None
 
 
 class Engines:
@@ -283,6 +290,18 @@ class Engines:
         self._weights = _fingerprint(job.module)
         self._modules: dict[tuple[int, ...], Any] = {}
         self._files: list[Path] = []
+        self._layers: dict[int, list[EngineLayer]] = {}
+
+    def macs(self) -> dict[int, MacCount]:
+        """Batch size -> what its engine multiplies in INT8 and in float, where its builder told."""
+        network = self._job.described
+        if network is None:
+            return {}
+        counts = {
+            size: executed_macs(network, layers, f"as TensorRT's engine of batch {size} executes it")
+            for size, layers in sorted(self._layers.items())
+        }
+        return {size: count for size, count in counts.items() if count is not None}
 
     @property
     def size_bytes(self) -> int:
@@ -347,22 +366,28 @@ class Engines:
         reason = files.why_build(path, record)
         if reason is None:
             try:
-                module = torch.jit.load(str(path), map_location=self._device)
+                with self._torch_tensorrt.logging.errors():
+                    module = torch.jit.load(str(path), map_location=self._device)
             except RuntimeError as error:
                 reason = f"the engine's file cannot be loaded: {first_line(error)}"
             else:
                 logger.info("using the engine %s", path)
                 self._files.append(path)
+                self._layers[shape[0]] = files.read_record(path).layers
                 return module
         logger.info("building %s: %s", path.name, reason)
         start = time.perf_counter()
-        module = self._build(shape)
+        log = BuilderLog() if self._job.described is not None else None
+        module = self._build(shape, log)
+        if log is not None:
+            record = replace(record, layers=read_layers(log.text))
         files.store(path, record, lambda target: torch.jit.save(module, target))
         logger.info("  built in %.1f s", time.perf_counter() - start)
         self._files.append(path)
+        self._layers[shape[0]] = record.layers
         return module
 
-    def _build(self, shape: tuple[int, ...]) -> Any:
+    def _build(self, shape: tuple[int, ...], log: BuilderLog | None) -> Any:
         job = self._job
         run = job.calibrator() if job.calibrator else None
         try:
@@ -374,6 +399,7 @@ class Engines:
                 job.build,
                 run.calibrator if run else None,
                 self._device,
+                log,
             )
         finally:
             if run:

@@ -12,6 +12,7 @@ from pathlib import Path
 from common.decode import decode, encode
 from common.errors import InputError
 from common.files import atomic_path, read_json, write_json
+from engines.tensorrt.layers import EngineLayer
 
 FORMAT = 1
 
@@ -29,6 +30,7 @@ class EngineRecord:
         build: Options of the build.
         gpu: Name and compute capability.
         versions: Of torch, Torch-TensorRT and TensorRT.
+        layers: Of the engine, as its builder listed them; none where that was not asked for.
         engine: SHA-256 of the engine's file, so that the two cannot drift apart.
         format: Of this file.
     """
@@ -41,6 +43,7 @@ class EngineRecord:
     build: dict[str, str]
     gpu: str
     versions: dict[str, str]
+    layers: list[EngineLayer] = field(default_factory=list)
     engine: str = ""
     format: int = field(default=FORMAT)
 
@@ -68,18 +71,27 @@ def side_file(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
+def read_record(engine: Path) -> EngineRecord:
+    """The side file of ``engine``.
+
+    Raises:
+        InputError: there is none, or it is not one.
+    """
+    return decode(EngineRecord, read_json(side_file(engine)), str(side_file(engine)))
+
+
 def why_build(engine: Path, wanted: EngineRecord) -> str | None:
     """Why the file ``engine`` cannot be used for ``wanted``, or None if it is exactly that."""
     if not engine.exists():
         return "there is no such engine yet"
     try:
-        recorded = decode(EngineRecord, read_json(side_file(engine)), str(side_file(engine)))
+        recorded = read_record(engine)
     except InputError as error:
         return f"nothing tells what the engine there was built from: {error}"
     changed = [
         item.name
         for item in fields(EngineRecord)
-        if item.name != "engine" and getattr(recorded, item.name) != getattr(wanted, item.name)
+        if item.name not in ("engine", "layers") and getattr(recorded, item.name) != getattr(wanted, item.name)
     ]
     if changed:
         return f"changed since the engine was built: {', '.join(changed)}"

@@ -1,6 +1,7 @@
 """The Torch-TensorRT engine over a stand-in, on the CPU: what is built, reused, padded and refused."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -197,6 +198,34 @@ class TestInt8:
         assert path.read_bytes() == before
         assert compiled.details["quantization"] == "implicit (Torch-TensorRT 2.8.0 has DataLoaderCalibrator)"
         assert (tmp_path / "engines" / "LeNet_int8-implicit_b2_NVIDIA-H200_trt10.12.0.36.ts").exists()
+
+    def test_the_builder_lists_what_runs_in_int8_and_the_engines_file_keeps_it(self, machine, network, tmp_path):
+        upstream = machine()
+        calibrated(tmp_path, network)
+        compile_ = upstream.compile
+
+        def logging(module, **arguments):
+            node = "%input.5 : Tensor = aten::_convolution(%x, %w), scope: __module.conv2 # conv.py:543:0"
+            layer = f"Layer(CaskConvolution): {node}, Tactic: 0x00, x (Int8[1,20:32,12,12]) -> y (Float[1,50,8,8])"
+            os.write(2, f"DEBUG: Engine Layer Information:\n{layer}\n".encode())
+            return compile_(module, **arguments)
+
+        upstream.compile = logging
+        for builds in (2, 0):  # the second time, from their files
+            compiled = engine(tmp_path, (2, 1)).compile(network, "int8", OURS)
+            assert len(upstream.calls) == builds
+            upstream.calls.clear()
+            assert compiled.macs.source == "as TensorRT's engine of batch 2 executes it"
+            assert [(layer.layer, layer.int8) for layer in compiled.macs.layers] == [("conv2", True)]
+            assert compiled.macs.uncounted == ["conv1", "ip1", "ip2"]
+            assert compiled.details["engine of batch 1"].startswith("INT8: 100.0 % of 1.6 M multiply-accumulates")
+
+    def test_nothing_is_said_of_layers_that_the_builder_did_not_list(self, machine, network, tmp_path):
+        machine()
+        calibrated(tmp_path, network)
+        compiled = engine(tmp_path, (2,)).compile(network, "int8", OURS)
+        assert compiled.macs is None
+        assert "engine of batch 2" not in compiled.details
 
     def test_explicit_has_no_calibrator(self, machine, network, tmp_path):
         upstream = machine()

@@ -1,0 +1,152 @@
+"""Which layers an engine runs in INT8: TensorRT's own list of an engine's layers, with the types that they read.
+
+An engine's inspector gives types only where the builder was told to keep them (profiling verbosity DETAILED), which
+Torch-TensorRT's TorchScript front end has no option for: the inspector of its engines gives bare names. But the builder
+writes the same list into its verbose log, a line (here broken in two) for each layer of the finished engine:
+
+    Layer(CaskConvolution): %input.5 : Tensor = aten::_convolution(...), scope: __module.conv2 # ..., Tactic: 0x...,
+    %input.3 (Int8[1,20:32,12,12]) -> %input.5 (Float[1,50,8,8])
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from calib.network import Layer, Network
+from common.macs import LayerMacs, MacCount
+
+_HEADING = "Engine Layer Information:"
+_LINE = re.compile(r"Layer\((\w+)\): (.*), Tactic: (?:0x)?[0-9a-fA-F]+, ?(.*)")
+_TYPE = re.compile(r"[\[(](Float|Half|BFloat16|Int8|FP8|Int4|Int32|Int64|UInt8|Bool)[\[(]")
+_NODE = re.compile(
+    r"%(?P<value>\S+) : [^%]*? = aten::(?P<operation>\w+)\([^)]*\)"
+    r"(?:, scope: (?:\S*/)?__module\.(?P<scope>\S+))?(?: # \S+?:(?P<line>\d+):\d+)?"
+)
+_PRODUCTS = {
+    "_convolution": "conv",
+    "convolution": "conv",
+    "conv2d": "conv",
+    "matmul": "linear",
+    "linear": "linear",
+    "addmm": "linear",
+}
+"""TorchScript operations that multiply by weights -> kind of layer."""
+_NO_ARITHMETIC = frozenset({"Reformat", "NoOp", "Constant", "Shuffle"})
+_OPERATORS = {"conv": "Conv", "linear": "Gemm", "matmul": "MatMul"}
+_REASON = "is computed in float: TensorRT chose that kernel, by speed"
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """A layer of a built engine.
+
+    Attributes:
+        kind: Of TensorRT's implementation, such as ``CaskConvolution``.
+        name: Of what was fused into it, as TensorRT writes it.
+        reads: Types of its inputs, such as ``Int8`` and ``Float``.
+        writes: Types of its outputs.
+    """
+
+    kind: str
+    name: str
+    reads: list[str]
+    writes: list[str]
+
+
+def read_layers(log: str) -> list[EngineLayer]:
+    """The layers of the last engine that a verbose log of TensorRT's builder lists; none where it lists none."""
+    found = []
+    for line in log.rpartition(_HEADING)[2].lstrip("\n").splitlines() if _HEADING in log else ():
+        match = _LINE.match(line)
+        if match is None:
+            break
+        inputs, _, outputs = match[3].rpartition(" -> ")
+        found.append(EngineLayer(match[1], match[2], _TYPE.findall(inputs), _TYPE.findall(outputs)))
+    return found
+
+
+def executed_macs(network: Network, layers: Sequence[EngineLayer], source: str) -> MacCount | None:
+    """Count a network's multiply-accumulates by the types that the layers of its engine read.
+
+    A convolution or linear layer is found by the module that its TorchScript node names; where the node names none,
+    by its place among the nodes of its kind. Those that cannot be told, such as inside a block that TensorRT compiled
+    as one, are listed as not counted.
+
+    Args:
+        network: What TensorRT was given, traced with an ``input_shape``.
+        layers: Of the engine.
+        source: What was counted, for people.
+
+    Returns:
+        None where nothing is known of any layer.
+    """
+    if network.input_shape is None or not layers:
+        return None
+    reads = _reads(network, layers)
+    sizes = _macs(network)
+    counted, uncounted = [], []
+    for layer in network.layers:
+        if layer.name not in sizes:
+            continue
+        types = reads.get(layer.name)
+        if types is None:
+            uncounted.append(layer.name)
+            continue
+        int8 = types[:1] == ["Int8"]
+        operator = _OPERATORS[layer.kind]
+        counted.append(LayerMacs(layer.name, operator, sizes[layer.name], int8, "" if int8 else _REASON))
+    return MacCount(source, counted, uncounted) if counted else None
+
+
+def _reads(network: Network, layers: Sequence[EngineLayer]) -> dict[str, list[str]]:
+    """Name of a layer of ``network`` -> types that the engine's layer with it reads."""
+    wanted = {layer.target: layer for layer in network.layers if layer.kind in ("conv", "linear")}
+    found: dict[str, list[str]] = {}
+    without: dict[str, dict[tuple[int, int], list[str]]] = {"conv": {}, "linear": {}}
+    for one in layers:
+        if one.kind in _NO_ARITHMETIC:
+            continue
+        for node in _NODE.finditer(one.name):
+            kind = _PRODUCTS.get(node["operation"])
+            layer = wanted.get(node["scope"])
+            if kind is None:
+                continue
+            if layer is not None:
+                found[layer.name] = one.reads
+            else:
+                number = re.search(r"\d+", node["value"])
+                place = (int(node["line"] or 0), int(number[0]) if number else 0)
+                without[kind][place] = one.reads
+    for kind, nodes in without.items():
+        rest = [layer for layer in network.layers if layer.kind == kind and layer.name not in found]
+        if len(rest) == len(nodes):
+            found.update(zip((layer.name for layer in rest), (nodes[place] for place in sorted(nodes)), strict=True))
+    return found
+
+
+def _macs(network: Network) -> dict[str, int]:
+    """Multiply-accumulates of each convolution and linear layer, for one image."""
+    weighted = {layer.node: layer for layer in network.layers if layer.kind in ("conv", "linear")}
+    found: dict[str, int] = {}
+
+    class Counter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> object:
+            value: object = super().run_node(n)
+            if n.name in weighted and isinstance(value, Tensor):
+                found[weighted[n.name].name] = value.numel() * _per_value(network, weighted[n.name])
+            return value
+
+    with torch.inference_mode():
+        Counter(network.module).run(torch.zeros(1, *network.input_shape or ()))
+    return found
+
+
+def _per_value(network: Network, layer: Layer) -> int:
+    """Multiply-accumulates of one output value."""
+    weight = network.module.get_parameter(f"{layer.target}.weight")
+    return weight[0].numel()

@@ -1,0 +1,136 @@
+"""Layers of an engine in INT8, from TensorRT's verbose log."""
+
+import os
+
+import pytest
+
+from calib.plan import plan_int8
+from calib.table import CalibrationTable
+from calib.tracing import trace
+from engines.tensorrt.build import BuilderLog
+from engines.tensorrt.form import for_tensorrt
+from engines.tensorrt.layers import executed_macs, read_layers
+from models import LeNet
+
+SCALES = {"data": 0.008, "conv1": 0.03, "pool1": 0.03, "conv2": 0.09, "pool2": 0.09, "ip1": 0.05, "ip2": 0.2}
+MACS = {"conv1": 288_000, "conv2": 1_600_000, "ip1": 400_000, "ip2": 5_000}
+
+
+def convolution(value, module, line=543):
+    scope = f", scope: __module.{module}" if module else ""
+    place = "/site/torch/nn/modules/conv.py" if module else "<eval_with_key>.6"
+    return f"%{value} : Tensor = aten::_convolution(%x, %w, %b, %6, %5){scope} # {place}:{line}:0"
+
+
+def matmul(value):
+    return f"%{value} : Tensor = aten::matmul(%x.7, %61) + %64 : Tensor = aten::add(%63, %62, %60)"
+
+
+def line(kind, name, reads, writes="Float"):
+    return f"Layer({kind}): {name}, Tactic: 0x7bc32c782b800c48, x ({reads}[1,20:32,12,12]) -> y ({writes}[1,50,8,8])"
+
+
+def log(*lines):
+    return "\n".join(["DEBUG: [Conversion] - Engine Layer Information:", *lines, "DEBUG: [Conversion] - Deleting", ""])
+
+
+IMPLICIT = log(
+    line("CaskConvolution", convolution("input.1", "conv1"), "Float"),
+    line("CaskPooling", "%input.3 : Tensor = aten::max_pool2d(%input.1), scope: __module.pool1 # a.py:1:0", "Float"),
+    line("Reformat", f"Reformatting CopyNode for Input Tensor 0 to {convolution('input.5', 'conv2')}", "Float", "Int8"),
+    line("CaskConvolution", convolution("input.5", "conv2"), "Int8"),
+    line("CaskGemmConvolution", matmul(62), "Float"),
+    line("CaskGemmConvolution", matmul(67), "Float"),
+)
+
+
+@pytest.fixture(scope="module")
+def network():
+    return trace(LeNet(), "LeNet", (1, 28, 28))
+
+
+def int8(count):
+    return {layer.layer: layer.int8 for layer in count.layers}
+
+
+def test_layers_with_their_types():
+    layers = read_layers(IMPLICIT)
+    assert [layer.kind for layer in layers] == [
+        "CaskConvolution",
+        "CaskPooling",
+        "Reformat",
+        "CaskConvolution",
+        "CaskGemmConvolution",
+        "CaskGemmConvolution",
+    ]
+    assert (layers[2].reads, layers[2].writes) == (["Float"], ["Int8"])
+    assert layers[3].name == convolution("input.5", "conv2")
+
+
+def test_the_last_engine_of_a_log_counts():
+    earlier = log(line("CaskConvolution", convolution("input.1", "conv1"), "Int8"))
+    assert read_layers(earlier + IMPLICIT) == read_layers(IMPLICIT)
+
+
+@pytest.mark.parametrize("text", ["", "DEBUG: nothing\n", "Engine Layer Information:", "Engine Layer Information:\nno"])
+def test_a_log_without_layers(text, network):
+    assert read_layers(text) == []
+    assert executed_macs(network, [], "here") is None
+
+
+def test_an_older_way_of_writing_types():
+    text = log(
+        "Layer(CaskConvolution): conv, Tactic: 1025026069226666066, x[Int8(128,3,224,224)], y[Float(1)] -> z[Int8(1)]"
+    )
+    assert [(layer.name, layer.reads, layer.writes) for layer in read_layers(text)] == [
+        ("conv", ["Int8", "Float"], ["Int8"])
+    ]
+
+
+def test_multiplications_by_module_and_by_place(network):
+    count = executed_macs(network, read_layers(IMPLICIT), "as the engine executes it")
+    assert {layer.layer: layer.macs for layer in count.layers} == MACS
+    assert int8(count) == {"conv1": False, "conv2": True, "ip1": False, "ip2": False}
+    assert "TensorRT chose that kernel, by speed (ip1, conv1, ip2)" in count.warning()
+    assert count.source == "as the engine executes it"
+
+
+def test_what_cannot_be_told_is_not_counted(network):
+    block = line("Myelin", "{ForeignNode[%61 : Tensor = aten::t(%w)...%87 : Tensor = aten::softmax(%x)]}", "Float")
+    text = log(*IMPLICIT.splitlines()[1:5], block)
+    count = executed_macs(network, read_layers(text), "here")
+    assert int8(count) == {"conv1": False, "conv2": True}
+    assert count.uncounted == ["ip1", "ip2"]
+
+
+def test_explicit_quantization_names_no_modules(network):
+    plan = for_tensorrt(plan_int8(network, CalibrationTable(SCALES)))
+    nodes = {"input.1": 11, "input.3": 19, "input.5": 27, "conv2d_3": 35}
+    lines = [line("CaskConvolution", convolution(value, None, place), "Int8") for value, place in nodes.items()]
+    lines[1] = lines[1].replace("(Int8", "(Float")
+    count = executed_macs(plan.network, read_layers(log(*reversed(lines))), "here")
+    assert int8(count) == {"conv1": True, "conv2": False, "ip1": True, "ip2": True}
+    assert {layer.layer: layer.macs for layer in count.layers} == MACS
+
+
+def test_a_log_is_taken_from_stderr_and_errors_are_given_back(capfd):
+    taken = BuilderLog()
+    with taken.taking():
+        os.write(2, b"DEBUG: a tactic\nERROR: no kernel\n")
+    os.write(2, b"after\n")
+    assert taken.text == "DEBUG: a tactic\nERROR: no kernel\n"
+    assert capfd.readouterr().err == "ERROR: no kernel\nafter\n"
+
+
+def test_a_log_is_taken_of_a_build_that_fails(capfd):
+    taken = BuilderLog()
+
+    def build():
+        with taken.taking():
+            os.write(2, b"DEBUG: a tactic\nERROR: no kernel\n")
+            raise RuntimeError("no engine")
+
+    with pytest.raises(RuntimeError, match="no engine"):
+        build()
+    assert capfd.readouterr().err == "ERROR: no kernel\n"
+    assert taken.text.startswith("DEBUG")
