@@ -98,6 +98,30 @@ def test_the_table_that_tensorrt_wrote_for_lenet():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "model", "shape", "apart"),
+    [
+        ("SmallResNet", SmallResNet, (1, 28, 28), {}),
+        ("resnet18", lambda: torchvision.models.resnet18(num_classes=10), (3, 224, 224), {"add_7": 0.953}),
+    ],
+)
+def test_the_tables_that_tensorrt_wrote_for_residual_networks(name, model, shape, apart):
+    """Beside ours of the same images, from the same runs of the commands on an H100 (TensorRT 10.6.0).
+
+    Every tensor has its counterpart, and all scales but one agree.
+    """
+    ours = CalibrationTable.read(TABLES / f"{name}.reference.cache")
+    theirs = CalibrationTable.read(TABLES / f"{name}.torch_tensorrt.cache")
+    pairs = compare(ours, theirs, made_by(trace(model(), name, shape)))
+    assert [pair.reference for pair in pairs if pair.reference] == list(ours.scales)
+    assert [pair.reference for pair in pairs if pair.reference and pair.tensorrt is None] == []
+    assert [short_name(pair.tensorrt) for pair in pairs if pair.reference is None and not pair.note] == []
+    for pair in pairs:
+        if pair.reference:
+            expected = apart.get(pair.reference, 1)
+            assert pair.ratio == pytest.approx(expected, rel=1e-3 if pair.reference in apart else 2e-5), pair
+
+
 def as_torch_tensorrt_names_them(network, shape):
     """The nodes of the traced network as Torch-TensorRT 2.8 has them: as text, a linear layer as three."""
     graph = torch.jit.trace(network.module, torch.zeros(1, *shape), check_trace=False).inlined_graph
