@@ -22,6 +22,7 @@ from tests.upstream import provenance
 pytestmark = pytest.mark.gpu
 
 CONFIG = EngineConfig(timing_iterations=1)  # what is built here need not be the fastest
+LAYERS = ("conv1", "conv2", "ip1", "ip2")
 SUBSET = Subset(torch.randperm(200, generator=torch.Generator().manual_seed(1))[:100], 10)
 
 
@@ -103,6 +104,7 @@ def test_explicit_int8(network, ours, folder):
     compiled = engine.compile(network, "int8", ours)
     batch = Source().images(torch.arange(8))
     torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
+    assert {layer.layer: layer.int8 for layer in compiled.macs.layers} == dict.fromkeys(LAYERS, True)
 
 
 def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
@@ -120,6 +122,12 @@ def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
     compiled = engine.compile(network, "int8", ours)
     batch = Source().images(torch.arange(8))
     torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
+
+    macs = compiled.macs
+    assert {layer.layer for layer in macs.layers} | set(macs.uncounted) == set(LAYERS)
+    assert macs.source == "as TensorRT's engine of batch 8 executes it"
+    loaded = TorchTensorRTEngine(CONFIG, QuantizationConfig(mode="implicit"), tmp_path, (8,))
+    assert loaded.compile(network, "int8", ours).macs == macs
 
     again = calibrate(network, lambda: pytest.fail("touched the data"), path, provenance(), CONFIG)
     assert not again.calibrated

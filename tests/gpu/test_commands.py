@@ -1,0 +1,55 @@
+"""The three commands end to end on a GPU with TensorRT: INT8 through TensorRT's own calibrator, engines kept."""
+
+import json
+import re
+
+import pytest
+
+from engines.tensorrt.support import TensorRTError, has_calibrator, usable
+from evaluate import main as evaluate
+from quantize import main as quantize
+from train import main as train
+
+pytestmark = pytest.mark.gpu
+
+SMALL = ("--engine.timing_iterations", "1", "--evaluation.batch_size", "32", "--evaluation.latency_batch_sizes", "[32]")
+QUICK = ("--no-analysis", "--evaluation.latency_seconds", "0.05", "--evaluation.agreement", "0")
+TENSORRT = ("--engine", "torch-tensorrt")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    try:
+        found = usable(0)[1]
+    except TensorRTError as error:
+        pytest.skip(f"needs TensorRT: {error}")
+    if not has_calibrator(found.torch_tensorrt):
+        pytest.skip(f"torch_tensorrt {found.torch_tensorrt} has no DataLoaderCalibrator")
+
+
+def test_lenet_on_digits(tmp_path, capsys):
+    here = ("--config", "configs/lenet_digits.yaml", "--artifacts", str(tmp_path), *SMALL)
+    assert train([*here, "--trainer.max_epochs", "2"]) == 0
+    capsys.readouterr()
+
+    assert quantize([*here, *TENSORRT, "--precision", "int8", "--batches", "2", "--batch-size", "20", "--json"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["engine"]["quantization"].startswith("implicit")
+    pairs = made["tensorrt"]["tensors"]
+    assert made["tensorrt"]["calibrated"]
+    assert all(pair["ratio"] is not None for pair in pairs if pair["reference"] is not None)
+    assert {layer["layer"] for layer in made["macs"]["layers"]} <= {"conv1", "conv2", "ip1", "ip2"}
+    assert re.fullmatch(r"as TensorRT's engine of batch \d+ executes it", made["macs"]["source"])
+
+    report = tmp_path / "report"
+    evaluate([*here, *TENSORRT, *QUICK, "--report", str(report), "--json"])
+    rows = json.loads((report / "report.json").read_text())["rows"]
+    rows = {row["precision"]: row for row in rows if row["role"] != "baseline"}
+    for precision in ("fp32", "fp16", "int8"):
+        assert rows[precision]["skipped"] is None
+        assert rows[precision]["accuracy"]["top1"] > 50
+
+    engines = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ts")}
+    assert len(engines) == 3
+    evaluate([*here, *TENSORRT, *QUICK, "--json"])
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.ts")} == engines
