@@ -24,6 +24,8 @@ SMALLEST = float(np.finfo(np.float32).tiny)
 # threads: the threads of so short an operation would wait for each other longer than it takes, and far longer where
 # other programs use the cores.
 PIECE = 32768
+# NumPy has no threads of its own, and takes pieces that are worth a call.
+_ROW = 4 * PIECE
 SHARE = 8 * PIECE
 """Values that a thread takes at once, where several count."""
 
@@ -173,20 +175,25 @@ def _count(values: Tensor, limit: float) -> Counted:
     nothing = np.zeros(BINS + 1, dtype=np.int64)
     # 2048 / range would overflow here, or give a bin to values that are zeros.
     small = limit < BINS * SMALLEST
-    scale = 2.0**64 if small else 1.0
-    factor = float(np.float32(BINS / (limit * scale))) if limit else 0.0
+    scale = np.float32(2.0**64 if small else 1.0)
+    factor = np.float32(BINS / (limit * float(scale)) if limit else 0.0)
+    bins = np.empty(min(values.numel(), _ROW), np.int16)
     largest = 0.0
-    for piece in values.split(PIECE) if values.numel() else ():
-        low, high = (extreme.item() for extreme in torch.aminmax(piece))
+    for piece in values.split(_ROW) if values.numel() else ():
+        exact = piece.to(torch.float32).numpy()
+        low, high = float(exact.min()), float(exact.max())
         largest = max(largest, -low, high) if low == low else math.nan
         if not (largest <= limit or largest < SMALLEST):
             low, high = (extreme.item() for extreme in torch.aminmax(values))
             return Counted(nothing, limit, max(-low, high))
-        exact = piece.to(torch.float32)
         if small:
-            exact = torch.where(exact.abs() < SMALLEST, 0.0, exact) * scale
-        bins = torch.mul(exact, factor).to(torch.int16)
-        counts += torch.bincount(bins.abs_() if low < 0 else bins, minlength=BINS + 1)
+            exact = np.where(np.abs(exact) < SMALLEST, np.float32(0), exact) * scale
+        row = bins[: len(exact)]
+        np.multiply(exact, factor, out=row, casting="unsafe")  # truncates, in float32 before
+        if low < 0:
+            np.abs(row, out=row)
+        for part in torch.from_numpy(row).split(PIECE):
+            counts += torch.bincount(part, minlength=BINS + 1)
     return Counted(counts.numpy(), limit, largest)
 
 

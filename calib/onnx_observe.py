@@ -59,7 +59,7 @@ class Observed:
         asked = [name for name in dict.fromkeys(values) if name not in inputs]
         self._path, self._model = path, with_outputs(model, asked)
         self._cores = available_cores()
-        self._session = open_session(path, self._model, self._cores)
+        self._session = open_session(path, self._model, 1)
         kinds = {output.name: output.type for output in self._session.get_outputs()}
         floats = {name for name, kind in kinds.items() if kind in ("tensor(float)", "tensor(float16)")}
         self._asked = [name for name in asked if name in floats]
@@ -99,7 +99,7 @@ class Observed:
         self._at_a_time = 1 if self.provider != _CPU else min(self._cores, self._images, units)
         if self._fixed:
             self._images = min(self._images, self._at_a_time)
-        if self._at_a_time > 1:
+        if self._cores > self._at_a_time:
             del self._session
             self._session = open_session(self._path, self._model, self._cores // self._at_a_time)
 
