@@ -237,6 +237,8 @@ def _write_quantized(
     arguments: argparse.Namespace, model: onnx.ModelProto, table: CalibrationTable, batches: Batches
 ) -> dict[str, Any]:
     """Write the network with explicit quantization; what it holds and how its outputs compare, as JSON values."""
+    from calib.onnx_macs import count_macs
+    from calib.onnx_model import network_inputs
     from calib.onnx_observe import compare_outputs
     from calib.onnx_qdq import quantize
 
@@ -244,7 +246,24 @@ def _write_quantized(
     # It is run before it is written: a file that does not run is of no use.
     sqnr = compare_outputs(arguments.model, model, made.model, batches)
     _write_model(arguments.qdq, made.model, arguments.model)
-    return {"sqnr_db": sqnr, "int8": dict(made.int8), "float": dict(made.floats), "missing": dict(made.missing)}
+    fixed = [item.batch for item in network_inputs(model) if item.batch]
+    shapes = {name: array.shape for name, array in batches.load(0, fixed[0] if fixed else 1).items()}
+    found: dict[str, Any] = {}
+    try:
+        macs = count_macs(made.model, str(arguments.qdq), shapes=shapes)
+    except InputError as error:
+        print(f"warning: multiply-accumulates are not counted: {error}", file=sys.stderr)
+    else:
+        if warning := macs.warning():
+            print(f"warning: {warning}", file=sys.stderr)
+        found = {"macs": {"total": macs.total, "int8": macs.int8}, "summary": macs.summary()}
+    return {
+        "sqnr_db": sqnr,
+        "int8": dict(made.int8),
+        "float": dict(made.floats),
+        "missing": dict(made.missing),
+        **found,
+    }
 
 
 def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
@@ -254,6 +273,8 @@ def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
     for kind, what in (("int8", "in INT8"), ("float", "in float")):
         counts = ", ".join(f"{count} {operator}" for operator, count in quantized[kind].items()) or "none"
         print(f"operators {what}: {counts}")
+    if "summary" in quantized:
+        print(quantized["summary"])
     for layer, tensor in list(quantized["missing"].items())[:5]:
         print(f"{layer} stays in float: no usable scale for {tensor!r}")
 

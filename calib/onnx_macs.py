@@ -13,9 +13,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
-from calib.onnx_model import subgraph_nodes, without_weights
+from calib.onnx_model import subgraph_nodes, value_shapes
 from calib.onnx_rules import RESHAPES, Graph
-from common.errors import InputError, first_line
 from common.macs import LayerMacs, MacCount
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def count_macs(
     Raises:
         InputError: the shapes of the graph contradict each other.
     """
-    sizes = _shapes(model, shapes or {})
+    sizes = value_shapes(model, shapes or {})
     graph = Graph(model)
     unknown = {
         value
@@ -100,35 +99,6 @@ def products(graph: Graph) -> Iterator[tuple[str, onnx.NodeProto]]:
     for node in graph.nodes:
         if node.op_type in _OPERANDS and node.output[0] not in graph.constant:
             yield _layer(node, graph), node
-
-
-def _shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, list[int | None]]:
-    """Value -> shape, None where a size is not known."""
-    import onnx
-
-    light = without_weights(model)
-    weights = {weight.name for weight in model.graph.initializer}
-    for value in light.graph.input:
-        for index, size in enumerate(value.type.tensor_type.shape.dim):
-            if value.name in given:
-                size.dim_value = given[value.name][index]
-            elif not index and not size.HasField("dim_value") and value.name not in weights:
-                size.dim_value = 1
-    # Those in the file are for any batch.
-    del light.graph.value_info[:]
-    for value in light.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        found = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
-    except Exception as error:  # it raises what its C++ side raises
-        raise InputError(f"the shapes of the graph cannot be inferred: {first_line(error)}") from error
-    shapes: dict[str, list[int | None]] = {weight.name: list(weight.dims) for weight in model.graph.initializer}
-    for value in (*found.input, *found.value_info, *found.output):
-        if value.type.tensor_type.HasField("shape"):
-            shapes[value.name] = [
-                size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
-            ]
-    return shapes
 
 
 def _observed_shapes(

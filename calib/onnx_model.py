@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -158,6 +158,43 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     return onnx.helper.make_model(
         light, opset_imports=model.opset_import, ir_version=model.ir_version, functions=model.functions
     )
+
+
+def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, list[int | None]]:
+    """Value -> shape, None where a size is not known.
+
+    Args:
+        model: The network; external weights need not be there.
+        given: Input -> its shape; a free first dimension is 1 where it is not given.
+
+    Raises:
+        InputError: the shapes of the graph contradict each other.
+    """
+    import onnx
+
+    light = without_weights(model)
+    weights = {weight.name for weight in model.graph.initializer}
+    for value in light.graph.input:
+        for index, size in enumerate(value.type.tensor_type.shape.dim):
+            if value.name in given:
+                size.dim_value = given[value.name][index]
+            elif not index and not size.HasField("dim_value") and value.name not in weights:
+                size.dim_value = 1
+    # Those in the file are for any batch.
+    del light.graph.value_info[:]
+    for value in light.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        found = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    except Exception as error:  # it raises what its C++ side raises
+        raise InputError(f"the shapes of the graph cannot be inferred: {first_line(error)}") from error
+    shapes: dict[str, list[int | None]] = {weight.name: list(weight.dims) for weight in model.graph.initializer}
+    for value in (*found.input, *found.value_info, *found.output):
+        if value.type.tensor_type.HasField("shape"):
+            shapes[value.name] = [
+                size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
+            ]
+    return shapes
 
 
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

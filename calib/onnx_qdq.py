@@ -2,8 +2,9 @@
 
 The layout is what TensorRT fuses (developer guide, "Working with Quantized Types"): pairs in front of convolutions,
 matrix products and pooling, and on the shortcut of a residual sum; none between a convolution and its activation or
-sum, and none behind the last layer. Where two convolutions meet in a sum, the second is the shortcut, as in
-``engines.tensorrt.form``. Weights are int8, symmetric, per output channel; biases stay in float.
+sum, and none behind the last layer; linear layers are convolutions (:mod:`calib.onnx_form`). Where two convolutions
+meet in a sum, the second is the shortcut, as in ``engines.tensorrt.form``. Weights are int8, symmetric, per output
+channel; biases stay in float.
 
 Imports onnx inside functions: it is slow to load.
 """
@@ -21,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
+from calib.onnx_form import linear_as_convolution
 from calib.onnx_model import no_floats
 from calib.onnx_pairs import Activation, Weight, write_pairs
 from calib.onnx_rules import RESHAPES, WEIGHTED, Graph
@@ -81,9 +83,11 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     """
     import onnx
 
-    model = _with_opset(model, path)
-    graph = Graph(model)
     usable = {name: scale for name, scale in table.scales.items() if name not in table.unusable}
+    form = linear_as_convolution(_with_opset(model, path), usable, path.parent)
+    model = form.model
+    usable = {**{map_: usable[flat] for map_, flat in form.maps.items() if flat in usable}, **usable}
+    graph = Graph(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
     names = _name_nodes(result)

@@ -72,7 +72,7 @@ class Graph:
         self.outputs = {value.name for value in model.graph.output}
         self.constant = set(self.weights)
         for node in self.nodes:
-            read = [*filter(None, node.input), *_outer_values(node)]
+            read = values_read(node)
             for name in dict.fromkeys(read):
                 self.readers.setdefault(name, []).append(node)
             self.producer.update((name, node) for name in node.output if name)
@@ -87,6 +87,11 @@ class Graph:
         """The only node that reads ``value``, or None if there are others or it is an output."""
         readers = self.readers.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.outputs else None
+
+
+def values_read(node: onnx.NodeProto) -> list[str]:
+    """What a node reads, with what the graphs inside it read."""
+    return [*filter(None, node.input), *_outer_values(node)]
 
 
 def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
