@@ -411,7 +411,10 @@ def _planar_weights(network: Network, device: torch.device) -> Iterator[None]:
     before = [module.weight.data for module in convolutions]
     if device.type == "cuda":
         for module in convolutions:
-            module.weight.data = module.weight.data.contiguous()
+            # Weights of 1x1 are contiguous in both layouts, and PyTorch tells which is meant by their strides.
+            planes = torch.empty(module.weight.shape, device="meta").stride()
+            if module.weight.stride() != planes:
+                module.weight.data = module.weight.data.clone(memory_format=torch.contiguous_format)
     try:
         yield
     finally:
