@@ -41,17 +41,28 @@ def print_targets(results: Results) -> None:
         print(QUICK)
 
 
-def markdown(results: Results) -> str:
-    """The page."""
-    parts = [INTRODUCTION]
-    parts += ["## Machine\n", _environment(results), "## Targets\n"]
-    noted = [target for target in results.targets if target.note]
-    rows = [_target_cells(target) for target in results.targets]
-    parts.append(_table(("target", "wanted", "measured", "met"), rows))
-    parts += [f"- {note}\n" for note in dict.fromkeys(f"{target.what}: {target.note}." for target in noted)]
+def markdown(results: Results, elsewhere: Results | None = None) -> str:
+    """The page.
+
+    Args:
+        results: Of this machine.
+        elsewhere: Of another machine, whose GPU this one lacks; they follow at the end.
+    """
+    parts = [INTRODUCTION, "## Machine\n", _environment(results), "## Targets\n", *_targets(results)]
     for benchmark in results.benchmarks:
         parts += _section(benchmark)
+    if elsewhere is not None:
+        parts += ["\n## On another machine, with a GPU\n", _environment(elsewhere), *_targets(elsewhere)]
+        for benchmark in elsewhere.benchmarks:
+            parts += _section(benchmark, " there")
     return "\n".join(parts).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def _targets(results: Results) -> list[str]:
+    noted = [target for target in results.targets if target.note]
+    rows = [_target_cells(target) for target in results.targets]
+    notes = dict.fromkeys(f"{target.what}: {target.note}." for target in noted)
+    return [_table(("target", "wanted", "measured", "met"), rows), *(f"- {note}\n" for note in notes)]
 
 
 def _environment(results: Results) -> str:
@@ -67,14 +78,14 @@ def _environment(results: Results) -> str:
         ("versions", ", ".join(f"{name} {version}" for name, version in here.versions.items())),
     ]
     if here.gpu is not None:
-        rows.append(("GPU", f"{here.gpu} (not used)"))
+        rows.append(("GPU", here.gpu))
     return _table(("", ""), rows)
 
 
-def _section(benchmark: Benchmark) -> list[str]:
+def _section(benchmark: Benchmark, where: str = "") -> list[str]:
     load = " and ".join(f"{value:.1f}" for value in benchmark.load)
     when = f"Measured {benchmark.created[:16].replace('T', ' ')}, in {benchmark.seconds:.0f} s"
-    parts = [f"\n## {benchmark.title}\n", f"{benchmark.findings.method}\n"]
+    parts = [f"\n## {benchmark.title}{where}\n", f"{benchmark.findings.method}\n"]
     parts.append(f"{when}; load average before and after: {load}.\n" if load else f"{when}.\n")
     for table in benchmark.findings.tables:
         columns, rows = _cells(table)

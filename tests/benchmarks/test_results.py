@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks.command import BENCHMARKS, add
+from benchmarks.command import BENCHMARKS, ELSEWHERE, add
 from benchmarks.page import markdown, number, print_benchmark, print_targets
 from benchmarks.results import (
     FORMAT,
@@ -105,6 +105,17 @@ def test_the_page_says_what_the_figures_were_measured_on():
         assert text in page
     assert "Measured 2026-01-02 03:04, in 12 s; load average before and after: 0.5 and 1.5." in page
     assert "Skipped: a tool: it is not installed." in page
+
+
+def test_the_page_shows_another_machines_gpu_at_its_end():
+    elsewhere = read_results(ELSEWHERE)
+    page = markdown(results(benchmark()), elsewhere)
+
+    own, _, other = page.partition("## On another machine, with a GPU")
+    assert "H100" not in own
+    assert "| GPU | NVIDIA H100" in other
+    assert "## Calibration beside the forward pass there" in other
+    assert all(target.what in other for target in elsewhere.targets)
 
 
 def test_tables_keep_their_columns():
