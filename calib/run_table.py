@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from calib.table import TESTED_TENSORRT, CalibrationTable
 from common.config import CalibrationConfig, Config, EngineConfig, QuantizationConfig
 from common.processes import Processes
 from common.versions import installed_versions
+from data.base import DatasetInfo
 
 logger = logging.getLogger(__name__)
 
@@ -44,23 +44,8 @@ class RunTable:
     calibration: Calibration | None
 
 
-class Described(Protocol):
-    """A data set as a checkpoint describes it; ``data.base.DatasetInfo`` is one."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    @property
-    def preprocessing(self) -> Any:
-        """A dataclass."""
-        ...
-
-
 def wanted_provenance(
-    network: Network, weights: str, dataset: Described, config: CalibrationConfig, seed: int
+    network: Network, weights: str, dataset: DatasetInfo, config: CalibrationConfig, seed: int
 ) -> Provenance:
     """What a calibration now would record.
 

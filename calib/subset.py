@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from common.config import CalibrationConfig
 from common.errors import InputError
+from data.base import ImageSet
+from data.splits import Splits
 
 Strategy = Literal["stratified", "first", "random"]
 
@@ -105,21 +107,6 @@ def _stratified(labels: Tensor, num_classes: int, wanted: int, generator: torch.
     return chosen[torch.randperm(len(chosen), generator=generator)]
 
 
-class Labelled(Protocol):
-    """Images with labels; ``data.ImageSet`` is one."""
-
-    def __len__(self) -> int: ...
-
-    @property
-    def labels(self) -> Tensor:
-        """int64 [N]."""
-        ...
-
-    def images(self, index: Tensor) -> Tensor:
-        """float32 [B, C, H, W] at int64 positions."""
-        ...
-
-
 class SubsetImages(Sequence[Tensor]):
     """The images of a subset, batch by batch; each is read when it is asked for.
 
@@ -128,7 +115,7 @@ class SubsetImages(Sequence[Tensor]):
         subset: Which they are.
     """
 
-    def __init__(self, source: Labelled, subset: Subset) -> None:
+    def __init__(self, source: ImageSet, subset: Subset) -> None:
         self.source, self.subset = source, subset
         self._positions = subset.batches
 
@@ -151,25 +138,7 @@ class SubsetImages(Sequence[Tensor]):
         return self.source.images(self._positions[number])
 
 
-class TrainingData(Protocol):
-    """What a subset is drawn from; ``data.Splits`` is one.
-
-    ``train`` is ``train_file`` without the validation images, and ``train_index`` its positions there.
-    """
-
-    @property
-    def train_file(self) -> Labelled: ...
-
-    @property
-    def train(self) -> Labelled: ...
-
-    @property
-    def train_index(self) -> Tensor:
-        """int64 [len(train)]."""
-        ...
-
-
-def draw(data: TrainingData, num_classes: int, config: CalibrationConfig, seed: int) -> Subset:
+def draw(data: Splits, num_classes: int, config: CalibrationConfig, seed: int) -> Subset:
     """Choose the representative subset as configured: positions in ``data.train_file``.
 
     ``first`` means the whole training file in its order; the others leave out the validation images.

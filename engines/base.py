@@ -12,10 +12,11 @@ from torch import Tensor
 from calib.cache import Provenance
 from calib.network import Network
 from calib.plan import Int8Plan
-from calib.subset import Labelled, Subset
+from calib.subset import Subset
 from calib.table import CalibrationTable
 from common.config import PrecisionName
 from common.macs import MacCount
+from data.base import ImageSet
 
 
 class EngineError(Exception):
@@ -106,7 +107,7 @@ class Engine(Protocol):
         self,
         network: Network,
         table: CalibrationTable,
-        images: Callable[[], tuple[Labelled, Subset]],
+        images: Callable[[], tuple[ImageSet, Subset]],
         provenance: Provenance,
         recalibrate: bool = False,
     ) -> OwnCalibration | None:

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from calib.cache import Provenance
 from calib.network import Network
-from calib.subset import Labelled, Subset, SubsetImages
+from calib.subset import Subset, SubsetImages
 from calib.table import CalibrationTable
 from common.config import EngineConfig, EngineName, PrecisionName, QuantizationConfig
 from common.errors import InputError
+from data.base import ImageSet
 from engines import ENGINES
 from engines.base import Compiled, Engine, EngineError, OwnCalibration
 
@@ -76,7 +77,7 @@ class Selection:
             InputError: the engine cannot calibrate.
         """
 
-        def images() -> tuple[Labelled, Subset]:
+        def images() -> tuple[ImageSet, Subset]:
             drawn = subset()
             return drawn.source, drawn.subset
 

@@ -14,12 +14,13 @@ from types import ModuleType
 
 from calib import cache
 from calib.network import Network
-from calib.subset import Labelled, Subset
+from calib.subset import Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig
 from common.decode import encode
 from common.errors import InputError
 from common.files import write_bytes, write_json
+from data.base import ImageSet
 from engines.base import OwnCalibration
 from engines.gpu import precision_problem
 from engines.tensorrt import build as building
@@ -72,7 +73,7 @@ def own_provenance(provenance: cache.Provenance, network: Network, installed: In
 
 def calibrate(
     network: Network,
-    images: Callable[[], tuple[Labelled, Subset]],
+    images: Callable[[], tuple[ImageSet, Subset]],
     path: Path,
     provenance: cache.Provenance,
     config: EngineConfig,
@@ -129,7 +130,7 @@ def run_calibration(
     torch_tensorrt: ModuleType,
     installed: Installed,
     network: Network,
-    source: Labelled,
+    source: ImageSet,
     subset: Subset,
     algorithm: AlgorithmName,
     build: Build,

@@ -29,16 +29,17 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data import Subset as DatasetSubset
 
 from calib.algorithms import ALGORITHMS
-from calib.subset import Labelled, Subset
+from calib.subset import Subset
 from calib.table import CalibrationTable, Legacy
 from common.config import AlgorithmName
+from data.base import ImageSet
 from engines.tensorrt.support import TENSORRT_ALGORITHMS, TensorRTError, algorithm_problem
 
 
 class _Batches(Dataset[Tensor]):
     """Images alone, whole batches at a time (``__getitems__`` is what a DataLoader asks for a batch)."""
 
-    def __init__(self, source: Labelled) -> None:
+    def __init__(self, source: ImageSet) -> None:
         self._source = source
 
     def __getitem__(self, index: int) -> Tensor:
@@ -94,7 +95,7 @@ class CalibratorRun:
 
 def data_calibrator(
     torch_tensorrt: ModuleType,
-    source: Labelled,
+    source: ImageSet,
     subset: Subset,
     table: Path,
     algorithm: AlgorithmName,

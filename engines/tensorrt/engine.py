@@ -24,11 +24,12 @@ from calib.cache import Provenance, read_provenance, weights_fingerprint
 from calib.explicit import fake_quantize, place_in_front
 from calib.network import Network
 from calib.plan import plan_int8
-from calib.subset import Labelled, Subset
+from calib.subset import Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
 from common.macs import MacCount
+from data.base import ImageSet
 from engines.base import Compiled, Engine, EngineError, OwnCalibration
 from engines.cuda import capture
 from engines.gpu import Gpu, precision_problem
@@ -152,7 +153,7 @@ class TorchTensorRTEngine(Engine):
         self,
         network: Network,
         table: CalibrationTable,
-        images: Callable[[], tuple[Labelled, Subset]],
+        images: Callable[[], tuple[ImageSet, Subset]],
         provenance: Provenance,
         recalibrate: bool = False,
     ) -> OwnCalibration | None:
