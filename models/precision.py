@@ -7,7 +7,6 @@ matrix instructions (AMX) it takes half of float32's time, without any it takes 
 from __future__ import annotations
 
 import copy
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,7 +28,8 @@ _VALUES = 128 * 28 * 28
 """Values of the images of a step, at most: a batch of MNIST's. Larger images are measured in smaller batches."""
 _FEWEST = 4
 """Images of a step, where a batch has as many: batch normalisation needs more than one."""
-_ROUNDS = 5
+_ROUNDS, _WARM_UP, _STEPS = 2, 2, 4
+"""Turns of each precision, and in a turn, steps that do not count and that do."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,17 @@ def measure_precision(network: nn.Module, shape: tuple[int, int, int], classes: 
 
 
 def _in_turns(*steps: Callable[[], object]) -> list[float]:
-    """Median seconds of each; a first round does not count."""
+    """Seconds of each, the least of what was measured.
+
+    Each runs a few times in a row: kernels that follow those of the other precision are slower than in a training.
+    """
     times: list[list[float]] = [[] for _ in steps]
-    for _ in range(1 + _ROUNDS):
+    for _ in range(_ROUNDS):
         for step, found in zip(steps, times, strict=True):
-            begin = time.perf_counter()
-            step()
-            found.append(time.perf_counter() - begin)
-    return [statistics.median(found[1:]) for found in times]
+            for number in range(_WARM_UP + _STEPS):
+                begin = time.perf_counter()
+                step()
+                seconds = time.perf_counter() - begin
+                if number >= _WARM_UP:
+                    found.append(seconds)
+    return [min(found) for found in times]

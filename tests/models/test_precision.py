@@ -50,8 +50,17 @@ def test_the_faster_precision_is_chosen(monkeypatch, bfloat16, chosen, reason):
 
 
 def test_slow_products_are_enough_to_know(monkeypatch):
-    ticks = itertools.accumulate(itertools.cycle([0, 1, 0, 4]))
-    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(ticks))
+    """Each look at the clock is a second after the one before; a product in bfloat16 takes three more."""
+    clock = itertools.count()
+    product = torch.Tensor.__matmul__
+
+    def slow(one, other):
+        for _ in range(3 if one.dtype == torch.bfloat16 else 0):
+            next(clock)
+        return product(one, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", slow)
+    monkeypatch.setattr(precision.time, "perf_counter", lambda: next(clock))
     found = measure_precision(Timed(0.1), (1, 2, 2), 3, 8)
     assert found.precision == FLOAT32
     assert "4.0 times as long" in found.reason
