@@ -30,6 +30,9 @@ _ELEMENTWISE = frozenset(
 _LAYERS = {"Celu": 7, "HardSwish": 2, "ReduceL2": 2}
 """Layers that an operator becomes under one name, where they are not one."""
 
+SECOND_LAYER = "//second"
+"""Ends the name of a node that is the second layer of an operator, whose name both layers ask for."""
+
 
 class ParserNames:
     """The parser's counter, driven by the network's nodes in order.
@@ -60,7 +63,7 @@ class ParserNames:
 
     def read(self, node: onnx.NodeProto) -> dict[int, str]:
         """Count the layers of the next node; names of the broadcasts of its constants, by the input's position."""
-        name = node.name or f"node_of_{node.output[0]}"
+        name = node.name.removesuffix(SECOND_LAYER) or f"node_of_{node.output[0]}"
         kind = node.op_type
         found: dict[int, str] = {}
         self.made = []

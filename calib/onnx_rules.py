@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from calib.algorithms import ALGORITHMS
 from calib.onnx_model import constant_value
-from calib.onnx_parser_names import ParserNames
+from calib.onnx_parser_names import SECOND_LAYER, ParserNames
 
 if TYPE_CHECKING:
     import onnx
@@ -123,7 +123,10 @@ def with_products(model: onnx.ModelProto) -> onnx.ModelProto:
             nodes.append(node)
         elif node.op_type == "HardSwish":
             half = onnx.helper.make_node("HardSigmoid", node.input, [product], node.name, alpha=1 / 6, beta=0.5)
-            nodes += [half, onnx.helper.make_node("Mul", [node.input[0], product], node.output, f"{node.name}/product")]
+            nodes += [
+                half,
+                onnx.helper.make_node("Mul", [node.input[0], product], node.output, node.name + SECOND_LAYER),
+            ]
         else:
             addition = onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}/bias")
             node.output[0] = product
@@ -184,7 +187,7 @@ def _constants(
         folder: Where external weights lie.
         broadcasts: Names of the constants' broadcasts, by the input's position.
     """
-    if node.op_type not in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"}:
+    if node.op_type not in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"} and not (node.op_type == "Clip" and broadcasts):
         return [], []
     before: list[Entry] = []
     after: list[Entry] = []

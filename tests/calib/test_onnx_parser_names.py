@@ -2,15 +2,20 @@
 
 import json
 import lzma
+import re
 import tarfile
+import zlib
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 
+from calib.__main__ import main
 from calib.onnx_parser_names import ParserNames
-from calib.onnx_rules import Graph
+from calib.onnx_rules import Graph, entries, with_products
+from calib.table import CalibrationTable, scale_from_hex
 
 HERE = Path(__file__).parent / "tensorrt" / "parser"
 NAMES = json.loads((HERE / "broadcasts.json").read_text())
@@ -22,6 +27,27 @@ NOT_COUNTED = {
     "where2",  # a mean of everything
 }
 
+TABLES = json.loads((HERE / "tables.json").read_text())
+
+# What becomes several layers in TensorRT and is one operator here: the values inside have no entries.
+INSIDE = {
+    "argmax": re.compile("/ArgMax_output"),
+    "celu": re.compile(r"/Celu(_\d+)*_output"),
+    "clampmin": re.compile(r"\(Unnamed Layer\* \d+\) \[(Constant|ElementWise)\]_output"),
+    "cumsum": re.compile(r"\(Unnamed.*|ONNXTRT_(Shape|cast).*"),
+    "lrn": re.compile("/a(_1)?/(AveragePool_output_0_InputLayer_output|Squeeze_output_0)"),
+    "norm": re.compile(r"\(Unnamed.*|/ReduceL2(_1)?_output"),
+    "std": re.compile(r"ONNXTRT_Broadcast_[1357]_output"),  # of a size that the network computes
+    "where2": re.compile(r"\(Unnamed.*|ONNXTRT_ShapeShuffle_3_output"),
+}
+OTHERWISE = {
+    # The bound of Clip that is missing is the largest float, whose scale overflows to infinity in TensorRT alone.
+    "clampmin": {"ONNXTRT_Broadcast_3_output", "ONNXTRT_Broadcast_6_output"},
+    "norm": {"ONNXTRT_Broadcast_4_output", "ONNXTRT_Broadcast_18_output"},
+    # The mean of everything in a batch: a sum of 16,384 values near zero.
+    "where2": {"/ReduceMean_output_0"},
+}
+
 
 @pytest.fixture(scope="module")
 def networks():
@@ -30,6 +56,38 @@ def networks():
             member.name.removesuffix(".onnx"): onnx.load_from_string(archive.extractfile(member).read())
             for member in archive.getmembers()
         }
+
+
+def test_the_halves_of_hard_swish_ask_for_one_name(networks, tmp_path):
+    """Its product is a layer of its own here, where the network is run with it."""
+    found = [entry.name for entry in entries(with_products(networks["hswish"]), "entropy2", tmp_path)]
+    assert [f"{name}_output" for name in NAMES["hswish"]] == [name for name in found if "Broadcast" in name]
+
+
+def images(name):
+    """Float32 [4, 16, 16, 8, 8]: 4 batches of 16, as TensorRT was given them."""
+    generator, shape = np.random.default_rng(zlib.crc32(name.encode())), (4, 16, 16, 8, 8)
+    values = generator.integers(-127, 128, shape) * generator.integers(1, 5, shape)
+    return (values / np.float32(128)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", sorted(TABLES))
+def test_tables_of_tensorrt(name, networks, tmp_path):
+    onnx.save(networks[name], tmp_path / "network.onnx")
+    np.save(tmp_path / "images.npy", images(name))
+    files = [str(tmp_path / file) for file in ("network.onnx", "images.npy", "made.cache")]
+    assert main(["calibrate", files[0], "--images", files[1], "--output", files[2]]) == 0
+    found = CalibrationTable.read(Path(files[2])).scales
+    wanted = {entry: scale_from_hex(digits.zfill(8)) for entry, digits in TABLES[name].items()}
+
+    numbered = re.compile(r"ONNXTRT_Broadcast(_\d+)?_output")
+    if name in NOT_COUNTED:
+        found, wanted = ({key: one[key] for key in one if not numbered.fullmatch(key)} for one in (found, wanted))
+    assert not found.keys() - wanted.keys()
+    missing = wanted.keys() - found.keys()
+    assert all(INSIDE[name].fullmatch(entry) for entry in missing) if missing else name not in INSIDE
+    differ = {entry for entry in found if found[entry] != pytest.approx(wanted[entry], rel=1e-4, abs=0)}
+    assert differ <= OTHERWISE.get(name, set())
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
