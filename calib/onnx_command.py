@@ -203,9 +203,13 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     inner = [node.name or node.op_type for node in subgraph_nodes(model)]
     for line in _warnings(calibration, inner):
         print(f"warning: {line}", file=sys.stderr)
+    # The table first: it is whole, whatever becomes of the other file.
+    if arguments.json:
+        table.write(arguments.output)
+    else:
+        write_table(arguments.output, table)
     quantized = _write_quantized(arguments, model, table, batches) if arguments.qdq else None
     if not arguments.json:
-        write_table(arguments.output, table)
         print(
             f"{len(table.scales)} tensors, {calibration.images} images in {calibration.batches} batches, "
             f"{calibration.seconds:.1f} s with {calibration.provider}"
@@ -213,7 +217,6 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         if quantized is not None:
             _print_quantized(arguments.qdq, quantized)
         return ExitCode.PASSED
-    table.write(arguments.output)
     summary = {
         "table": str(arguments.output),
         "header": table.header,
@@ -246,11 +249,11 @@ def _write_quantized(
     # It is run before it is written: a file that does not run is of no use.
     sqnr = compare_outputs(arguments.model, model, made.model, batches)
     _write_model(arguments.qdq, made.model, arguments.model)
-    fixed = [item.batch for item in network_inputs(model) if item.batch]
-    shapes = {name: array.shape for name, array in batches.load(0, fixed[0] if fixed else 1).items()}
+    images = next((item.batch for item in network_inputs(model) if item.batch), 1)
+    shapes = {name: array.shape for name, array in batches.load(0, images).items()}
     found: dict[str, Any] = {}
     try:
-        macs = count_macs(made.model, str(arguments.qdq), shapes=shapes)
+        macs = count_macs(made.model, str(arguments.qdq), shapes=shapes).for_one_of(images)
     except InputError as error:
         print(f"warning: multiply-accumulates are not counted: {error}", file=sys.stderr)
     else:

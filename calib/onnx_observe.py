@@ -13,8 +13,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from calib.onnx_source import Batch
 from common.errors import InputError, first_line
 from common.threads import available_cores
@@ -27,6 +25,8 @@ _BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
 
 _CPU = "CPUExecutionProvider"
+
+_FLOATS = ("tensor(float)", "tensor(float16)")
 
 _LEAST = 1e-300
 
@@ -60,8 +60,10 @@ class Observed:
         self._path, self._model = path, with_outputs(model, asked)
         self._cores = available_cores()
         self._session = open_session(path, self._model, 1)
+        given = {item.name for item in self._session.get_inputs() if item.type in _FLOATS}
+        self._passed = [name for name in self._passed if name in given]
         kinds = {output.name: output.type for output in self._session.get_outputs()}
-        floats = {name for name, kind in kinds.items() if kind in ("tensor(float)", "tensor(float16)")}
+        floats = {name for name, kind in kinds.items() if kind in _FLOATS}
         self._asked = [name for name in asked if name in floats]
         self.values = [*self._passed, *self._asked]
         self.provider: str = self._session.get_providers()[0]
@@ -112,7 +114,7 @@ class Observed:
         import onnxruntime
         import torch
 
-        values = {name: batch[name] for name in self._passed if batch[name].dtype in (np.float32, np.float16)}
+        values = {name: batch[name] for name in self._passed}
         fed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in batch.items()}
         try:
             found = self._session.run_with_ort_values(self._asked, fed) if self._asked else []

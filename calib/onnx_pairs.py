@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 _MIDDLE: Final = 128
 """Zero point of values and weights in uint8: their codes are those of int8, moved up by it."""
 
+_WEIGHTS_ALONE: Final = 4
+"""First version of the file format in which weights need not be inputs as well."""
+
+_LEAST_IR: Final = 7
+"""Version of the file format that came with operator set 13, whose DequantizeLinear takes a scale for each channel."""
+
 
 @dataclass
 class Activation:
@@ -180,8 +186,10 @@ class _Pairs:
         read = {*written.readers, *written.outputs}
         weights = [*graph.initializer, *self._made]
         _replace(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read])
-        # In old files, weights are inputs, too.
-        dropped = {weight.name for weight in weights if weight.name not in read}
+        # In old files all weights must be inputs as well; in others those are, which a user may replace.
+        old = self._model.ir_version < _WEIGHTS_ALONE
+        dropped = {weight.name for weight in weights if old or weight.name not in read}
+        self._model.ir_version = max(self._model.ir_version, _LEAST_IR)
         _replace(graph.input, [item for item in graph.input if item.name not in dropped])
         _replace(graph.initializer, [weight for weight in weights if weight.name in read])
 

@@ -122,8 +122,12 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
             quantize_value(name, index)
         else:
             missing[graph.nodes[index].name or graph.nodes[index].op_type] = name
-    if not chosen:
+    if not chosen and missing:
         raise InputError(f"nothing in {path} can be quantized with this table: it has no scale for what layers read")
+    if not chosen:
+        raise InputError(
+            f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights"
+        )
     write_pairs(result, activations, list(weights.values()), folder=path.parent, float_outputs=True)
     others = graph.constant | no_floats(model)
     kinds = Counter(graph.nodes[index].op_type for index in chosen)

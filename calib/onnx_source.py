@@ -153,9 +153,11 @@ def _arrays(source: Path, inputs: Sequence[NetworkInput]) -> _Opened:
         if str(array.dtype) != item.dtype:
             raise InputError(f"{what} is {array.dtype}, and the network takes {item.text()}: convert it first")
         rank = array.ndim if item.shape is None else len(item.shape)
+        if not rank:
+            raise InputError(f"input {item.name!r} of the network is a single number, with no axis for images: fix it")
         batched = array.ndim == rank + 1
         sample = array.shape[2:] if batched else array.shape[1:]
-        if array.ndim not in (rank, rank + 1) or not rank or not _fits(sample, item.shape):
+        if array.ndim not in (rank, rank + 1) or not _fits(sample, item.shape):
             raise InputError(f"{what} is {list(array.shape)}, and the network takes {item.text()}")
         if not array.size:
             raise InputError(f"{what} is empty: {list(array.shape)}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 ENOUGH: Final = 90.0
@@ -63,6 +63,10 @@ class MacCount:
     def in_float(self) -> list[LayerMacs]:
         """The layers that compute in float, the largest first."""
         return sorted((layer for layer in self.layers if not layer.int8), key=lambda layer: -layer.macs)
+
+    def for_one_of(self, images: int) -> MacCount:
+        """The count for one image, of a count for a batch of so many."""
+        return replace(self, layers=[replace(layer, macs=layer.macs // images) for layer in self.layers])
 
     def summary(self) -> str:
         """One line such as ``INT8: 99.7 % of 4.1 G multiply-accumulates; in float: fc (2.0 M)``."""

@@ -153,6 +153,18 @@ def test_a_network_with_two_inputs(tmp_path):
             table_of(network, source, tmp_path)
 
 
+def test_integers_as_inputs_have_no_entry(tmp_path):
+    generator = np.random.default_rng(8)
+    nodes = [node("Gather", ["words", "ids"], ["rows"]), node("MatMul", ["rows", "w"], ["out"])]
+    weights = {"words": weight(generator, 30, 8), "w": weight(generator, 8, 4)}
+    made = model(nodes, {"ids": ["N", 5]}, {"out": ["N", 5, 4]}, weights, ids=TensorProto.INT64)
+    np.savez(tmp_path / "ids.npz", ids=generator.integers(0, 30, (20, 5)))
+    network = save(made, tmp_path / "network.onnx")
+    table = table_of(network, tmp_path / "ids.npz", tmp_path, "--algorithm", "minmax")
+    assert "ids" not in table.scales
+    assert {"rows", "out"} <= table.scales.keys()
+
+
 @pytest.mark.parametrize("opset", [11, 13, 17, 21])
 def test_operator_sets_and_fixed_batches(images, tmp_path, opset):
     made = classifier(opset)
@@ -363,6 +375,13 @@ def test_arrays_that_do_not_fit(images, tmp_path, refused):
         (tmp_path / "images.npz").write_bytes(content[:length])
         refused(network, tmp_path / "images.npz", "neither a folder of images nor")
     refused(network, tmp_path / "missing", "cannot read")
+
+
+def test_a_single_number_as_input(images, tmp_path, refused):
+    nodes = [node("Mul", ["data", "factor"], ["out"])]
+    made = model(nodes, {"data": ["N", 3, 16, 16], "factor": []}, {"out": ["N", 3, 16, 16]}, {})
+    np.savez(tmp_path / "inputs.npz", data=images, factor=np.float32(2))
+    refused(save(made, tmp_path / "network.onnx"), tmp_path / "inputs.npz", "input 'factor' of the network is a single")
 
 
 def test_folders_that_do_not_fit(folder, tmp_path, refused):

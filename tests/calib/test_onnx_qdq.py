@@ -158,6 +158,49 @@ def test_external_weights(images, tmp_path, capsys):
     np.testing.assert_array_equal(outputs(elsewhere / "int8.onnx", feed)[0], before)
 
 
+def test_a_file_of_the_old_format(images, tmp_path, capsys):
+    # Its weights are inputs as well, which ONNX Runtime would not take for constants in a newer one.
+    made = classifier(11)
+    made.ir_version = 3
+    for item in made.graph.initializer:
+        made.graph.input.append(onnx.helper.make_tensor_value_info(item.name, item.data_type, item.dims))
+    found, _, int8 = calibrated(save(made, tmp_path / "network.onnx"), images, tmp_path, capsys)
+    written = onnx.load(int8)
+    onnx.checker.check_model(written, full_check=True)
+    assert [item.name for item in written.graph.input] == ["data"]
+    assert found["macs"] == {"total": 57856, "int8": 57856}
+
+
+def test_a_fixed_batch_counts_for_one_image(images, tmp_path, capsys):
+    made = classifier()
+    for value in (made.graph.input[0], made.graph.output[0]):
+        value.type.tensor_type.shape.dim[0].dim_value = 4
+    found, *_ = calibrated(save(made, tmp_path / "network.onnx"), images, tmp_path, capsys)
+    assert found["macs"] == {"total": 57856, "int8": 57856}
+
+
+def test_products_of_values_stay_in_float_and_are_warned_of(images, tmp_path, capsys):
+    nodes = [
+        node("MatMul", ["data", "w"], ["query"]),
+        node("Transpose", ["data"], ["key"], perm=[0, 1, 3, 2]),
+        node("MatMul", ["query", "key"], ["out"]),
+    ]
+    weights = {"w": np.random.default_rng(0).standard_normal((16, 16)).astype(np.float32)}
+    made = save(model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 3, 16, 16]}, weights), tmp_path / "network.onnx")
+    line = ["calibrate", made, "--images", images, "--output", tmp_path / "table", "--qdq", tmp_path / "int8.onnx"]
+    assert run(*line) == 0
+    assert "only 50.0 % of the multiply-accumulates are in INT8" in capsys.readouterr().err
+
+
+def test_a_network_with_nothing_to_quantize_has_its_table(images, tmp_path):
+    made = model([node("Relu", ["data"], ["out"])], {"data": ["N", 3, 16, 16]}, {"out": ["N", 3, 16, 16]}, {})
+    network, table = save(made, tmp_path / "network.onnx"), tmp_path / "table"
+    with pytest.raises(InputError, match="no convolution and no matrix product with float32 weights"):
+        run("calibrate", network, "--images", images, "--output", table, "--qdq", tmp_path / "int8.onnx")
+    assert CalibrationTable.read(table).scales.keys() == {"data", "out"}
+    assert not (tmp_path / "int8.onnx").exists()
+
+
 def test_the_summary_for_people(images, tmp_path, capsys):
     network = save(classifier(), tmp_path / "network.onnx")
     int8 = tmp_path / "int8.onnx"
