@@ -20,7 +20,8 @@ from calib.table import CalibrationTable
 from common.config import AlgorithmName
 from common.decode import decode, encode
 from common.errors import InputError
-from common.files import read_json, read_text, write_json
+from common.files import read_json
+from common.side_file import digest, side_file, write_side_file
 
 FORMAT = 1
 
@@ -103,27 +104,17 @@ class Decision:
 
 def weights_fingerprint(model: nn.Module) -> str:
     """Hex digest of a module's parameters and buffers, with their names, shapes and dtypes."""
-    digest = hashlib.sha256()
+    result = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(dtype=torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def side_file(table: Path) -> Path:
-    """The side file that belongs to the table file ``table``."""
-    return table.with_name(f"{table.name}.json")
+        result.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+        result.update(value.detach().cpu().contiguous().reshape(-1).view(dtype=torch.uint8).numpy().tobytes())
+    return result.hexdigest()
 
 
 def write(path: Path, table: CalibrationTable, provenance: Provenance) -> None:
-    """Write a table and its side file, each atomically, the side file last.
-
-    If this is cut off in between, the digest in the old side file does not fit the new table, which is then made
-    again: a table is never taken for something that it is not.
-    """
+    """Write a table and its side file, each atomically, the side file last."""
     table.write(path)
-    record = {**json.loads(encode(provenance)), "table": _digest(table.dumps())}
-    write_json(side_file(path), record)
+    write_side_file(path, provenance, "table")
 
 
 def read_provenance(path: Path) -> Provenance | None:
@@ -143,7 +134,7 @@ def read_provenance(path: Path) -> Provenance | None:
 
 def changed_since(path: Path, provenance: Provenance) -> bool:
     """Whether the table file ``path`` is not the one that its side file describes: edited, or half replaced."""
-    return provenance.table != _digest(read_text(path))
+    return provenance.table != digest(path)
 
 
 def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = False) -> Decision:
@@ -223,7 +214,3 @@ def _flat(provenance: Provenance) -> dict[str, Any]:
         **{name: value for name, value in content.items() if name not in ("table", "format", "rules")},
         **{f"subset {name}": value for name, value in subset.items()},
     }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -19,6 +19,7 @@ from calib.table import formats
 from calib.table.text import LEVELS, CalibrationTable, scale_to_hex, scan
 from common.errors import ExitCode, InputError
 from common.files import read_bytes, read_text
+from common.side_file import side_file
 
 _NAMED = 5
 """How many tensors a line about several of them names."""
@@ -374,10 +375,10 @@ def write_table(output: Path, table: CalibrationTable, to: formats.Format = "tab
     print(f"wrote {output}" + (f" ({table.header})" if to == "table" else ""))
     if left_out:
         print(f"warning: {output} holds usable ranges alone, and not {named(left_out)}", file=sys.stderr)
-    side_file = output.with_name(f"{output.name}.json")
-    if to == "table" and side_file.is_file():
+    beside = side_file(output)
+    if to == "table" and beside.is_file():
         print(
-            f"note: {side_file} describes the table as it was calibrated and fits it no longer, so that quantize.py "
+            f"note: {beside} describes the table as it was calibrated and fits it no longer, so that quantize.py "
             "would calibrate again. To use this table, copy it elsewhere and name the copy: quantize.py --cache PATH",
             file=sys.stderr,
         )

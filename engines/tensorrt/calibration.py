@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import tempfile
 import time
@@ -17,9 +15,9 @@ from calib.network import Network
 from calib.subset import Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig
-from common.decode import encode
 from common.errors import InputError
-from common.files import write_bytes, write_json
+from common.files import write_bytes
+from common.side_file import write_side_file
 from data.base import ImageSet
 from engines.base import OwnCalibration
 from engines.gpu import precision_problem
@@ -165,10 +163,6 @@ def run_calibration(
 
 
 def store(path: Path, content: bytes, provenance: cache.Provenance) -> None:
-    """Write TensorRT's table byte for byte, then its side file.
-
-    If this is cut off in between, the digest in the old side file does not fit, and the table is made again.
-    """
-    record = replace(provenance, table=hashlib.sha256(content).hexdigest())
+    """Write TensorRT's table byte for byte, then its side file."""
     write_bytes(path, content)
-    write_json(cache.side_file(path), json.loads(encode(record)))
+    write_side_file(path, provenance, "table")

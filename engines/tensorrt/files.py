@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from common.decode import decode, encode
+from common.decode import decode
 from common.errors import InputError
-from common.files import atomic_path, read_json, write_json
+from common.files import atomic_path, read_json
+from common.side_file import digest, side_file, write_side_file
 from engines.tensorrt.layers import EngineLayer
 
 FORMAT = 1
@@ -66,11 +65,6 @@ def engine_file(network: str, precision: str, batch_size: int, gpu: str, tensorr
     return "_".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip("-.") for part in parts) + ".ts"
 
 
-def side_file(engine: Path) -> Path:
-    """The side file that belongs to the engine file ``engine``."""
-    return engine.with_name(f"{engine.name}.json")
-
-
 def read_record(engine: Path) -> EngineRecord:
     """The side file of ``engine``.
 
@@ -101,19 +95,7 @@ def why_build(engine: Path, wanted: EngineRecord) -> str | None:
 
 
 def store(engine: Path, record: EngineRecord, save: Callable[[str], None]) -> None:
-    """Write an engine with ``save``, then its side file, each atomically.
-
-    If this is cut off in between, the digest in the old side file does not fit, and the engine is built again.
-    """
+    """Write an engine with ``save``, then its side file, each atomically."""
     with atomic_path(engine) as temporary:
         save(str(temporary))
-    write_json(side_file(engine), json.loads(encode(replace(record, engine=digest(engine)))))
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    result = hashlib.sha256()
-    with open(path, "rb") as stream:
-        for block in iter(lambda: stream.read(1 << 20), b""):
-            result.update(block)
-    return result.hexdigest()
+    write_side_file(engine, record, "engine")

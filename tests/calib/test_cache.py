@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from calib.cache import RULES, Provenance, SubsetRecord, decide, read_provenance, side_file, weights_fingerprint, write
+from calib.cache import RULES, Provenance, SubsetRecord, decide, read_provenance, weights_fingerprint, write
 from calib.record import QuantizationRecord, read_record, write_record
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig
 from common.errors import InputError
+from common.side_file import side_file
 from models import LeNet
 
 TABLE = CalibrationTable({"data": 0.0078125, "conv1": 0.25})

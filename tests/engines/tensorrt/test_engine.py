@@ -9,9 +9,10 @@ import torch
 from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
+from common.side_file import digest
 from engines.base import EngineError
 from engines.gpu import Gpu
-from engines.tensorrt import build, files
+from engines.tensorrt import build
 from engines.tensorrt import engine as subject
 from engines.tensorrt.calibration import own_provenance, store
 from engines.tensorrt.engine import TorchTensorRTEngine
@@ -175,7 +176,7 @@ class TestFiles:
         path.write_bytes(b"not an archive")
         side = path.with_name(f"{path.name}.json")
         record = json.loads(side.read_text())
-        record["engine"] = files.digest(path)
+        record["engine"] = digest(path)
         side.write_text(json.dumps(record))
         assert self.compile(machine, network, tmp_path) == [2]
 
