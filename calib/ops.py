@@ -96,6 +96,8 @@ _METHODS: Final[Mapping[str, str]] = {
     "dim": "shape",
 }
 
+_MAKERS: Final = frozenset({"zeros", "ones", "full", "empty", "arange", "eye", "linspace"})
+
 MOVES_VALUES: Final = frozenset({"maxpool", "view", "concat"})
 """Operations that only move or choose values: quantizing what they read is quantizing what they give."""
 QUANTIZABLE: Final = frozenset({"conv", "linear", "matmul", "add", "avgpool", "activation"})
@@ -120,7 +122,7 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
         kind = "nothing"
     else:
         kind = _FUNCTIONS.get(node.target, "other")  # type: ignore[arg-type]
-    if kind in ("add", "other") and _of_shapes(node, module):
+    if kind in ("add", "other") and _of_shapes(node, module) and not _makes_tensor(node):
         return "shape"
     if kind == "add" and (len(node.all_input_nodes) != 2 or "alpha" in node.kwargs):
         return "other"
@@ -156,6 +158,12 @@ def _is_idle_stochastic_depth(node: fx.Node) -> bool:
     if getattr(node.target, "__module__", None) != "torchvision.ops.stochastic_depth":
         return False
     return node.kwargs.get("training", node.args[3] if len(node.args) > 3 else True) is False
+
+
+def _makes_tensor(node: fx.Node) -> bool:
+    """Whether an operation makes a tensor of sizes, such as a mask for each image."""
+    name = getattr(node.target, "_opname", None) or getattr(node.target, "__name__", None)
+    return name in _MAKERS
 
 
 def _of_shapes(node: fx.Node, module: fx.GraphModule) -> bool:

@@ -269,3 +269,24 @@ def test_a_network_that_goes_image_by_image_is_refused() -> None:
 
     with pytest.raises(InputError, match="OneByOne .* for another number of images"):
         trace(OneByOne(), input_shape=SHAPE)
+
+
+def test_a_map_made_for_each_image_goes_through_layers() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.project = nn.Conv2d(1, 3, 1)
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            free = ~torch.zeros((len(x), *x.shape[2:])).to(torch.bool)
+            return self.conv(x + self.project(free.cumsum(1, dtype=torch.float32)[:, None])).mean((2, 3))
+
+    model = Positions().eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(5, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    plan = plan_int8(network, calibrate(network, [images]))
+    assert {layer.name for layer in plan.weighted} == {"project", "conv"}
+    int8_model(plan)
