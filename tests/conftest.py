@@ -10,12 +10,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.forking import Template
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One thread in each worker, and in the commands that it starts: the workers share the cores. Before torch loads.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No test depends on the machine's speed; a fixture that all examples share is what is meant.
+settings.register_profile(
+    "all", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("all")
 
 ROOT = Path(__file__).resolve().parent.parent
 

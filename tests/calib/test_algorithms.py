@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calib.algorithms import threshold
+from calib.algorithms import ALGORITHMS, threshold
 from calib.histogram import BINS, AbsHistogram
 from calib.table import scale_to_hex
 from common.errors import InputError
@@ -106,7 +106,7 @@ def test_adversarial_histograms(name):
     assert_equals_plain_definition(ADVERSARIAL[name])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.dictionaries(st.integers(0, BINS - 1), st.integers(1, 10**6), min_size=1, max_size=30),
     st.floats(1e-6, 1e6),
@@ -152,7 +152,7 @@ def test_zeros_do_not_move_the_entropy2_threshold():
     assert threshold(with_counts(counts)).bin == threshold(with_counts(many)).bin
 
 
-@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_all_zero_tensor_has_no_threshold(algorithm):
     histogram = AbsHistogram()
     assert threshold(histogram, algorithm).value == 0.0
@@ -160,7 +160,7 @@ def test_all_zero_tensor_has_no_threshold(algorithm):
     assert threshold(histogram, algorithm).value == 0.0
 
 
-@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("value", [1.0, -3.7, 1e-30, 1e30])
 def test_constant_tensor_keeps_its_value_in_range(algorithm, value):
     histogram = AbsHistogram()
@@ -170,7 +170,7 @@ def test_constant_tensor_keeps_its_value_in_range(algorithm, value):
 
 
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("algorithm", ["entropy2", "entropy", "minmax", "percentile", "legacy"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_threshold_is_positive_and_at_most_half_a_bin_above_the_range(algorithm, seed):
     histogram = random_histogram(seed)
     value = threshold(histogram, algorithm).value

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 
@@ -173,7 +173,7 @@ def test_the_gpu_kernels_arithmetic_is_the_cpus(
 
 
 @given(BATCHES)
-@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30)
 def test_all_counters_have_the_same_state_after_each_batch(
     launcher_on_the_cpu: type[cuda_histogram.Launcher], batches: list[list[float]]
 ) -> None:

@@ -218,7 +218,7 @@ def test_share_above_of_zeros_is_zero():
     assert AbsHistogram().share_above(1.0) == 0.0
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.lists(st.floats(-1000, 1000, width=32), min_size=1, max_size=30), min_size=2, max_size=6))
 def test_parts_counted_with_an_earlier_range_are_those_of_a_doubled_one(parts):
     """The range itself, 1, is a value of each part: it lies in the last bin, and in the middle of a doubled one."""

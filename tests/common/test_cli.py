@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from common import cli, options
@@ -230,7 +230,6 @@ OPTIONS = sorted(f"{name}.{field.name}" for name, kind in SECTIONS.items() for f
 OPTIONS += ["run", "seed", "artifacts", "trainer", *SECTIONS]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(option=st.sampled_from(OPTIONS), value=VALUES.map(lambda value: yaml.safe_dump(value, width=10_000)) | st.text())
 @example(option="trainer", value="[[]]")
 @example(option="data", value="config.yaml")
@@ -238,16 +237,9 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(capsys, option,
     one_line_or_config(capsys, [f"--{option}={value}"])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(st.dictionaries(st.sampled_from([name.partition(".")[0] for name in OPTIONS]) | st.text(max_size=5), VALUES))
 def test_any_mapping_in_a_file_is_taken_or_refused_in_one_line(capsys, tmp_path, content):
     one_line_or_config(capsys, ["--config", write(tmp_path, yaml.safe_dump(content))])
-
-
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(st.binary(max_size=60) | st.text("{}[]&*!|>-:,'\"#%@` \nab1", max_size=40).map(str.encode))
-def test_any_bytes_in_a_file_are_taken_or_refused_in_one_line(capsys, tmp_path, content):
-    one_line_or_config(capsys, ["--config", write(tmp_path, content)])
 
 
 PARSER = config_parser("train.py", "Train.", {})

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import stat
 import subprocess
@@ -11,14 +10,13 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common import files
 from common.errors import InputError
 from common.files import (
     atomic_path,
-    parse_json,
     read_bytes,
     read_json,
     read_text,
@@ -278,7 +276,6 @@ def test_a_name_that_is_not_text_does_not_stop_a_report(tmp_path):
 
 
 @given(st.binary(max_size=200))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_bytes_are_read_or_refused(tmp_path, content):
     path = tmp_path / "file"
     path.write_bytes(content)
@@ -287,13 +284,3 @@ def test_any_bytes_are_read_or_refused(tmp_path, content):
             read(path)
         except InputError as error:
             assert str(path) in str(error)
-
-
-@given(st.text(max_size=100))
-def test_any_text_is_json_or_refused(text):
-    try:
-        value = parse_json(text, "here")
-    except InputError as error:
-        assert str(error).startswith("here is not valid JSON")
-    else:
-        json.dumps(value)

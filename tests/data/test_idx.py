@@ -143,7 +143,7 @@ def sealed(data: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
     return joined | joined.map(gzip.compress)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(content=sealed(st.binary(max_size=200)), dimensions=st.sampled_from([1, 3]))
 def test_arbitrary_bytes_give_values_or_one_line(tmp_path_factory, content, dimensions):
     path = tmp_path_factory.getbasetemp() / "arbitrary"
@@ -161,7 +161,7 @@ def test_arbitrary_bytes_give_values_or_one_line(tmp_path_factory, content, dime
         assert "\n" not in message
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
     seed=st.integers(0, 1000),

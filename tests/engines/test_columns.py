@@ -7,7 +7,7 @@ from collections import Counter
 import onnx
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from torch import nn
@@ -47,7 +47,6 @@ def test_how_many_columns(conv, width, columns):
 
 
 @given(st.data())
-@settings(deadline=None)
 def test_the_values_are_those_of_the_convolution(data):
     draw = data.draw
     channels, out = draw(st.integers(1, 3)), draw(st.integers(1, 4))

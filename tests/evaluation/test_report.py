@@ -14,7 +14,7 @@ from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import InputError
@@ -180,7 +180,6 @@ def test_names_cannot_become_markdown(report: Report) -> None:
     assert widths <= {9, 10}
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.text())
 def test_markdown_escaping_leaves_one_line_without_tags(text: str) -> None:
     escaped = _markdown(text)

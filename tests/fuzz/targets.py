@@ -180,7 +180,7 @@ def accepts(name: str, content: bytes) -> bool:
     try:
         TARGETS[name](content)
     except InputError as error:
-        assert str(error).strip()
+        assert len(str(error).strip().splitlines()) == 1
         return False
     return True
 

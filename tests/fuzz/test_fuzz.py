@@ -54,7 +54,7 @@ def test_mutated_files(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     counts = {True: 0, False: 0}
 
-    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck))
     @given(mutated(targets.seeds()[name]) | st.binary(max_size=100))
     def attempt(content):
         counts[targets.accepts(name, content)] += 1
