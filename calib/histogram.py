@@ -178,6 +178,7 @@ def _count(values: Tensor, limit: float) -> Counted:
     scale = np.float32(2.0**64 if small else 1.0)
     factor = np.float32(BINS / (limit * float(scale)) if limit else 0.0)
     bins = np.empty(min(values.numel(), _ROW), np.int16)
+    step = _ROW if torch.get_num_threads() == 1 else PIECE
     largest = 0.0
     for piece in values.split(_ROW) if values.numel() else ():
         exact = piece.to(torch.float32).numpy()
@@ -192,7 +193,7 @@ def _count(values: Tensor, limit: float) -> Counted:
         np.multiply(exact, factor, out=row, casting="unsafe")  # truncates, in float32 before
         if low < 0:
             np.abs(row, out=row)
-        for part in torch.from_numpy(row).split(PIECE):
+        for part in torch.from_numpy(row).split(step):
             counts += torch.bincount(part, minlength=BINS + 1)
     return Counted(counts.numpy(), limit, largest)
 

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 
@@ -57,7 +58,7 @@ def collect(
         InputError: ONNX Runtime does not run the network, or values are NaN.
     """
     histograms = _Histograms(observed, heads or {})
-    with ThreadPoolExecutor(available_cores()) as pool:
+    with _one_thread_each(), ThreadPoolExecutor(available_cores()) as pool:
         for number, batch in enumerate(batches, start=1):
             start = time.perf_counter()
             for name, array in batch.items():
@@ -79,6 +80,17 @@ def collect(
             if progress is not None:
                 progress(number, time.perf_counter() - start)
     return histograms.finite(), tuple(histograms.infinite)
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """PyTorch's operations take one thread, also in threads that are started now: each core has a part of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Histograms:
@@ -168,5 +180,6 @@ def _largest(value: Tensor) -> float:
     """Absolute maximum; NaN if the tensor holds one, 0 if it is empty."""
     if not value.numel():
         return 0.0
-    low, high = torch.aminmax(value)
-    return max(-low.item(), high.item())
+    # NumPy starts no threads, which would wait for the cores that others count on.
+    array = value.numpy()
+    return max(-float(array.min()), float(array.max()))

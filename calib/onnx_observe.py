@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-_BUDGET = 192 * 2**20
+_BUDGET = 256 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
 
 _CPU = "CPUExecutionProvider"
@@ -104,6 +104,7 @@ class Observed:
         if self._cores > self._at_a_time:
             del self._session
             self._session = open_session(self._path, self._model, self._cores // self._at_a_time)
+        del self._model  # as large as its weights
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """The float values of one part of a batch, by name, on the CPU; several threads may call it at a time.

@@ -52,6 +52,20 @@ def test_values_at_and_beside_every_edge(seed):
     assert histogram_of(torch.from_numpy(values)).counts.tolist() == counts.tolist()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_counts_do_not_depend_on_threads(threads):
+    values = torch.randn(300_001, generator=torch.Generator().manual_seed(1))
+    limit = float(values.abs().max())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        counted = count(values, limit)
+    finally:
+        torch.set_num_threads(before)
+    found = [*counted.counts[: BINS - 1], counted.counts[BINS - 1 :].sum()]
+    assert found == float32_counts(values.numpy(), limit).tolist()
+
+
 def test_a_value_just_below_an_edge_can_count_above_it():
     # As in TensorRT: 2048 / 3 and the product are rounded to float32.
     below = float(np.float32(0.007324218284338713))

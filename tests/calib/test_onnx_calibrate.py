@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
@@ -78,6 +79,17 @@ def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_observe, "_BUDGET", 1)
     parts = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
     assert dict(parts.scales) == pytest.approx(dict(whole.scales), rel=1e-5)
+
+
+def test_torch_has_its_threads_again(images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        table_of(save(classifier(), tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_an_array_with_batches_is_that_of_its_images(images, tmp_path):
