@@ -68,8 +68,8 @@ def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) 
     from engines.cuda import baselines_if_possible
     from engines.select import select_engine
     from engines.tensorrt.support import mode_for_named_table
-    from evaluation.accuracy import check_range
     from evaluation.pipeline import evaluate, explain
+    from evaluation.running import check_range
     from evaluation.subject import open_subject
 
     options = config.evaluation

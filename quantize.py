@@ -81,7 +81,7 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
             used = run_table(run.table(network.name), flags.cache, wanted, calibrate, flags.recalibrate)
             table = used.table
             if flags.auto_mixed:
-                keep_in_float(network, trained.data(config), table, quantization, config.evaluation)
+                keep_in_float(network, trained.data(config), table, quantization, config.evaluation, trained.measure)
             own = selection.own_calibration(network, table, subset, wanted, flags.recalibrate)
         elif flags.auto_mixed:
             raise InputError("--auto-mixed goes with --precision int8")

@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with run.locked() if first else nullcontext(), stdout_to_stderr():
         import torch
 
+        from calib.task import purpose
         from calib.tracing import trace
         from data import open_data
         from models import training
@@ -44,17 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         options = training.start(config)
         data = open_data(config.data, config.seed)
-        network = training.prepare(config, data.info)
+        network = training.prepare(config, data.info, options)
         name = network_name(config.model.class_path)
         # What quantize.py could not use is not trained first; a user's network may draw random numbers here.
         with torch.random.fork_rng(devices=[]):
-            trace(network, name, data.info.preprocessing.shape)
+            traced = trace(network, name, data.info.preprocessing.shape)
+        as_it_is = training.is_taken_as_it_is(options)
+        found = purpose(
+            traced, config.model.task if as_it_is else "classify", len(data.info.classes), data.info.targets
+        )
         parameters = sum(parameter.numel() for parameter in network.parameters())
         logger.info("%s with %s parameters on %s; seed %d", name, f"{parameters:,}", data.info.title, config.seed)
+        logger.info("task: %s", found)
         for note in data.info.notes if first else ():
             logger.warning("%s", note)
-        trained = training.train(network, data, config, options, run.folder, flags.resume)
-        meta = training.describe(config, data.info, trained)
+        if found.task == "classify":
+            trained = training.train(network, data, config, options, run.folder, flags.resume)
+        else:
+            trained = training.taken(network)
+        meta = training.describe(config, data.info, trained, config.model.task if as_it_is else "classify")
         if trained.trial:
             logger.info("trainer.fast_dev_run: a trial, which writes nothing; %s stays as it was", run.folder)
         elif first:

@@ -11,7 +11,8 @@ from common.config import PrecisionName
 from data.base import ImageSet
 from engines.base import Compiled, EngineError
 from engines.select import make_engine, select_engine
-from evaluation.accuracy import measure
+from evaluation.accuracy import Classes
+from evaluation.running import run_shared
 
 METHOD = (
     "What evaluate.py does to find the accuracies: batches are preprocessed, every precision runs over them, and "
@@ -73,4 +74,4 @@ def run(setting: Setting) -> Findings:
 
 
 def _evaluation(networks: list[Compiled], test: ImageSet, classes: int, batch: int) -> Callable[[], object]:
-    return lambda: measure(networks, test, classes, batch, 0, None)
+    return lambda: run_shared(networks, test, Classes(classes), batch)

@@ -29,7 +29,8 @@ from common.command import run_command
 from common.console import start_logging
 from common.errors import ExitCode
 from common.files import write_json, write_text
-from evaluation.results import Latency, Report, Row, read_report
+from evaluation.measures import Latency, Row
+from evaluation.results import Report, read_report
 from evaluation.text import milliseconds, percent, points, size
 
 logger = logging.getLogger("benchmarks")

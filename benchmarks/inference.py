@@ -65,7 +65,7 @@ def run(setting: Setting) -> Findings:
         details[ORT + name] = {"file, bytes": model.ByteSize(), "integer operators": operators or "none"}
     if models:
         session, _ = open_session(models[ort.PER_TENSOR], threads)
-        runners[ORT + ort.PLAIN] = partial(_run, lambda images: session.run(None, {INPUT: images})[0])
+        runners[ORT + ort.PLAIN] = partial(_run, lambda images: session.run(None, {INPUT: images}))
     found, problem = _openvino_runners(plan, threads)
     if problem:
         skipped["OpenVINO"] = problem
@@ -110,7 +110,7 @@ def _torch_runners(setting: Setting) -> tuple[dict[str, Runner], dict[str, dict[
     engine = TorchEngine(setting.config.engine, setting.config.quantization)
     fp32 = engine.compile(setting.network, "fp32", None)
     int8 = engine.compile(setting.network, "int8", setting.table)
-    return {EAGER: fp32.run, SIMULATION: int8.run}, {}
+    return {EAGER: fp32, SIMULATION: int8}, {}
 
 
 def _onnx_models(setting: Setting, plan: Int8Plan) -> tuple[dict[str, Any], str | None]:
@@ -122,7 +122,7 @@ def _onnx_models(setting: Setting, plan: Int8Plan) -> tuple[dict[str, Any], str 
 
 
 def _run(call: Callable[[Any], Any], images: Tensor) -> Tensor:
-    return torch.from_numpy(call(images.numpy()))
+    return torch.from_numpy(call(images.numpy())[0])
 
 
 def _openvino_runners(plan: Int8Plan, threads: int) -> tuple[dict[str, Runner], str | None]:

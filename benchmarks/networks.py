@@ -146,7 +146,7 @@ def _residual(setting: Setting) -> tuple[Table, list[Target], dict[str, str]]:
             except EngineError as error:
                 skipped[f"{precision}, {name}"] = str(error)
                 continue
-            found = torch.cat([compiled.run(part) for part in images.split(500)])
+            found = torch.cat([compiled(part) for part in images.split(500)])
             classes[f"{precision}, {name}"] = found.argmax(1)
             right[f"{precision}, {name}"] = top1(lambda part: part, found, test.labels)
     agree = None

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 
-from calib.task import Task
+from common.config import Task
 from common.errors import InputError, first_line
 
 INPUT: Final = "data"
@@ -83,6 +83,12 @@ class Network:
     def gives_probabilities(self) -> bool:
         """Whether the network ends in a softmax of its own."""
         return self.kinds.get(self.outputs[0]) == "softmax" if len(self.outputs) == 1 else False
+
+    @property
+    def output_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shape of one image's value of each output; empty ones where the network was traced without an image."""
+        nodes = {node.name: node for node in self.module.graph.nodes}
+        return tuple(nodes[name].meta.get("shape", ()) for name in self.outputs)
 
     def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Any:
         """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.

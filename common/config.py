@@ -20,6 +20,10 @@ DatasetName = Literal["auto", "mnist", "digits", "fashion_mnist", "cifar10", "im
 PrecisionName = Literal["fp32", "fp16", "int8"]
 # Lists and dictionaries without a type of their own: within Any, jsonargparse imports what looks like a class.
 PlainValue = bool | int | float | str | list | dict | None  # type: ignore[type-arg]
+Task = Literal["classify", "regress", "embed", "detect"]
+"""``classify``: one row of scores per image, compared by the class; ``regress``: numbers, compared by their error;
+``embed``: vectors, compared by their direction; ``detect``: several tensors, or one per place (boxes, masks)."""
+TaskName = Literal["auto", "classify", "regress", "embed", "detect"]
 
 MYPY = False  # mypy takes it for true. So does jsonargparse TYPE_CHECKING, which therefore does not serve here.
 if MYPY:
@@ -97,11 +101,14 @@ class ModelConfig:
             ``torchvision.models.resnet18`` or ``package.module:Class``.
         init_args: Its keyword arguments.
         weights: File with a state_dict (``.pt``, ``.pth`` or ``.safetensors``) to start from.
+        task: What the outputs are, and so what they are compared by: classes (``classify``), numbers (``regress``),
+            a vector (``embed``), several tensors or one value per place (``detect``); ``auto`` finds it and says so.
     """
 
     class_path: str = "models.LeNet"
     init_args: dict[str, PlainValue] = field(default_factory=dict)
     weights: Path | None = None
+    task: TaskName = "auto"
 
 
 @dataclass
@@ -254,6 +261,9 @@ class EvaluationConfig:
         batches: Batches to evaluate; all if unset.
         tolerance: Largest loss of top-1 and of top-5 against FP32, in points.
         agreement: Least share of the images that get the same class as in FP32, percent.
+        relative_error: Largest error of a regression network against FP32, percent of how much FP32's outputs vary.
+        cosine: Least cosine similarity to FP32 of each output, mean over the images (``embed`` and ``detect``).
+        sqnr: Least signal-to-noise ratio of each output against FP32, dB (``detect``).
         latency_batch_sizes: Batch sizes of the latency measurement.
         latency_seconds: Timed seconds per engine and batch size.
         latency_runs: Least number of timed runs per engine and batch size.
@@ -269,6 +279,9 @@ class EvaluationConfig:
     batches: int | None = None
     tolerance: float = 1.0
     agreement: float = 90.0
+    relative_error: float = 10.0
+    cosine: float = 0.99
+    sqnr: float = 15.0
     latency_batch_sizes: list[int] = field(default_factory=lambda: [1, 32, 256])
     latency_seconds: float = 0.5
     latency_runs: int = 50
@@ -288,6 +301,8 @@ class EvaluationConfig:
         )
         _require(self.tolerance >= 0, f"evaluation.tolerance must not be negative, not {self.tolerance}")
         _require(0 <= self.agreement <= 100, f"evaluation.agreement must lie between 0 and 100, not {self.agreement}")
+        _require(self.relative_error >= 0, f"evaluation.relative_error must not be negative, not {self.relative_error}")
+        _require(-1 <= self.cosine <= 1, f"evaluation.cosine must lie between -1 and 1, not {self.cosine}")
         _require(all(size >= 1 for size in self.latency_batch_sizes), "evaluation.latency_batch_sizes must be positive")
         _require(self.latency_seconds > 0, "evaluation.latency_seconds must be positive")
         _require(self.latency_runs >= 1, "evaluation.latency_runs must be at least 1")

@@ -12,8 +12,9 @@ from common.config import PrecisionName
 RUN_FOLDER = Path("<artifacts>/<run>")
 """What ``--report`` without a path stands for."""
 
-_TRAIN_ALIASES = {"--data-dir": "data.dir", "--batch-size": "data.batch_size"}
+_TRAIN_ALIASES = {"--task": "model.task", "--data-dir": "data.dir", "--batch-size": "data.batch_size"}
 _QUANTIZE_ALIASES = {
+    "--task": "model.task",
     "--data-dir": "data.dir",
     "--algorithm": "calibration.algorithm",
     "--subset": "calibration.subset",
@@ -26,8 +27,12 @@ _QUANTIZE_ALIASES = {
     "--use-dla-core": "engine.dla_core",
     "--tolerance": "evaluation.tolerance",
     "--agreement": "evaluation.agreement",
+    "--relative-error": "evaluation.relative_error",
+    "--cosine": "evaluation.cosine",
+    "--sqnr": "evaluation.sqnr",
 }
 _EVALUATE_ALIASES = {
+    "--task": "model.task",
     "--data-dir": "data.dir",
     "--split": "evaluation.split",
     "--batch-size": "evaluation.batch_size",
@@ -35,6 +40,9 @@ _EVALUATE_ALIASES = {
     "--batches": "evaluation.batches",
     "--tolerance": "evaluation.tolerance",
     "--agreement": "evaluation.agreement",
+    "--relative-error": "evaluation.relative_error",
+    "--cosine": "evaluation.cosine",
+    "--sqnr": "evaluation.sqnr",
     "--precisions": "evaluation.precisions",
     "--latency-batch-sizes": "evaluation.latency_batch_sizes",
     "--engine": "engine.name",

@@ -45,9 +45,10 @@ class DatasetInfo:
     Attributes:
         name: ``mnist``, ``digits``, ...
         title: For people, such as ``MNIST (60,000 + 10,000)``.
-        classes: Class names, in label order.
+        classes: Class names, in label order; none where the images have no classes.
         preprocessing: What makes the network's input of an image file.
         fingerprint: Hex digest of the images and labels (or of the list of files), equal when the data is.
+        targets: Numbers that each image has instead of a class, for regression; 0 for none.
         notes: What a reader must know, such as that the digits stand in for MNIST; shown on the terminal, in the
             artifacts and in the report.
     """
@@ -58,6 +59,7 @@ class DatasetInfo:
     preprocessing: Preprocessing
     fingerprint: str
     notes: tuple[str, ...] = field(default=())
+    targets: int = 0
 
 
 class ImageSet(Protocol):
@@ -68,7 +70,7 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> Tensor:
-        """int64 [N]."""
+        """Classes, int64 [N] (0 where there are none), or targets of regression, float32 [N, K]."""
         ...
 
     def __len__(self) -> int: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +18,9 @@ from common.config import PrecisionName
 from common.macs import MacCount
 from data.base import ImageSet
 
+Outputs = tuple[Tensor, ...]
+"""What a network gives, in the order of ``Network.output_names``."""
+
 
 class EngineError(Exception):
     """This engine cannot run this network in this precision here: one line that says why and what to do."""
@@ -31,8 +34,8 @@ class Compiled:
         engine: ``torch``, ``onnxruntime``, ``torch-tensorrt``.
         precision: ``fp32``, ``fp16`` or ``int8``.
         device: Where it runs, for people: ``CPU (2 threads)``, ``NVIDIA H200``.
-        run: float32 [B, C, H, W] on the CPU -> float32 [B, classes] on the CPU, as the network gives them: scores or
-            probabilities.
+        run: float32 [B, C, H, W] on the CPU -> what the network gives, on the CPU and in float32: a tensor, such as
+            scores [B, classes], or a tuple of tensors where it has several outputs.
         size_bytes: Size of what would be deployed: the weights in this precision, or the engine's file.
         latency_note: Why its latency says nothing about this precision (``simulated``, ...), or None if it does.
         details: What a reader may want to know, such as the kernels that were chosen.
@@ -46,16 +49,27 @@ class Compiled:
     engine: str
     precision: PrecisionName
     device: str
-    run: Callable[[Tensor], Tensor]
+    run: Callable[[Tensor], Tensor | Outputs]
     size_bytes: int
     latency_note: str | None = None
     details: Mapping[str, str] = field(default_factory=dict)
-    run_on_device: Callable[[Tensor], Tensor] | None = None
-    captured: Callable[[Tensor], Callable[[], Tensor]] | None = None
+    run_on_device: Callable[[Tensor], Tensor | Outputs] | None = None
+    captured: Callable[[Tensor], Callable[[], Tensor | Outputs]] | None = None
     macs: MacCount | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        return self.run(images)
+        """The output of a network that has one."""
+        (output,) = self.outputs(images)
+        return output
+
+    def outputs(self, images: Tensor) -> Outputs:
+        """All outputs, whether one or several."""
+        return as_outputs(self.run(images))
+
+
+def as_outputs(value: Tensor | Sequence[Tensor]) -> Outputs:
+    """What a network gives, as a tuple."""
+    return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 @dataclass(frozen=True)

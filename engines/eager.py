@@ -11,7 +11,7 @@ from calib.network import Network
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
-from engines.base import Compiled, Engine, EngineError, int8_size
+from engines.base import Compiled, Engine, EngineError, Outputs, as_outputs, int8_size
 from engines.integer import IntegerNetwork
 
 
@@ -37,7 +37,7 @@ class TorchEngine(Engine):
         if precision == "fp32":
             module = network.module
 
-            def run_fp32(images: Tensor) -> Tensor:
+            def run_fp32(images: Tensor) -> Tensor | Outputs:
                 with torch.inference_mode():
                     return module(images)  # type: ignore[no-any-return]
 
@@ -45,9 +45,9 @@ class TorchEngine(Engine):
         if precision == "fp16":
             half = _half(network)
 
-            def run_fp16(images: Tensor) -> Tensor:
+            def run_fp16(images: Tensor) -> Outputs:
                 with torch.inference_mode():
-                    return half(images.half()).float()  # type: ignore[no-any-return]
+                    return tuple(output.float() for output in as_outputs(half(images.half())))
 
             note = "FP16 on a CPU: the accuracy counts, the latency is not representative"
             return Compiled(self.name, precision, device, run_fp16, 2 * parameters, latency_note=note)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import onnx
 
 Array = npt.NDArray[np.float32]
+Runner = Callable[[Array], list[Array]]
 
 _INTEGER: Final = frozenset({"QGemm", "MatMulInteger", "MatMulIntegerToFloat", "ConvInteger", "NhwcMaxPool"})
 _TRIAL: Final = 0.03
@@ -87,7 +88,7 @@ class OnnxRuntimeEngine(Engine):
             self.name,
             precision,
             f"CPU ({self._threads} thread{'s' if self._threads > 1 else ''})",
-            lambda images: torch.from_numpy(run(images.numpy())),
+            lambda images: tuple(map(torch.from_numpy, run(images.numpy()))),
             model.ByteSize(),
             details=_details(optimized, precision),
             macs=macs,
@@ -201,13 +202,13 @@ def _sums_are_exact(weights: type[np.int8] | type[np.uint8]) -> bool:
         )
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
         session, _ = open_session(model, 1)
-        if not np.array_equal(_infer(session, left), (left.astype(np.int32) - 128) @ right.astype(np.int32)):
+        if not np.array_equal(_infer(session, left)[0], (left.astype(np.int32) - 128) @ right.astype(np.int32)):
             return False
     return True
 
 
-def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array], Array], onnx.ModelProto]:
-    """A function that runs ``model`` on up to ``threads`` threads, and its optimised graph.
+def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Runner, onnx.ModelProto]:
+    """A function that runs ``model`` on up to ``threads`` threads and gives its outputs, and its optimised graph.
 
     ONNX Runtime divides the work of one operator on one image after the other, which is too little to divide for
     integer kernels on small images. But the images of a batch are independent: threads can share them, each through
@@ -223,17 +224,18 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
         EngineError: ONNX Runtime does not take the model.
     """
     whole, optimized = open_session(model, threads)
-    if threads == 1:
+    if threads == 1 or not _every_output_is_per_image(model):
         return partial(_infer, whole), optimized
     single, _ = open_session(model, 1)
     others = ThreadPoolExecutor(threads - 1, "onnxruntime")
 
-    def shared(images: Array, parts: int) -> Array:
+    def shared(images: Array, parts: int) -> list[Array]:
         first, *rest = np.array_split(images, parts)
         pending = [others.submit(_infer, single, part) for part in rest]
-        return np.concatenate([_infer(single, first), *(job.result() for job in pending)])
+        results = [_infer(single, first), *(job.result() for job in pending)]
+        return [np.concatenate(output) for output in zip(*results, strict=True)]
 
-    def choose(images: Array) -> Callable[[Array], Array]:
+    def choose(images: Array) -> Runner:
         most = min(threads, len(images) // 2)
         counts = sorted({most, *(2**power for power in range(1, most.bit_length()))} - {0, 1})
         sharing = [partial(shared, parts=parts) for parts in counts]
@@ -244,9 +246,9 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
         # The last way's threads keep spinning after it, and would slow down whatever came next.
         return _fastest([partial(_infer, single), *sharing, at_once], images, 2 * seconds)
 
-    chosen: dict[int, Callable[[Array], Array]] = {}
+    chosen: dict[int, Runner] = {}
 
-    def run(images: Array) -> Array:
+    def run(images: Array) -> list[Array]:
         size = len(images)
         if size not in chosen:
             chosen[size] = choose(images)
@@ -255,7 +257,7 @@ def open_runner(model: onnx.ModelProto, threads: int) -> tuple[Callable[[Array],
     return run, optimized
 
 
-def _fastest(ways: Sequence[Callable[[Array], Array]], images: Array, limit: float) -> Callable[[Array], Array]:
+def _fastest(ways: Sequence[Runner], images: Array, limit: float) -> Runner:
     """The way with the lowest median latency; one whose first run takes more seconds than ``limit`` is run once."""
     medians = []
     for way in ways:
@@ -268,15 +270,21 @@ def _fastest(ways: Sequence[Callable[[Array], Array]], images: Array, limit: flo
     return ways[medians.index(min(medians))]
 
 
-def _seconds(way: Callable[[Array], Array], images: Array) -> float:
+def _seconds(way: Runner, images: Array) -> float:
     begin = time.perf_counter()
     way(images)
     return time.perf_counter() - begin
 
 
-def _infer(session: Any, images: npt.NDArray[Any]) -> Array:
-    (result,) = session.run(None, {INPUT: images})
-    return result  # type: ignore[no-any-return]
+def _every_output_is_per_image(model: onnx.ModelProto) -> bool:
+    """Whether the first axis of all outputs is the batch's; others, such as anchors, cannot be put together."""
+    sizes = [output.type.tensor_type.shape.dim[:1] for output in model.graph.output]
+    return all(size and not size[0].dim_value for size in sizes)
+
+
+def _infer(session: Any, images: npt.NDArray[Any]) -> list[Array]:
+    results: list[Array] = session.run(None, {INPUT: images})
+    return results
 
 
 def integer_operators(optimized: onnx.ModelProto) -> dict[str, int]:

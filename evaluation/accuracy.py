@@ -1,19 +1,19 @@
-"""Running several precisions over the same images: what each predicts, and how far its outputs are from FP32's."""
+"""Classifiers: what each precision predicts, and how far its outputs are from FP32's."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from common.errors import InputError
-from common.processes import ALONE, Processes
-from data.base import ImageSet, batches
-from engines.base import Compiled
-from evaluation.results import Accuracy, ClassAccuracy, Interval, Mistake, Paired
+from engines.base import Compiled, Outputs
+from evaluation.measures import Accuracy, ClassAccuracy, Interval, Mistake, Paired
+from evaluation.running import Collector, run, sqnr_db
 from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
 
 TOP_K = 5
@@ -52,152 +52,92 @@ class Predictions:
         return sqnr_db(self.signal, self.noise)
 
 
-def sqnr_db(signal: float, noise: float) -> float | None:
-    """10 log10(signal / noise) of two energies; None without noise (or without signal)."""
-    return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
+@dataclass(frozen=True)
+class Classes:
+    """Outputs are compared by the class that they give (:class:`evaluation.running.Measure`).
 
-
-def check_range(source: ImageSet, batch_size: int, start: int, count: int | None) -> int:
-    """Number of images that ``batches`` will give.
-
-    Raises:
-        InputError: none, or fewer batches than asked for.
+    Attributes:
+        count: Number of classes.
+        scores: Whether the networks give scores, of which the softmax makes probabilities.
     """
-    total = math.ceil(len(source) / batch_size)
-    if start >= total:
-        raise InputError(
-            f"evaluation.start {start} skips all {total} batches of {batch_size} images ({len(source)} images): "
-            "lower --start or --batch-size"
-        )
-    if count is not None and start + count > total:
-        raise InputError(
-            f"evaluation.batches {count} from batch {start} on is more than the {total} batches of {batch_size} "
-            f"images there are ({len(source)} images)"
-        )
-    last = len(source) if count is None else min(len(source), (start + count) * batch_size)
-    return last - start * batch_size
+
+    count: int
+    scores: bool = False
+
+    def collector(self, network: Compiled) -> ClassCollector:
+        """See :class:`evaluation.running.Measure`."""
+        return ClassCollector(self, f"{network.engine} {network.precision}")
 
 
-def predict(
-    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool = False
-) -> tuple[Tensor, list[Predictions]]:
-    """Run every network over the same batches; the first is the reference that the others are measured against.
-
-    Every batch is read once and given to all, so that only predictions are kept, never outputs or images.
+class ClassCollector:
+    """Gathers one network's predictions batch by batch.
 
     Args:
-        compiled: Networks; the first is FP32.
-        stream: Batches of (float32 images [B, C, H, W], int64 labels [B]).
-        classes: Number of classes.
-        scores: Whether the networks give scores, of which the softmax makes probabilities.
-
-    Returns:
-        The labels, int64 [N], and the predictions of each network.
-
-    Raises:
-        InputError: a label is out of range, an output has another shape, or FP32's outputs are not finite.
+        measure: How many classes, and whether the outputs are scores.
+        title: Of the network, for errors.
     """
-    return _finish([_collect(compiled, stream, classes, scores)])
 
-
-@dataclass(frozen=True)
-class _Part:
-    """What some of the batches gave: their labels, and each network's predictions."""
-
-    labels: list[Tensor]
-    collectors: list[_Collector]
-
-
-def _collect(
-    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool
-) -> _Part:
-    collectors = [_Collector(scores) for _ in compiled]
-    labels: list[Tensor] = []
-    for images, target in stream:
-        if int(target.min()) < 0 or int(target.max()) >= classes:
-            raise InputError(
-                f"the data set has labels from {int(target.min())} to {int(target.max())}, "
-                f"but the network has {classes} classes"
-            )
-        labels.append(target)
-        reference: Tensor | None = None
-        for network, collector in zip(compiled, collectors, strict=True):
-            output = network(images)
-            if output.shape != (len(images), classes):
-                raise InputError(
-                    f"{network.engine} {network.precision} gives an output of shape {tuple(output.shape)} for "
-                    f"{len(images)} images of {classes} classes: not a classifier of this data set"
-                )
-            reference = output if reference is None else reference
-            collector.add(output, reference, target)
-    return _Part(labels, collectors)
-
-
-def _finish(parts: Sequence[_Part]) -> tuple[Tensor, list[Predictions]]:
-    """The labels and each network's predictions from all parts in order."""
-    labels = [labels for part in parts for labels in part.labels]
-    if not labels:
-        raise InputError("there are no images to evaluate")
-    results = [_predictions(collectors) for collectors in zip(*(part.collectors for part in parts), strict=True)]
-    if results[0].non_finite:
-        raise InputError(
-            f"the FP32 outputs are not finite for {results[0].non_finite} of {sum(map(len, labels))} images: "
-            "the weights are broken, or so large that values overflow; train again"
-        )
-    return torch.cat(labels), results
-
-
-class _Collector:
-    """Gathers one network's predictions batch by batch."""
-
-    def __init__(self, scores: bool) -> None:
-        self._scores = scores
+    def __init__(self, measure: Classes, title: str) -> None:
+        self._measure = measure
+        self._title = title
         self.predicted: list[Tensor] = []
         self.confidence: list[Tensor] = []
         self.in_top: list[Tensor] = []
         self.signal: list[float] = []
         self.noise: list[float] = []
 
-    def add(self, output: Tensor, reference: Tensor, labels: Tensor) -> None:
+    def add(self, outputs: Outputs, reference: Outputs, labels: Tensor) -> None:
+        """Take one batch.
+
+        Raises:
+            InputError: a label is out of range, or the output is not one row of scores for each image.
+        """
+        classes = self._measure.count
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise InputError(
+                f"the data set has labels from {int(labels.min())} to {int(labels.max())}, "
+                f"but the network has {classes} classes"
+            )
+        (output, *more), truth = outputs, reference[0]
+        if more or output.shape != (len(labels), classes):
+            shape = tuple(output.shape) if not more else f"{len(outputs)} outputs"
+            raise InputError(
+                f"{self._title} gives {'an output of shape ' if not more else ''}{shape} for {len(labels)} images of "
+                f"{classes} classes: not a classifier of this data set"
+            )
         finite = output.isfinite().all(dim=1)
         safe = torch.where(finite[:, None], output, torch.zeros_like(output))
         top = safe.topk(min(TOP_K, output.shape[1]), dim=1)
         self.predicted.append(top.indices[:, 0].int().masked_fill_(~finite, -1))
         highest = top.values[:, 0].float()
-        if self._scores:
+        if self._measure.scores:
             highest = (highest - safe.float().logsumexp(dim=1)).exp().masked_fill_(~finite, 0.0)
         self.confidence.append(highest)
         self.in_top.append((top.indices == labels[:, None]).any(dim=1) & finite)
-        both = finite & reference.isfinite().all(dim=1)
-        truth, other = reference[both].double(), output[both].double()
-        self.signal.append(float(truth.square().sum()))
-        self.noise.append(float((truth - other).square().sum()))
+        both = finite & truth.isfinite().all(dim=1)
+        expected, other = truth[both].double(), output[both].double()
+        self.signal.append(float(expected.square().sum()))
+        self.noise.append(float((expected - other).square().sum()))
+
+    def found(self, parts: Sequence[Collector]) -> Predictions:
+        """See :class:`evaluation.running.Collector`."""
+        collectors = cast("Sequence[ClassCollector]", parts)
+        return Predictions(
+            predicted=torch.cat([item for collector in collectors for item in collector.predicted]),
+            confidence=torch.cat([item for collector in collectors for item in collector.confidence]),
+            in_top=torch.cat([item for collector in collectors for item in collector.in_top]),
+            # Rounded once, so that the sum is the same however the batches were shared.
+            signal=math.fsum(item for collector in collectors for item in collector.signal),
+            noise=math.fsum(item for collector in collectors for item in collector.noise),
+        )
 
 
-def _predictions(collectors: Sequence[_Collector]) -> Predictions:
-    return Predictions(
-        predicted=torch.cat([item for collector in collectors for item in collector.predicted]),
-        confidence=torch.cat([item for collector in collectors for item in collector.confidence]),
-        in_top=torch.cat([item for collector in collectors for item in collector.in_top]),
-        # Rounded once, so that the sum is the same however the batches were shared.
-        signal=math.fsum(item for collector in collectors for item in collector.signal),
-        noise=math.fsum(item for collector in collectors for item in collector.noise),
-    )
-
-
-def tracked(
-    stream: Iterator[tuple[Tensor, Tensor]], total: int, title: str, shown: bool = True
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """``stream`` with a progress bar of ``total`` images on stderr, where that is a terminal."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not (shown and console.is_terminal)) as progress:
-        task = progress.add_task(title, total=total)
-        for images, labels in stream:
-            yield images, labels
-            progress.advance(task, len(images))
+def predict(
+    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool = False
+) -> tuple[Tensor, list[Predictions]]:
+    """:func:`evaluation.running.run` of classifiers."""
+    labels, found = run(compiled, stream, Classes(classes, scores))
+    return labels, cast("list[Predictions]", found)
 
 
 def accuracy(predictions: Predictions, reference: Predictions, labels: Tensor, classes: int) -> Accuracy:
@@ -250,48 +190,3 @@ def paired(predictions: Predictions, reference: Predictions, labels: Tensor) -> 
         mcnemar_exact=exact,
         mcnemar_mid=mid,
     )
-
-
-def measure(
-    compiled: Sequence[Compiled], source: ImageSet, classes: int, batch_size: int, start: int, count: int | None
-) -> tuple[Tensor, list[Predictions]]:
-    """:func:`predict` over a part of an image set, with a progress bar; see there and :func:`check_range`."""
-    found = measure_shared(compiled, source, classes, batch_size, start, count, ALONE)
-    assert found is not None, "the only process is the first"
-    return found
-
-
-def measure_shared(
-    compiled: Sequence[Compiled],
-    source: ImageSet,
-    classes: int,
-    batch_size: int,
-    start: int,
-    count: int | None,
-    processes: Processes,
-    scores: bool = False,
-) -> tuple[Tensor, list[Predictions]] | None:
-    """:func:`measure` with each process taking a run of the batches; the first gets everything, the others None.
-
-    Raises:
-        InputError: as :func:`predict` and :func:`check_range` do, in any process; the first tells.
-    """
-    total = check_range(source, batch_size, start, count)
-    share = processes.share(math.ceil(total / batch_size))
-    mine: _Part | InputError
-    try:
-        stream = batches(source, batch_size, start + share.start, len(share))
-        shown = tracked(stream, total // processes.count, "accuracy", processes.first)
-        mine = _collect(compiled, shown, classes, scores)
-    except InputError as error:
-        mine = error
-    parts = processes.gather(mine)
-    if parts is None:
-        return None
-    for part in parts:
-        if isinstance(part, InputError):
-            raise part
-    done = [part for part in parts if isinstance(part, _Part)]
-    if len({len(part.collectors) for part in done}) > 1:
-        raise InputError("the processes cannot all run the same precisions: use equal machines, or --precisions")
-    return _finish(done)

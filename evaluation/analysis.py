@@ -25,8 +25,11 @@ from common.config import PrecisionName
 from data.base import ImageSet, Preprocessing
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
-from evaluation.accuracy import Predictions, paired, predict, sqnr_db, tracked
-from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures, agrees, is_within
+from evaluation.accuracy import Predictions
+from evaluation.results import Analysis, ChangedImage, Histogram, LayerSensitivity, TensorFigures
+from evaluation.running import Measure, run, sqnr_db, tracked
+from evaluation.tasks import changed, distance, passes, points
+from evaluation.verdict import Limits
 
 ARITHMETIC = 5e11
 """Floating-point operations that the layers' sensitivity may take, if the number of images is not given."""
@@ -207,7 +210,7 @@ class Sensitivities:
     images: int
 
 
-def sensitivities(network: Network, plan: Int8Plan, images: Sample, batch_size: int, classes: int) -> Sensitivities:
+def sensitivities(network: Network, plan: Int8Plan, images: Sample, batch_size: int, measure: Measure) -> Sensitivities:
     """Accuracy and output noise with only one layer in INT8, and with all but one, for every INT8 layer.
 
     Args:
@@ -215,7 +218,7 @@ def sensitivities(network: Network, plan: Int8Plan, images: Sample, batch_size: 
         plan: Its INT8 layers.
         images: What to run on.
         batch_size: Images per batch.
-        classes: Number of classes.
+        measure: What the outputs are compared by.
     """
     names = [layer.name for layer in network.layers if layer.name in plan.layers]
     kinds = {layer.name: layer.kind for layer in network.layers}
@@ -227,7 +230,7 @@ def sensitivities(network: Network, plan: Int8Plan, images: Sample, batch_size: 
     ]
     stream = tracked(images.batches(batch_size), len(images), "layers")
     with torch.inference_mode():
-        labels, (reference, *found) = predict(networks, stream, classes)
+        labels, (reference, *found) = run(networks, stream, measure)
     only, without = found[: len(names)], found[len(names) :]
     total = math.fsum(item.noise for item in only)
     layers = [
@@ -235,11 +238,11 @@ def sensitivities(network: Network, plan: Int8Plan, images: Sample, batch_size: 
             layer=name,
             kind=kinds[name],
             noise_share=100 * alone.noise / total if total > 0 else 0.0,
-            only_points=paired(alone, reference, labels).top1_points,
-            only_changed=_changed_share(alone, reference),
+            only_points=points(alone, reference, labels),
+            only_changed=changed(alone, reference),
             only_sqnr_db=alone.sqnr_db,
-            without_points=paired(rest, reference, labels).top1_points,
-            without_changed=_changed_share(rest, reference),
+            without_points=points(rest, reference, labels),
+            without_changed=changed(rest, reference),
             without_sqnr_db=rest.sqnr_db,
         )
         for name, alone, rest in zip(names, only, without, strict=True)
@@ -251,20 +254,15 @@ def _as_compiled(run: object) -> Compiled:
     return Compiled("simulation", "int8", "CPU", run, 0)  # type: ignore[arg-type]
 
 
-def _changed_share(predictions: Predictions, reference: Predictions) -> float:
-    return 100 * float((predictions.predicted != reference.predicted).double().mean())
-
-
 def layers_to_keep(
     network: Network,
     plan: Int8Plan,
     ranked: Sequence[str],
     images: Sample,
     batch_size: int,
-    classes: int,
-    tolerance: float,
-    agreement: float,
-) -> tuple[list[str], float] | None:
+    measure: Measure,
+    limits: Limits,
+) -> tuple[list[str], str] | None:
     """The fewest layers, in ranked order, that must stay in float for INT8 to be what the verdict asks for.
 
     Args:
@@ -273,13 +271,12 @@ def layers_to_keep(
         ranked: Their names; what hurts most comes first.
         images: What to run on.
         batch_size: Images per batch.
-        classes: Number of classes.
-        tolerance: Largest loss of top-1 and of top-5, in points.
-        agreement: Least share of the images that get the same class as in FP32, percent.
+        measure: What the outputs are compared by.
+        limits: What the verdict asks for.
 
     Returns:
-        The layers (none if INT8 is what is asked for as it is) and the points of top-1 that are then left, or None
-        if one layer alone in INT8 still loses too much.
+        The layers (none if INT8 is what is asked for as it is) and how far from FP32 the network then is, in words, or
+        None if one layer alone in INT8 still loses too much.
     """
     full = IntegerNetwork(plan)
     for count in range(len(ranked)):
@@ -287,10 +284,9 @@ def layers_to_keep(
         networks = [_as_compiled(network.module.forward), _as_compiled(full.only(plan.layers - set(keep)))]
         with torch.inference_mode():
             stream = tracked(images.batches(batch_size), len(images), f"keeping {count} layers")
-            labels, (reference, mixed) = predict(networks, stream, classes)
-        found = paired(mixed, reference, labels)
-        if is_within(found, tolerance) and agrees(100 - _changed_share(mixed, reference), agreement):
-            return keep, found.top1_points
+            labels, (reference, mixed) = run(networks, stream, measure)
+        if passes(mixed, reference, labels, measure, limits):
+            return keep, distance(mixed, reference, labels)
     return None
 
 
@@ -299,9 +295,8 @@ def analyse(
     plan: Int8Plan,
     images: Sample,
     batch_size: int,
-    classes: int,
-    tolerance: float,
-    agreement: float,
+    measure: Measure,
+    limits: Limits,
     passed: bool,
 ) -> Analysis:
     """Rank the layers, and where the verdict failed say which to keep in float.
@@ -311,12 +306,11 @@ def analyse(
         plan: Its INT8 layers.
         images: What to run on.
         batch_size: Images per batch.
-        classes: Number of classes.
-        tolerance: Of the verdict, points.
-        agreement: Of the verdict, percent.
-        passed: Whether INT8 was within both.
+        measure: What the outputs are compared by.
+        limits: Of the verdict.
+        passed: Whether INT8 was within them.
     """
-    found = sensitivities(network, plan, images, batch_size, classes)
+    found = sensitivities(network, plan, images, batch_size, measure)
     suggestion: list[str] = []
     if not found.layers:
         advice = "No layer of this network runs in INT8."
@@ -328,27 +322,27 @@ def analyse(
         )
     else:
         ranked = [layer.layer for layer in found.layers]
-        kept = layers_to_keep(network, plan, ranked, images, batch_size, classes, tolerance, agreement)
-        suggestion, advice = _advice(kept, len(images), tolerance)
+        kept = layers_to_keep(network, plan, ranked, images, batch_size, measure, limits)
+        suggestion, advice = _advice(kept, len(images))
     return Analysis(found.images, ENGINE, found.layers, suggestion, advice)
 
 
-def _advice(kept: tuple[list[str], float] | None, images: int, tolerance: float) -> tuple[list[str], str]:
+def _advice(kept: tuple[list[str], str] | None, images: int) -> tuple[list[str], str]:
     if kept is None:
         return [], (
             "No choice of layers to keep in float makes INT8 pass: calibrate with more images or "
             "another algorithm, or train longer."
         )
-    layers, points = kept
+    layers, left = kept
     if not layers:
         return [], (
-            f"The exact integer arithmetic is within {tolerance:g} points ({points:+.2f} on {images:,} images): what "
-            "is lost comes from the engine or from the images left out here, not from the scales."
+            f"The exact integer arithmetic passes ({left} on {images:,} images): what is lost comes from the engine or "
+            "from the images left out here, not from the scales."
         )
     names = ",".join(layers)
     return layers, (
-        f"Keep {', '.join(layers)} in higher precision: INT8 is then {points:+.2f} points from FP32 on {images:,} "
-        f"images. Apply it with: quantize.py --keep-fp {names}"
+        f"Keep {', '.join(layers)} in higher precision: INT8 is then {left} on {images:,} images. "
+        f"Apply it with: quantize.py --keep-fp {names}"
     )
 
 

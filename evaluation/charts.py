@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from evaluation.results import TITLES, Latency, Report, Row, TensorFigures
+from evaluation.measures import TITLES, Latency, Row
+from evaluation.results import Report, TensorFigures
 from evaluation.text import decibel, milliseconds
 
 WIDTH = 440
@@ -408,8 +409,8 @@ def layer_noise(report: Report, most: int = 30) -> Chart | None:
         y = 4 + step * index
         width = (WIDTH - left - right) * layer.noise_share / longest
         tip = (
-            f"{layer.layer}: {layer.noise_share:.1f} % of the noise; top-1 {layer.only_points:+.2f} points with this "
-            f"layer alone in INT8, {layer.without_points:+.2f} with all but this one"
+            f"{layer.layer}: {layer.noise_share:.1f} % of the noise; {_effect(layer.only_points, layer.only_sqnr_db)} "
+            f"with this layer alone in INT8, {_effect(layer.without_points, layer.without_sqnr_db)} with all but it"
         )
         bar = [
             _text(left - 8, y + step / 2 + 4, _short(layer.layer), "end"),
@@ -422,6 +423,10 @@ def layer_noise(report: Report, most: int = 30) -> Chart | None:
     return Chart(
         "layer_noise", "What each layer adds to the noise in the outputs", summary, _join(parts), step * len(layers) + 8
     )
+
+
+def _effect(points: float | None, sqnr_db: float | None) -> str:
+    return f"SQNR {decibel(sqnr_db)} dB" if points is None else f"top-1 {points:+.2f} points"
 
 
 def _short(name: str, most: int = 24) -> str:

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from common.errors import InputError
-from evaluation.results import TITLES, Report, Row
+from evaluation.measures import TITLES, Row
+from evaluation.results import Report
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,14 @@ def compare(before: Report, after: Report, limits: Limits) -> Comparison:
     problems: list[str] = []
     for precision, title in TITLES.items():
         old, new = before.row(precision), after.row(precision)
-        if old is None or old.accuracy is None:
+        if old is None or old.skipped is not None:
             continue
-        if new is None or new.accuracy is None:
+        if new is None or new.skipped is not None:
             problems.append(f"{title} ran before and did not now: {new.skipped if new else 'no such row'}")
             continue
-        changes += _accuracy_changes(title, old, new, limits.accuracy)
+        if old.accuracy is not None and new.accuracy is not None:
+            changes += _accuracy_changes(title, old, new, limits.accuracy)
+        changes += _output_changes(title, old, new)
         found, missing = _latency_changes(title, old, new, limits.latency)
         changes += found
         problems += missing
@@ -123,6 +126,19 @@ def _accuracy_changes(title: str, old: Row, new: Row, limit: float | None) -> li
     return changes
 
 
+def _output_changes(title: str, old: Row, new: Row) -> list[Change]:
+    """Mean absolute errors against FP32 and the targets, shown alone: the verdict of each report has its limits."""
+    pairs = [
+        (f"{title} {after.name}, mean absolute error against FP32", before.mae, after.mae)
+        for before in old.outputs
+        for after in new.outputs
+        if before.name == after.name
+    ]
+    if old.targets is not None and new.targets is not None:
+        pairs.append((f"{title} mean absolute error against the targets", old.targets.mae, new.targets.mae))
+    return [_relative(name, before, after, None) for name, before, after in pairs if before > 0]
+
+
 def _latency_changes(title: str, old: Row, new: Row, limit: float | None) -> tuple[list[Change], list[str]]:
     """Medians of the batch sizes that both measured; a latency that is not representative is shown alone."""
     if old.latency_note or new.latency_note:
@@ -151,6 +167,7 @@ def _notes(before: Report, after: Report) -> list[str]:
         ("threads", before.environment.threads, after.environment.threads),
         ("GPU", before.environment.gpu, after.environment.gpu),
         ("network", before.model.name, after.model.name),
+        ("task", before.model.task, after.model.task),
         ("calibration", _algorithm(before), _algorithm(after)),
         ("verdict", before.verdict.word, after.verdict.word),
     )

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from evaluation.results import TITLES, Report, Row
-from evaluation.text import p_value, points, size
+import math
+from collections.abc import Sequence
+
+from evaluation.measures import TITLES, OutputFigures, Row
+from evaluation.results import Report
+from evaluation.text import decibel, p_value, points, short, size
 
 
 def findings(report: Report) -> list[str]:
@@ -14,10 +18,10 @@ def findings(report: Report) -> list[str]:
         row = report.row(precision)
         if row is None or reference is None:
             continue
-        if row.accuracy is None or row.paired is None:
+        if not row.judged:
             sentences.append(f"{TITLES[precision]} was skipped: {row.skipped}.")
             continue
-        sentences.append(_loss(row, report.verdict.tolerance))
+        sentences.append(_loss(row, report.verdict.limits.tolerance) if row.paired else _distance(row))
         if row.size and reference.size:
             sentences[-1] += f" It takes {size(row.size)} instead of {size(reference.size)}."
         if row.latency_note is None and row.latency:
@@ -50,6 +54,28 @@ def _loss(row: Row, tolerance: float) -> str:
         else "the interval reaches beyond the tolerance, so that more images are needed to be sure"
     )
     return f"{change}: {images}, {chance} (McNemar {_p(paired.mcnemar_mid)}); {bound}."
+
+
+def _distance(row: Row) -> str:
+    """How far the outputs are from FP32's, by the one that is farthest."""
+    output = farthest(row.outputs)
+    title = TITLES[row.precision]
+    where = f" in {output.name}" if len(row.outputs) > 1 else ""
+    if output.sqnr_db is None:
+        return f"{title} gives the same as FP32{where}."
+    figures = [f"SQNR {decibel(output.sqnr_db)} dB", f"mean absolute error {short(output.mae)}"]
+    if output.cosine is not None:
+        figures.insert(0, f"cosine similarity {output.cosine:.4f}")
+    if output.relative_error is not None:
+        figures.insert(0, f"error {output.relative_error:.2f} % of how much FP32 varies")
+    return (
+        f"{title} is farthest from FP32{where}: {', '.join(figures)}." if where else f"{title}: {', '.join(figures)}."
+    )
+
+
+def farthest(outputs: Sequence[OutputFigures]) -> OutputFigures:
+    """The output with the least SQNR."""
+    return min(outputs, key=lambda output: math.inf if output.sqnr_db is None else output.sqnr_db)
 
 
 def _p(value: float) -> str:

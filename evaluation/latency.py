@@ -19,8 +19,8 @@ from torch import Tensor
 
 from common.errors import first_line
 from data.base import ImageSet
-from engines.base import Compiled
-from evaluation.results import Latency, Timing
+from engines.base import Compiled, Outputs, as_outputs
+from evaluation.measures import Latency, Timing
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ def _wall_clock(call: Callable[[], object]) -> Callable[[int], list[float]]:
     return sample
 
 
-def _replay(network: Compiled, images: Tensor) -> Callable[[], Tensor] | None:
+def _replay(network: Compiled, images: Tensor) -> Callable[[], Tensor | Outputs] | None:
     """The network as a CUDA graph that reads ``images``; None where it has none, with a warning where it fails."""
     if network.captured is None:
         return None
@@ -192,10 +192,10 @@ class _DeviceRunner:
             self.input = images.to(torch.device("cuda", device))
             replay = _replay(network, self.input)
             self.run = replay or (lambda: run(self.input))
-            output = self.run()
+            outputs = as_outputs(self.run())
         self.replayed = replay is not None
         self.stream.synchronize()
-        self.target = torch.empty_like(output, device="cpu").pin_memory()
+        self.targets = [torch.empty_like(output, device="cpu").pin_memory() for output in outputs]
         self.launches = 1
         self.launches = max(1, min(LAUNCHES, round(LAUNCHES_MS / min(self.compute(LEAST_RUNS)))))
 
@@ -215,7 +215,8 @@ class _DeviceRunner:
         """Copy in, run, copy out, and wait for it."""
         with torch.cuda.stream(self.stream):
             self.input.copy_(self.source, non_blocking=True)
-            self.target.copy_(self.run(), non_blocking=True)
+            for target, output in zip(self.targets, as_outputs(self.run()), strict=True):
+                target.copy_(output, non_blocking=True)
         self.stream.synchronize()
 
 

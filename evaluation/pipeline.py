@@ -20,7 +20,6 @@ from common.macs import MacCount
 from common.processes import ALONE, Processes
 from engines.base import Compiled, EngineError
 from engines.select import Selection
-from evaluation.accuracy import Predictions, accuracy, measure_shared, paired
 from evaluation.analysis import (
     TENSOR_IMAGES,
     affordable_images,
@@ -31,8 +30,12 @@ from evaluation.analysis import (
 )
 from evaluation.environment import environment
 from evaluation.latency import measure_latency
-from evaluation.results import TITLES, VERSION, Data, Latency, Model, Report, Row, agrees, is_within, judge
+from evaluation.measures import TITLES, Latency, Row
+from evaluation.results import VERSION, ChangedImage, Data, Model, Report
+from evaluation.running import Found, Measure, run_shared
 from evaluation.subject import Subject
+from evaluation.tasks import is_predictions, measure_of, with_figures
+from evaluation.verdict import Limits, judge
 
 logger = logging.getLogger(__name__)
 
@@ -58,12 +61,14 @@ class Measured:
     """What the accuracy run left for the analysis.
 
     Attributes:
-        labels: int64 [N].
-        predictions: Precision -> its predictions, for those that ran.
+        labels: int64 [N], or targets, float32 [N, K].
+        found: Precision -> what it gave, for those that ran.
+        measure: By which it was gathered.
     """
 
     labels: Tensor
-    predictions: dict[PrecisionName, Predictions]
+    found: dict[PrecisionName, Found]
+    measure: Measure
 
 
 def evaluate(
@@ -90,25 +95,19 @@ def evaluate(
         InputError: the engine cannot run FP32, or the images or outputs are unusable.
     """
     engine, options = selection.engine, config.evaluation
-    classes = len(subject.info.classes)
+    task, limits = subject.purpose.task, Limits.of(options)
+    measure = measure_of(subject.network, task, len(subject.info.classes))
     watch = Stopwatch()
     with watch.part("compile"):
         compiled, skipped = compile_precisions(selection, subject, options.precisions)
     networks = list(compiled.values())
     with watch.part("accuracy"):
-        found = measure_shared(
-            networks,
-            subject.images,
-            classes,
-            options.batch_size,
-            options.start,
-            options.batches,
-            processes,
-            scores=not subject.network.gives_probabilities,
+        found = run_shared(
+            networks, subject.images, measure, options.batch_size, options.start, options.batches, processes
         )
     if found is None:
         return None
-    labels, predictions = found
+    labels, gathered = found
     with watch.part("latency"):
         latency = measure_latency(
             [*networks, *baselines],
@@ -118,12 +117,12 @@ def evaluate(
             options.latency_runs,
             config.engine.device,
         )
-    measured = Measured(labels, dict(zip(compiled, predictions, strict=True)))
+    measured = Measured(labels, dict(zip(compiled, gathered, strict=True)), measure)
     rows: list[Row] = []
     for precision in TITLES:
         if precision in compiled:
             entries = latency[list(compiled).index(precision)]
-            rows.append(_row(compiled[precision], entries, measured, classes))
+            rows.append(_row(compiled[precision], entries, measured))
         else:
             rows.append(Row(precision, engine.name, "compared", skipped=skipped[precision]))
     rows += [
@@ -135,7 +134,7 @@ def evaluate(
         run=config.run,
         created=datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds"),
         seconds=watch.seconds,
-        verdict=judge(rows, options.tolerance, options.agreement),
+        verdict=judge(rows, limits, task),
         model=_model(subject),
         data=_data(config, subject, len(labels)),
         engine=engine.name,
@@ -169,31 +168,28 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
     first, total = options.start * options.batch_size, len(measured.labels)
     row = report.row("int8")
     plan = None
-    if int8.table is not None and row is not None and row.accuracy is not None:
+    if int8.table is not None and row is not None and row.judged:
         plan = plan_int8(network, int8.table, int8.quantization.keep_fp, int8.quantization.quantize_output)
     analysis = None
     with watch.part("tensors"):
         some = sample(subject.images, first, total, TENSOR_IMAGES)
         scales = _usable_scales(int8.table) if int8.table is not None else {}
         tensors = tensor_figures(network, scales, plan if options.analysis else None, some)
-    if plan is not None and options.analysis:
+    if plan is not None and row is not None and options.analysis:
+        limits = Limits.of(options)
         with watch.part("layers"):
             count = options.analysis_images or affordable_images(network, plan, subject.images)
             some = sample(subject.images, first, total, count)
-            analysis = analyse(
-                network,
-                plan,
-                some,
-                options.batch_size,
-                len(subject.info.classes),
-                options.tolerance,
-                options.agreement,
-                row is not None and _passes(row, options.tolerance, options.agreement),
+            passed = judge([row], limits, subject.purpose.task).passed
+            analysis = analyse(network, plan, some, options.batch_size, measured.measure, limits, passed)
+    predictions = {name: found for name, found in measured.found.items() if is_predictions(found)}
+    changed: list[ChangedImage] = []
+    changed_total: dict[str, int] = {}
+    if predictions:
+        with watch.part("changed images"):
+            changed, changed_total = changed_images(
+                subject.images, first, measured.labels, predictions, subject.info.preprocessing
             )
-    with watch.part("changed images"):
-        changed, changed_total = changed_images(
-            subject.images, first, measured.labels, measured.predictions, subject.info.preprocessing
-        )
     return dataclasses.replace(
         report,
         seconds=watch.seconds,
@@ -216,16 +212,6 @@ def _macs(subject: Subject, int8: Compiled) -> MacCount | None:
     except InputError as error:
         logger.warning("multiply-accumulates are not counted: %s", error)
         return None
-
-
-def _passes(row: Row, tolerance: float, agreement: float) -> bool:
-    """Whether a precision alone is what the verdict asks for."""
-    return (
-        row.accuracy is not None
-        and row.paired is not None
-        and is_within(row.paired, tolerance)
-        and agrees(row.accuracy.agreement, agreement)
-    )
 
 
 def _usable_scales(table: CalibrationTable) -> dict[str, float]:
@@ -275,12 +261,10 @@ def _timed(network: Compiled, latency: list[Latency]) -> Row:
     )
 
 
-def _row(network: Compiled, latency: list[Latency], measured: Measured, classes: int) -> Row:
-    reference, ours = measured.predictions["fp32"], measured.predictions[network.precision]
-    return dataclasses.replace(
-        _timed(network, latency),
-        accuracy=accuracy(ours, reference, measured.labels, classes),
-        paired=None if ours is reference else paired(ours, reference, measured.labels),
+def _row(network: Compiled, latency: list[Latency], measured: Measured) -> Row:
+    found = measured.found
+    return with_figures(
+        _timed(network, latency), found[network.precision], found["fp32"], measured.labels, measured.measure
     )
 
 
@@ -293,6 +277,8 @@ def _model(subject: Subject) -> Model:
         seed=subject.meta.seed,
         layers=[layer.name for layer in subject.network.layers],
         unsupported=dict(subject.network.unsupported),
+        task=subject.purpose.task,
+        task_reason=subject.purpose.reason,
     )
 
 

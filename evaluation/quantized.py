@@ -49,6 +49,7 @@ class Quantized:
             "run": self.config.run,
             "network": network.name,
             "traced_by": network.traced_by,
+            "task": self.trained.purpose.task,
             "seed": self.config.seed,
             "dataset": dataset.name,
             "notes": list(dataset.notes),

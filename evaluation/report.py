@@ -17,8 +17,9 @@ from markupsafe import Markup
 
 from common.files import write_json, write_text
 from evaluation import charts, text
-from evaluation.findings import findings
-from evaluation.results import TITLES, Latency, Report, Row
+from evaluation.findings import farthest, findings
+from evaluation.measures import TITLES, Latency, Row
+from evaluation.results import Report
 from evaluation.tensorboard import log_report
 
 logger = logging.getLogger(__name__)
@@ -126,7 +127,9 @@ def _environment(html: bool) -> jinja2.Environment:
         percent=text.percent,
         points=text.points,
         rate=text.rate,
+        farthest=lambda row: row.outputs.index(farthest(row.outputs)),
         short=text.short,
+        similarity=text.similarity,
         size=text.size,
     )
     return environment
@@ -135,6 +138,7 @@ def _environment(html: bool) -> jinja2.Environment:
 def _context(report: Report) -> dict[str, Any]:
     """What both templates need besides the report."""
     judged = [row for row in report.rows if row.accuracy is not None]
+    compared = [row for row in report.rows if row.outputs]
     sizes = sorted({entry.batch_size for row in report.rows for entry in row.latency})
     named = {
         "accuracy_latency": charts.accuracy_against_latency(report),
@@ -156,6 +160,11 @@ def _context(report: Report) -> dict[str, Any]:
         "tf32": next((row.details["TF32"] for row in report.rows if "TF32" in row.details), None),
         "copies": any(entry.end_to_end is not None for row in report.rows for entry in row.latency),
         "device": next((row.device for row in report.rows if row.device), ""),
+        "classifies": report.model.task == "classify",
+        "compared": compared,
+        "regression": report.model.task == "regress",
+        "several": any(len(row.outputs) > 1 for row in compared),
+        "targets": any(row.targets is not None for row in report.rows),
         "judged": judged,
         "class_rows": _class_rows(report, judged),
         "matrices": {row.precision: _matrix(row) for row in judged},
@@ -173,7 +182,7 @@ def _flat(value: Any, path: str = "") -> list[str]:
 def _class_rows(report: Report, judged: list[Row]) -> list[dict[str, Any]]:
     """Accuracy of each class in each precision; with many classes, those that differ most."""
     rows: list[dict[str, Any]] = []
-    for label, name in enumerate(report.data.classes):
+    for label, name in enumerate(report.data.classes if judged else ()):
         entries = [row.accuracy.per_class[label] for row in judged if row.accuracy is not None]
         shares = [100 * entry.correct / entry.images if entry.images else None for entry in entries]
         points = [share - shares[0] if share is not None and shares[0] is not None else 0.0 for share in shares[1:]]

@@ -1,262 +1,25 @@
-"""What an evaluation finds: the dataclasses that ``report.json`` is made of, and the verdict.
+"""What an evaluation finds: the dataclasses that ``report.json`` is made of.
 
-Shares are in percent, differences in points (percent of the images), times in milliseconds, sizes in bytes. None
-stands for "does not apply", never for zero. Imports no torch: reading and comparing reports starts at once.
+Its rows are in :mod:`evaluation.measures`, its verdict in :mod:`evaluation.verdict`; what is said there of units
+holds here. Imports no torch: reading and comparing reports starts at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from common.config import PrecisionName
+from common.config import PrecisionName, Task
 from common.decode import decode
 from common.errors import InputError
 from common.files import read_json
 from common.macs import MacCount
-from evaluation.text import points as signed
+from evaluation.measures import TITLES, Row
+from evaluation.verdict import Verdict
 
-VERSION = 3
+VERSION = 4
 """Of the format of ``report.json``; raised when a member is added, removed or changes its meaning."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % confidence interval, in the unit of what it belongs to."""
-
-    low: float
-    high: float
-
-
-@dataclass(frozen=True)
-class ClassAccuracy:
-    """Of one class: its images, and how many of them are predicted right."""
-
-    images: int
-    correct: int
-
-
-@dataclass(frozen=True)
-class Mistake:
-    """A cell of the confusion matrix off its diagonal: ``count`` images of ``label`` were taken for ``predicted``."""
-
-    label: int
-    predicted: int
-    count: int
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """What one precision got right.
-
-    Attributes:
-        images: Images evaluated.
-        correct_top1: Images whose most probable class is the label.
-        correct_top5: Images whose label is among the five most probable classes (all, with fewer classes).
-        top1: Percent.
-        top5: Percent.
-        top1_interval: Wilson's interval of the top-1 accuracy, percent.
-        agreement: Percent of the images for which it predicts the same class as FP32.
-        sqnr_db: Signal-to-noise ratio of its outputs against FP32's, in dB; null where they are identical.
-        non_finite: Images whose output has a NaN or an infinity; they count as wrong.
-        calibration_error: Expected calibration error (15 bins), percent.
-        per_class: In label order.
-        mistakes: Confusion matrix without its diagonal (which ``per_class`` has), most frequent first.
-    """
-
-    images: int
-    correct_top1: int
-    correct_top5: int
-    top1: float
-    top5: float
-    top1_interval: Interval
-    agreement: float
-    sqnr_db: float | None
-    non_finite: int
-    calibration_error: float
-    per_class: list[ClassAccuracy]
-    mistakes: list[Mistake]
-
-
-@dataclass(frozen=True)
-class Paired:
-    """One precision against FP32 on the same images.
-
-    Attributes:
-        lost: Images that FP32 gets right and this precision wrong.
-        gained: Images that FP32 gets wrong and this precision right.
-        top1_points: Top-1 minus FP32's, points.
-        top1_interval: Interval of that difference (Bonett and Price), points.
-        top5_points: Top-5 minus FP32's, points.
-        mcnemar_exact: p-value of McNemar's exact test, two-sided.
-        mcnemar_mid: p-value of McNemar's mid-p test, two-sided: the one to read.
-    """
-
-    lost: int
-    gained: int
-    top1_points: float
-    top1_interval: Interval
-    top5_points: float
-    mcnemar_exact: float
-    mcnemar_mid: float
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of many runs of one batch.
-
-    Attributes:
-        runs: Timed runs.
-        median: Milliseconds per batch.
-        p90: 90th percentile, milliseconds per batch.
-        p99: 99th percentile, milliseconds per batch.
-        per_image: Median over the batch size, milliseconds.
-        images_per_second: Batch size over the median.
-    """
-
-    runs: int
-    median: float
-    p90: float
-    p99: float
-    per_image: float
-    images_per_second: float
-
-
-@dataclass(frozen=True)
-class Latency:
-    """Latency at one batch size.
-
-    Attributes:
-        batch_size: Images per batch.
-        compute: The network alone: inputs and outputs stay where it runs. On a GPU it is replayed as a CUDA graph where
-            its engine can be; an entry is then the mean of up to 20 replays without a gap.
-        without_graph: The same called through its framework instead; null where ``compute`` is no CUDA graph.
-        end_to_end: With the copies from and to pinned host memory (GPU alone).
-        speedup: FP32's median over this one's; null for FP32 itself and where the latency says nothing.
-    """
-
-    batch_size: int
-    compute: Timing
-    without_graph: Timing | None = None
-    end_to_end: Timing | None = None
-    speedup: float | None = None
-
-
-@dataclass(frozen=True)
-class Row:
-    """One precision on one engine.
-
-    Attributes:
-        precision: ``fp32``, ``fp16`` or ``int8``.
-        engine: What executed it.
-        role: ``reference`` (FP32), ``compared`` (the verdict counts it) or ``baseline`` (shown beside, not judged).
-        device: Where it ran; empty if it did not.
-        skipped: Why it did not run; null if it did.
-        size: Bytes of what would be deployed.
-        latency_note: Why its latency says nothing about this precision; null if it does.
-        accuracy: Null if it did not run, or was timed alone (a baseline).
-        paired: Against FP32; null for FP32 itself.
-        latency: One entry per batch size.
-        details: What the engine says of it.
-    """
-
-    precision: PrecisionName
-    engine: str
-    role: Literal["reference", "compared", "baseline"]
-    device: str = ""
-    skipped: str | None = None
-    size: int | None = None
-    latency_note: str | None = None
-    accuracy: Accuracy | None = None
-    paired: Paired | None = None
-    latency: list[Latency] = field(default_factory=list)
-    details: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """Whether the lower precisions may replace FP32.
-
-    Attributes:
-        passed: FP16 (where it ran) and INT8 lose at most ``tolerance`` points of top-1 and of top-5, and predict the
-            same class as FP32 for at least ``agreement`` percent of the images.
-        tolerance: Points.
-        agreement: Percent.
-        summary: One sentence.
-        reasons: Each finding that decided it.
-    """
-
-    passed: bool
-    tolerance: float
-    agreement: float
-    summary: str
-    reasons: list[str]
-
-    @property
-    def word(self) -> str:
-        return "PASSED" if self.passed else "FAILED"
-
-
-TITLES: Mapping[PrecisionName, str] = {"fp32": "FP32", "fp16": "FP16", "int8": "INT8"}
-
-
-def is_within(paired: Paired, tolerance: float) -> bool:
-    """Whether at most ``tolerance`` points of top-1 and of top-5 are lost against FP32."""
-    return all(_within(points, tolerance) for points in (paired.top1_points, paired.top5_points))
-
-
-def _within(points: float, tolerance: float) -> bool:
-    # A loss of exactly the tolerance passes; the slack is far below one image in any data set.
-    return -points <= tolerance + 1e-9
-
-
-def agrees(agreement: float, least: float) -> bool:
-    """Whether at least ``least`` percent of the images are given the class that FP32 gives them."""
-    return agreement >= least - 1e-9
-
-
-def judge(rows: Sequence[Row], tolerance: float, agreement: float) -> Verdict:
-    """The verdict on FP16 and INT8, each against FP32.
-
-    Each must lose at most ``tolerance`` points of top-1 and of top-5, and predict the same class for at least
-    ``agreement`` percent of the images. A small gain passes; a precision that is right more often because it is another
-    network does not agree. FP16 may be absent (hardware without it); without INT8 there is no PASSED.
-    """
-    reasons: list[str] = []
-    failed: list[str] = []
-    for row in rows:
-        if row.role != "compared":
-            continue
-        title = TITLES[row.precision]
-        if row.accuracy is None or row.paired is None:
-            reasons.append(f"{title} did not run: {row.skipped}")
-            if row.precision == "int8":
-                failed.append(reasons[-1])
-            continue
-        for name, points in (("top-1", row.paired.top1_points), ("top-5", row.paired.top5_points)):
-            side = "within" if _within(points, tolerance) else "outside"
-            reasons.append(f"{title} {name} is {signed(points)} points from FP32: {side} {tolerance:g}")
-            if side == "outside":
-                failed.append(reasons[-1])
-        same = f"{title} predicts the same class as FP32 for {row.accuracy.agreement:.2f} % of the images"
-        if agrees(row.accuracy.agreement, agreement):
-            reasons.append(f"{same}: at least {agreement:g} %")
-        else:
-            reasons.append(f"{same}: less than {agreement:g} %")
-            failed.append(reasons[-1])
-        if row.accuracy.non_finite:
-            reasons.append(f"{title} gave NaN or infinity for {row.accuracy.non_finite:,} images, counted as wrong")
-    if not any(row.precision == "int8" and row.role == "compared" for row in rows):
-        failed.append("INT8 did not run")
-        reasons.append(failed[-1])
-    if failed:
-        return Verdict(False, tolerance, agreement, "; ".join(failed), reasons)
-    judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.paired is not None]
-    verb = "is" if len(judged) == 1 else "are each"
-    summary = f"{' and '.join(judged)} {verb} within {tolerance:g} point{'' if tolerance == 1 else 's'} of FP32"
-    return Verdict(True, tolerance, agreement, summary, reasons)
 
 
 @dataclass(frozen=True)
@@ -271,7 +34,7 @@ class Data:
         batch_size: Images per batch.
         start: Batches skipped at the beginning.
         batches: Batches evaluated; null for all.
-        classes: Names, in label order.
+        classes: Names, in label order; empty where the images have none.
         shape: Channels, height, width.
         fingerprint: Hex digest of the data set.
         notes: What a reader must know of it.
@@ -302,6 +65,8 @@ class Model:
         seed: Of its training.
         layers: Names of the layers that can run in INT8.
         unsupported: Operations that stay in float: tensor -> operation.
+        task: What its outputs are: ``classify``, ``regress``, ``embed`` or ``detect``.
+        task_reason: What told so.
     """
 
     name: str
@@ -311,6 +76,8 @@ class Model:
     seed: int
     layers: list[str]
     unsupported: dict[str, str] = field(default_factory=dict)
+    task: Task = "classify"
+    task_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -409,22 +176,22 @@ class LayerSensitivity:
         kind: ``conv``, ``linear``, ...
         noise_share: Its part of the noise that the layers make in the outputs, each on its own, percent; the list is
             ranked by it.
-        only_points: Top-1 minus FP32's when only this layer runs in INT8, points.
-        only_changed: Percent of the images whose prediction then differs from FP32's.
+        only_points: Top-1 minus FP32's when only this layer runs in INT8, points; null where no classes are given.
+        only_changed: Percent of the images whose prediction then differs from FP32's; null likewise.
         only_sqnr_db: Of the outputs then, dB; null where identical.
-        without_points: Top-1 minus FP32's when all but this layer run in INT8, points.
-        without_changed: Percent of the images whose prediction then differs from FP32's.
+        without_points: Top-1 minus FP32's when all but this layer run in INT8, points; null likewise.
+        without_changed: Percent of the images whose prediction then differs from FP32's; null likewise.
         without_sqnr_db: Of the outputs then, dB; null where identical.
     """
 
     layer: str
     kind: str
     noise_share: float
-    only_points: float
-    only_changed: float
+    only_points: float | None
+    only_changed: float | None
     only_sqnr_db: float | None
-    without_points: float
-    without_changed: float
+    without_points: float | None
+    without_changed: float | None
     without_sqnr_db: float | None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -70,28 +71,31 @@ def study(trained: Trained, config: Config, algorithms: str | None, counts: str 
         InputError: an unknown algorithm, or a number of images that is not one.
     """
     network, quantization, seed = trained.network, config.quantization, config.seed
-    data = trained.data(config)
+    data, measure = trained.data(config), trained.measure
     compared = sweep = None
     if algorithms:
         names = [name.strip() for name in algorithms.split(",")]
         for name in names:
             if name not in ALGORITHMS:
                 raise InputError(f"unknown algorithm {name!r}: take some of {', '.join(ALGORITHMS)}")
-        compared = compare_algorithms(network, data, config.calibration, quantization, seed, names)
+        compared = compare_algorithms(network, data, config.calibration, quantization, seed, names, measure)
     if counts:
         if not all(part.strip().isdecimal() and int(part) > 0 for part in counts.split(",")) or seeds < 1:
             raise InputError(f"--sweep-images takes numbers of images such as 50,100,500, not {counts!r}")
         numbers = [int(part) for part in counts.split(",")]
-        sweep = sweep_images(network, data, config.calibration, quantization, numbers, range(seed, seed + seeds))
+        several = range(seed, seed + seeds)
+        sweep = sweep_images(network, data, config.calibration, quantization, numbers, several, measure)
     return Studied(config.run, network.name, seed, compared, sweep)
 
 
 def _show_algorithms(outcomes: Mapping[AlgorithmName, Outcome]) -> None:
+    classes = any(one.top1 is not None for one in outcomes.values())
     rows = [
-        (name, f"{one.top1:.2f} %", f"{one.points:+.2f}", f"{one.changed:.2f} %", _decibels(one.sqnr_db))
+        (name, *((_percent(one.top1), _signed(one.points), _percent(one.changed)) if classes else ()), _decibels(one))
         for name, one in outcomes.items()
     ]
-    print_table("algorithms, INT8 on the validation images", ("algorithm", "top-1", "points", "changed", "SQNR"), rows)
+    columns = ("algorithm", *(("top-1", "points", "changed") if classes else ()), "SQNR")
+    print_table("algorithms, INT8 on the validation images", columns, rows)
     tensors = next(iter(outcomes.values())).scales
     scales = [(tensor, *(f"{one.scales[tensor]:.6g}" for one in outcomes.values())) for tensor in tensors]
     print_table("scales", ("tensor", *outcomes), scales)
@@ -100,21 +104,30 @@ def _show_algorithms(outcomes: Mapping[AlgorithmName, Outcome]) -> None:
 def _show_sweep(points: Sequence[SweepPoint]) -> None:
     rows = []
     for point in points:
-        top1 = [one.top1 for one in point.outcomes]
         spread = point.spread
         worst = max(spread, key=spread.__getitem__)
-        rows.append(
-            (
-                f"{point.images}",
-                f"{sum(top1) / len(top1):.2f} %",
-                f"{min(top1):.2f} to {max(top1):.2f} %",
-                f"{max(one.changed for one in point.outcomes):.2f} %",
-                f"{100 * spread[worst]:.2f} % ({worst})",
-            )
-        )
-    columns = ("images", "top-1, mean", "over the seeds", "changed, most", "largest spread of a scale")
+        rows.append((f"{point.images}", *_over_the_seeds(point), f"{100 * spread[worst]:.2f} % ({worst})"))
+    classes = points[0].outcomes[0].top1 is not None
+    measured = ("top-1, mean", "over the seeds", "changed, most") if classes else ("SQNR, least",)
+    columns = ("images", *measured, "largest spread of a scale")
     print_table("numbers of calibration images, INT8 on the validation images", columns, rows)
 
 
-def _decibels(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f} dB"
+def _over_the_seeds(point: SweepPoint) -> tuple[str, ...]:
+    top1 = [one.top1 for one in point.outcomes if one.top1 is not None]
+    if not top1:
+        return (_decibels(min(point.outcomes, key=lambda one: math.inf if one.sqnr_db is None else one.sqnr_db)),)
+    changed = max(one.changed for one in point.outcomes if one.changed is not None)
+    return f"{sum(top1) / len(top1):.2f} %", f"{min(top1):.2f} to {max(top1):.2f} %", f"{changed:.2f} %"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def _signed(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.2f}"
+
+
+def _decibels(outcome: Outcome) -> str:
+    return "-" if outcome.sqnr_db is None else f"{outcome.sqnr_db:.1f} dB"

@@ -24,8 +24,11 @@ from common.errors import InputError
 from data import Splits
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
-from evaluation.accuracy import measure, paired
+from evaluation.accuracy import Predictions
 from evaluation.analysis import layers_to_keep, sample, sensitivities
+from evaluation.running import Measure, run_shared
+from evaluation.tasks import changed, points
+from evaluation.verdict import Limits
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +40,16 @@ class Outcome:
     """What one calibration table gives on the validation images.
 
     Attributes:
-        top1: Percent.
-        points: Top-1 minus FP32's, points.
-        changed: Predictions that differ from FP32's, percent.
+        top1: Percent; None where no classes are given.
+        points: Top-1 minus FP32's, points; None likewise.
+        changed: Predictions that differ from FP32's, percent; None likewise.
         sqnr_db: Signal-to-noise ratio of the outputs, dB; None where they are identical.
         scales: Tensor name -> scale.
     """
 
-    top1: float
-    points: float
-    changed: float
+    top1: float | None
+    points: float | None
+    changed: float | None
     sqnr_db: float | None
     scales: dict[str, float]
 
@@ -91,6 +94,7 @@ def compare_algorithms(
     quantization: QuantizationConfig,
     seed: int,
     algorithms: Sequence[AlgorithmName],
+    measure: Measure,
 ) -> dict[AlgorithmName, Outcome]:
     """Calibrate by each algorithm from the same histograms.
 
@@ -101,13 +105,14 @@ def compare_algorithms(
         quantization: Layers kept in float.
         seed: Of the subset.
         algorithms: What to compare.
+        measure: What the outputs are compared by.
     """
     histograms = subset_histograms(network, data, config, seed)
     tables = {}
     for algorithm in algorithms:
         options = algorithm_options(dataclasses.replace(config, algorithm=algorithm))
         tables[algorithm] = find_thresholds(histograms, algorithm, options=options).table
-    return dict(zip(tables, outcomes(network, data, quantization, tables.values()), strict=True))
+    return dict(zip(tables, outcomes(network, data, quantization, tables.values(), measure), strict=True))
 
 
 def sweep_images(
@@ -117,6 +122,7 @@ def sweep_images(
     quantization: QuantizationConfig,
     counts: Sequence[int],
     seeds: Sequence[int],
+    measure: Measure,
 ) -> list[SweepPoint]:
     """Calibrate with more and more images, several times each.
 
@@ -129,6 +135,7 @@ def sweep_images(
         quantization: Layers kept in float.
         counts: Numbers of calibration images.
         seeds: One calibration each.
+        measure: What the outputs are compared by.
 
     Raises:
         InputError: there are not as many images, or too few for every class.
@@ -151,7 +158,7 @@ def sweep_images(
             options = algorithm_options(config)
             found[count, seed] = find_thresholds(histograms, config.algorithm, options=options).table
     tables = [found[count, seed] for count in counts for seed in seeds]
-    measured = outcomes(network, data, quantization, tables)
+    measured = outcomes(network, data, quantization, tables, measure)
     return [
         SweepPoint(count, tuple(measured[index * len(seeds) : (index + 1) * len(seeds)]))
         for index, count in enumerate(counts)
@@ -159,7 +166,11 @@ def sweep_images(
 
 
 def outcomes(
-    network: Network, data: Splits, quantization: QuantizationConfig, tables: Iterable[CalibrationTable]
+    network: Network,
+    data: Splits,
+    quantization: QuantizationConfig,
+    tables: Iterable[CalibrationTable],
+    measure: Measure,
 ) -> list[Outcome]:
     """Run the integer simulation with each table over the validation images."""
     tables = list(tables)
@@ -168,14 +179,14 @@ def outcomes(
         plan = plan_int8(network, table, quantization.keep_fp, quantization.quantize_output)
         networks.append(_compiled("int8", IntegerNetwork(plan)))
     with torch.inference_mode():
-        labels, (reference, *found) = measure(
-            networks, data.validation, len(data.info.classes), BATCH_SIZE, start=0, count=None
-        )
+        measured = run_shared(networks, data.validation, measure, BATCH_SIZE)
+    assert measured is not None, "the only process is the first"
+    labels, (reference, *found) = measured
     return [
         Outcome(
-            top1=100 * float(ours.correct(labels).double().mean()),
-            points=paired(ours, reference, labels).top1_points,
-            changed=100 * float((ours.predicted != reference.predicted).double().mean()),
+            top1=100 * float(ours.correct(labels).double().mean()) if isinstance(ours, Predictions) else None,
+            points=points(ours, reference, labels),
+            changed=changed(ours, reference),
             sqnr_db=ours.sqnr_db,
             scales=dict(table.scales),
         )
@@ -188,9 +199,9 @@ def mixed_precision(
     data: Splits,
     table: CalibrationTable,
     quantization: QuantizationConfig,
-    tolerance: float,
-    agreement: float,
-) -> tuple[list[str], float] | None:
+    measure: Measure,
+    limits: Limits,
+) -> tuple[list[str], str] | None:
     """The fewest layers to keep in float so that INT8 is what the verdict asks for.
 
     Args:
@@ -198,17 +209,17 @@ def mixed_precision(
         data: Measured on its validation images.
         table: The calibration table.
         quantization: Layers kept in float already.
-        tolerance: Points of top-1 and of top-5 that may be lost.
-        agreement: Percent of the images that must get the same class as in FP32.
+        measure: What the outputs are compared by.
+        limits: What the verdict asks for.
 
     Returns:
-        The layers, what hurts most first, and the points against FP32 with them in float; None if nothing suffices.
+        The layers, what hurts most first, and how far from FP32 the network is with them in float, in words; None if
+        nothing suffices.
     """
     plan = plan_int8(network, table, quantization.keep_fp, quantization.quantize_output)
-    classes = len(data.info.classes)
     images = sample(data.validation, 0, len(data.validation), len(data.validation))
-    ranked = [layer.layer for layer in sensitivities(network, plan, images, BATCH_SIZE, classes).layers]
-    return layers_to_keep(network, plan, ranked, images, BATCH_SIZE, classes, tolerance, agreement)
+    ranked = [layer.layer for layer in sensitivities(network, plan, images, BATCH_SIZE, measure).layers]
+    return layers_to_keep(network, plan, ranked, images, BATCH_SIZE, measure, limits)
 
 
 def keep_in_float(
@@ -217,6 +228,7 @@ def keep_in_float(
     table: CalibrationTable,
     quantization: QuantizationConfig,
     options: EvaluationConfig,
+    measure: Measure,
 ) -> None:
     """Extend ``quantization.keep_fp`` by what :func:`mixed_precision` finds.
 
@@ -226,22 +238,23 @@ def keep_in_float(
         table: The calibration table.
         quantization: Layers kept in float already; changed.
         options: What may be lost.
+        measure: What the outputs are compared by.
 
     Raises:
         InputError: no choice of layers suffices.
     """
-    found = mixed_precision(network, data, table, quantization, options.tolerance, options.agreement)
+    found = mixed_precision(network, data, table, quantization, measure, Limits.of(options))
     if found is None:
         raise InputError(
-            f"no choice of layers kept in float brings INT8 within {options.tolerance:g} points of FP32 and to the "
-            f"same class for {options.agreement:g} % of the images: calibrate with more images or another algorithm"
+            "no choice of layers kept in float lets INT8 pass (evaluate.py's verdict, on the validation images): "
+            "calibrate with more images or another algorithm, or allow more"
         )
-    layers, points = found
+    layers, left = found
     quantization.keep_fp = [*quantization.keep_fp, *layers]
     logger.info(
-        "mixed precision: %s stay in float; INT8 is then %+.2f points from FP32 on the validation images",
+        "mixed precision: %s stay in float; INT8 is then %s on the validation images",
         ", ".join(quantization.keep_fp) or "no layers",
-        points,
+        left,
     )
 
 

@@ -16,6 +16,7 @@ from calib.record import read_record
 from calib.run_table import collector, wanted_provenance
 from calib.subset import SubsetImages, draw
 from calib.table import CalibrationTable
+from calib.task import Purpose, purpose
 from calib.tracing import trace
 from common.config import Config, QuantizationConfig
 from common.decode import encode
@@ -25,6 +26,8 @@ from common.run import Run
 from data import Splits
 from data.base import DatasetInfo, ImageSet
 from evaluation.results import Calibration
+from evaluation.running import Measure
+from evaluation.tasks import measure_of
 from models.checkpoint import CheckpointMeta, load_checkpoint
 from models.reopen import reopen_data
 
@@ -41,11 +44,13 @@ class Trained:
         network: Traced.
         meta: What its checkpoint says.
         weights: Fingerprint of the checkpoint's weights.
+        purpose: What it is for.
     """
 
     network: Network
     meta: CheckpointMeta
     weights: str
+    purpose: Purpose
 
     def announce(self, seed: int) -> None:
         """Log what it is, and what a reader must know."""
@@ -53,6 +58,7 @@ class Trained:
         for note in self.meta.dataset.notes:
             logger.warning("%s", note)
         logger.info("traced by %s", self.network.traced_by)
+        logger.info("task: %s", self.purpose)
         for tensor, operation in self.network.unsupported.items():
             logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
 
@@ -64,6 +70,11 @@ class Trained:
             "weights": self.weights,
             "seed": str(seed),
         }
+
+    @property
+    def measure(self) -> Measure:
+        """What its outputs are compared by."""
+        return measure_of(self.network, self.purpose.task, len(self.meta.dataset.classes))
 
     def data(self, config: Config) -> Splits:
         """Open the data that it was trained on; raises as ``models.reopen.reopen_data`` does."""
@@ -112,6 +123,7 @@ class Subject:
         info: The data set.
         images: The split that was asked for.
         int8: The calibration table.
+        purpose: What the network is for.
     """
 
     network: Network
@@ -119,6 +131,7 @@ class Subject:
     info: DatasetInfo
     images: ImageSet
     int8: OpenTable
+    purpose: Purpose
 
     @property
     def notes(self) -> list[str]:
@@ -130,12 +143,15 @@ def open_trained(config: Config, run: Run) -> Trained:
     """Open the run's checkpoint, and trace its network.
 
     Raises:
-        InputError: the checkpoint is missing or damaged, or its network cannot be traced.
+        InputError: the checkpoint is missing or damaged, its network cannot be traced, or is not for the task that was
+            asked for.
     """
     checkpoint = load_checkpoint(run.checkpoint, trusted=config.model.class_path)
     meta = checkpoint.meta
     network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
-    return Trained(network, meta, weights_fingerprint(checkpoint.network))
+    asked = config.model.task if config.model.task != "auto" else meta.task
+    found = purpose(network, asked, len(meta.dataset.classes), meta.dataset.targets)
+    return Trained(network, meta, weights_fingerprint(checkpoint.network), found)
 
 
 def open_collector(config: Config, processes: Processes) -> Callable[[], Histograms]:
@@ -172,7 +188,7 @@ def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject
     int8 = _named_table(cache, weights, config) if cache else _recorded_table(run, weights, config)
     data = reopen_data(meta, config.data)
     images = {"test": data.test, "train": data.train_file, "validation": data.validation}[config.evaluation.split]
-    return Subject(trained.network, meta, data.info, images, int8)
+    return Subject(trained.network, meta, data.info, images, int8, trained.purpose)
 
 
 def _recorded_table(run: Run, weights: str, config: Config) -> OpenTable:

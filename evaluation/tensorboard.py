@@ -40,6 +40,12 @@ def scalars(report: Report) -> dict[str, float]:
             found[f"evaluation/agreement/{name}"] = row.accuracy.agreement
             if row.accuracy.sqnr_db is not None:
                 found[f"evaluation/sqnr_db/{name}"] = row.accuracy.sqnr_db
+        for output in row.outputs:
+            for kind, figure in (("cosine", output.cosine), ("sqnr_db", output.sqnr_db), ("mae", output.mae)):
+                if figure is not None:
+                    found[f"evaluation/{output.name}_{kind}/{name}"] = figure
+        if row.targets is not None:
+            found[f"evaluation/target_mae/{name}"] = row.targets.mae
         for entry in row.latency:
             found[f"latency_ms/batch_{entry.batch_size}/{name}"] = entry.compute.median
     for tensor in report.tensors:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 
 from common.console import print_table
-from evaluation.results import TITLES, Report, Row
-from evaluation.text import decibel, milliseconds, p_value, points, rate, size
+from evaluation.measures import TITLES, OutputFigures, Row
+from evaluation.results import Report
+from evaluation.text import decibel, milliseconds, p_value, percent, points, rate, short, similarity, size
 
 
 def print_report(report: Report) -> None:
@@ -15,10 +16,13 @@ def print_report(report: Report) -> None:
     print(f"{report.model.name} on {data.title}: {data.images:,} {data.split} images, engine {report.engine}")
     for note in report.notes:
         print(f"note: {note}")
-    columns = ("", "top-1 %", "points", "95 % interval", "top-5 %", "points", "agree %", "SQNR dB", "p", "size")
-    print_table(
-        "Accuracy", columns, [(report.title(row), *_accuracy(row)) for row in report.rows if row.accuracy is not None]
-    )
+    print(f"task: {report.model.task} ({report.model.task_reason})")
+    if report.model.task == "classify":
+        columns = ("", "top-1 %", "points", "95 % interval", "top-5 %", "points", "agree %", "SQNR dB", "p", "size")
+        judged = [row for row in report.rows if row.accuracy is not None]
+        print_table("Accuracy", columns, [(report.title(row), *_accuracy(row)) for row in judged])
+    else:
+        _print_outputs(report)
     if any(row.latency for row in report.rows):
         _print_latency(report)
     for row in report.rows:
@@ -62,6 +66,40 @@ def _accuracy(row: Row) -> tuple[str, ...]:
         p_value(row.paired.mcnemar_mid),
         size(row.size),
     )
+
+
+def _print_outputs(report: Report) -> None:
+    """Each output of each precision against FP32, and of regression the error against the targets."""
+    several = any(len(row.outputs) > 1 for row in report.rows)
+    regression = report.model.task == "regress"
+    columns = [
+        *(["", "output"] if several else [""]),
+        *("cosine", "least", "SQNR dB", "MSE", "MAE"),
+        *(["error %"] if regression else []),
+        "size",
+    ]
+
+    def cells(row: Row, output: OutputFigures) -> tuple[str, ...]:
+        return (
+            report.title(row),
+            *([output.name] if several else []),
+            similarity(output.cosine),
+            similarity(output.least_cosine),
+            decibel(output.sqnr_db),
+            short(output.mse),
+            short(output.mae),
+            *([percent(output.relative_error)] if regression else []),
+            size(row.size),
+        )
+
+    print_table("Outputs against FP32", columns, [cells(row, one) for row in report.rows for one in row.outputs])
+    rows = [
+        (report.title(row), short(row.targets.mse), short(row.targets.mae), percent(row.targets.relative_error))
+        for row in report.rows
+        if row.targets is not None
+    ]
+    if rows:
+        print_table("Against the targets", ("", "MSE", "MAE", "error %"), rows)
 
 
 def _print_latency(report: Report) -> None:

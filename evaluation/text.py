@@ -8,8 +8,10 @@ NOTHING = "-"
 """Where a figure does not apply."""
 
 
-def points(value: float) -> str:
+def points(value: float | None) -> str:
     """A difference in points, with its sign."""
+    if value is None:
+        return NOTHING
     text = f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text
 
@@ -27,6 +29,11 @@ def short(value: float | None) -> str:
 def decibel(value: float | None) -> str:
     """``∞`` where nothing differs."""
     return "∞" if value is None else f"{value:.1f}"
+
+
+def similarity(value: float | None) -> str:
+    """A cosine similarity."""
+    return NOTHING if value is None else f"{value:.4f}"
 
 
 def milliseconds(value: float) -> str:

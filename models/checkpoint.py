@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from common.config import DataConfig
+from common.config import DataConfig, TaskName
 from common.decode import decode, encode
 from common.errors import InputError
 from common.files import atomic_path, parse_json
@@ -41,6 +41,7 @@ class CheckpointMeta:
         data: Configuration that opens the same data again; ``dataset`` is never ``auto`` here.
         seed: That training began with.
         epochs: Epochs of training that the weights have seen.
+        task: What the outputs are, where training was told; ``auto`` otherwise.
         metrics: Final figures, such as ``test_top1`` (in [0, 1]).
         versions: Package -> the version that trained it.
     """
@@ -52,6 +53,7 @@ class CheckpointMeta:
     data: DataConfig
     seed: int
     epochs: int = 0
+    task: TaskName = "auto"
     metrics: dict[str, float] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 

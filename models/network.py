@@ -26,7 +26,7 @@ def build_network(config: ModelConfig, num_classes: int, channels: int) -> nn.Mo
 
     Args:
         config: Class path, arguments and, optionally, the file of weights to start from.
-        num_classes: Classes of the data set.
+        num_classes: Classes of the data set; 0, which is not passed, where it has none.
         channels: Channels of its images.
 
     Raises:
@@ -188,7 +188,7 @@ def _data_arguments(factory: Callable[..., Any], num_classes: int, channels: int
         return {}
     arguments = {}
     # torchvision's factories hand **kwargs on to the class, which takes num_classes.
-    if "num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+    if num_classes and ("num_classes" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())):
         arguments["num_classes"] = num_classes
     for name in ("in_channels", "channels"):
         if name in parameters:

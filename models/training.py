@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from lightning.pytorch import seed_everything
 from torch import nn
 
-from common.config import Config, DatasetName
+from common.config import Config, DatasetName, TaskName
 from common.errors import InputError
 from common.versions import installed_versions
 from data.base import DatasetInfo
@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from data.module import ImageData
 
 logger = logging.getLogger(__name__)
+
+TAKE_AS_IT_IS = (
+    "a network that was trained elsewhere, for whatever task, is taken as it is: --model.weights FILE "
+    "--trainer.max_epochs 0"
+)
 
 
 @dataclass(frozen=True)
@@ -46,16 +51,35 @@ class Trained:
     trial: bool
 
 
-def prepare(config: Config, info: DatasetInfo) -> nn.Module:
-    """Make the network that ``config`` names and try it on images as ``info`` describes them.
+def prepare(config: Config, info: DatasetInfo, options: fit.TrainerOptions) -> nn.Module:
+    """Make the network that ``config`` names and, where it is to be trained, try it on images as ``info`` describes.
 
     Raises:
-        InputError: it cannot be made, or does not fit the data.
+        InputError: it cannot be made, or is to be trained and is not a classifier of the data.
     """
     classes, shape = len(info.classes), info.preprocessing.shape
     network = build_network(config.model, classes, shape[0])
-    check_network(network, network_name(config.model.class_path), shape, classes)
+    if is_taken_as_it_is(options):
+        return network
+    try:
+        if config.model.task not in ("auto", "classify"):
+            raise InputError(f"train.py trains classifiers, not networks that {config.model.task}")
+        if not classes:
+            raise InputError("train.py trains classifiers, and these images have no classes")
+        check_network(network, network_name(config.model.class_path), shape, classes)
+    except InputError as error:
+        raise InputError(f"{error} ({TAKE_AS_IT_IS})") from error
     return network
+
+
+def is_taken_as_it_is(options: fit.TrainerOptions) -> bool:
+    """Whether the network is not trained here, but taken with the weights that it starts from."""
+    return options.values.trainer.max_epochs == 0
+
+
+def taken(network: nn.Module) -> Trained:
+    """What ``train.py`` writes of a network that was trained elsewhere, and is no classifier that could be tested."""
+    return Trained(network.eval(), epochs=0, metrics={}, seconds=0.0, trial=False)
 
 
 def train(
@@ -118,8 +142,8 @@ def start(config: Config) -> fit.TrainerOptions:
     return options
 
 
-def describe(config: Config, info: DatasetInfo, trained: Trained) -> CheckpointMeta:
-    """What the checkpoint says of a training."""
+def describe(config: Config, info: DatasetInfo, trained: Trained, task: TaskName) -> CheckpointMeta:
+    """What the checkpoint says of a training; ``task`` is what the network was trained or given for."""
     directory = config.data.dir.resolve() if config.data.dir else None
     return CheckpointMeta(
         network=network_name(config.model.class_path),
@@ -129,6 +153,7 @@ def describe(config: Config, info: DatasetInfo, trained: Trained) -> CheckpointM
         data=dataclasses.replace(config.data, dataset=cast(DatasetName, info.name), dir=directory),
         seed=config.seed,
         epochs=trained.epochs,
+        task=task,
         metrics=trained.metrics,
         versions=installed_versions("torch", "torchvision", "lightning"),
     )

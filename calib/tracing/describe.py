@@ -102,7 +102,9 @@ def describe(
         unsupported=unsupported,
         input_shape=input_shape,
         outputs=tuple(node.name for node in outputs),
-        output_names=output_names or tuple(f"output_{i}" if i else "output" for i in range(len(outputs))),
+        output_names=output_names
+        if output_names is not None and len(output_names) == len(outputs)
+        else tuple(f"output_{i}" if i else "output" for i in range(len(outputs))),
         task=find_task(outputs, kinds),
         traced_by=traced_by,
     )

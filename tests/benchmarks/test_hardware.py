@@ -8,20 +8,9 @@ import pytest
 
 from benchmarks import hardware
 from common.errors import InputError
-from evaluation.results import (
-    VERSION,
-    Accuracy,
-    Data,
-    Environment,
-    Interval,
-    Latency,
-    Model,
-    Paired,
-    Report,
-    Row,
-    Timing,
-    Verdict,
-)
+from evaluation.measures import Accuracy, Interval, Latency, Paired, Row, Timing
+from evaluation.results import VERSION, Data, Environment, Model, Report
+from evaluation.verdict import Limits, Verdict
 
 EVERYWHERE = Interval(0.0, 0.0)
 
@@ -47,7 +36,7 @@ def report() -> Report:
         run="lenet",
         created="2026-01-01T00:00:00+00:00",
         seconds={"compile": 61.5},
-        verdict=Verdict(True, 1.0, 90.0, "fine", []),
+        verdict=Verdict(True, Limits(1.0, 90.0), "fine", []),
         model=Model("LeNet", "models.LeNet", 431080, 3, 1, []),
         data=Data("mnist", "MNIST", "test", 100, 256, 0, None, [], [1, 28, 28], "0"),
         engine="torch-tensorrt",

@@ -141,11 +141,11 @@ class FakeSessions:
         monkeypatch.setattr("engines.ort._infer", self.infer)
         monkeypatch.setattr("engines.ort.time", SimpleNamespace(perf_counter=lambda: self.now))
 
-    def infer(self, threads: int, images: np.ndarray) -> np.ndarray:
+    def infer(self, threads: int, images: np.ndarray) -> list[np.ndarray]:
         with self.lock:
             self.now += self.seconds(threads, len(images))
             self.runs.append((threads, len(images)))
-        return images[:, 0, 0]
+        return [images[:, 0, 0]]
 
     def way(self, size: int) -> list[tuple[int, int]]:
         """How a batch is run once it has been seen: the (threads, images) of each session's run."""
@@ -153,7 +153,7 @@ class FakeSessions:
         batch = np.arange(size, dtype=np.float32).reshape(size, 1, 1, 1)
         run(batch)
         self.runs.clear()
-        np.testing.assert_array_equal(run(batch).ravel(), np.arange(size))
+        np.testing.assert_array_equal(run(batch)[0].ravel(), np.arange(size))
         return sorted(self.runs)
 
 

@@ -13,7 +13,8 @@ from common.errors import InputError
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.base import Compiled
-from evaluation.accuracy import accuracy, check_range, measure, paired, predict, sqnr_db
+from evaluation.accuracy import Classes, accuracy, paired, predict
+from evaluation.running import check_range, run_shared, sqnr_db
 
 
 def network(run: Callable[[Tensor], Tensor], precision: str = "fp32") -> Compiled:
@@ -134,8 +135,10 @@ def images(count: int) -> TensorImages:
 def test_the_range_of_batches(start: int, count: int | None, expected: int) -> None:
     assert check_range(images(10), 4, start, count) == expected
 
-    labels, _ = measure([network(lambda x: torch.ones(len(x), 3) / 3)], images(10), 3, 4, start, count)
+    measured = run_shared([network(lambda x: torch.ones(len(x), 3) / 3)], images(10), Classes(3), 4, start, count)
 
+    assert measured is not None
+    labels, _ = measured
     assert labels.tolist() == [index % 3 for index in range(4 * start, 4 * start + expected)]
 
 

@@ -18,7 +18,7 @@ from calib.table import CalibrationTable
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.integer import IntegerNetwork
-from evaluation.accuracy import Predictions
+from evaluation.accuracy import Classes, Predictions
 from evaluation.analysis import (
     LEAST_IMAGES,
     Sample,
@@ -33,6 +33,7 @@ from evaluation.analysis import (
 )
 from evaluation.results import Report
 from evaluation.subject import Subject
+from evaluation.verdict import Limits
 
 LAYERS = ["conv1", "conv2", "ip1", "ip2"]
 
@@ -130,7 +131,7 @@ def test_histograms_end_at_the_largest_value(report: Report) -> None:
 def test_sensitivities_are_those_of_networks_with_these_layers(subject: Subject, images: Sample) -> None:
     table = table_of(subject, pool1=0.05)
     plan = plan_int8(subject.network, table)
-    found = {item.layer: item for item in sensitivities(subject.network, plan, images, 16, 10).layers}
+    found = {item.layer: item for item in sensitivities(subject.network, plan, images, 16, Classes(10)).layers}
     batch, labels = next(images.batches(64))
     with torch.inference_mode():
         reference = subject.network.module(batch)
@@ -153,13 +154,15 @@ def test_a_sabotaged_layer_is_ranked_first_and_kept(subject: Subject, images: Sa
     # pool1's values are all clipped: conv2, which reads them, is lost.
     plan = plan_int8(subject.network, table_of(subject, pool1=0.001))
 
-    analysis = analyse(subject.network, plan, images, 64, 10, tolerance=2.0, agreement=0.0, passed=False)
+    analysis = analyse(subject.network, plan, images, 64, Classes(10), Limits(2.0, 0.0), passed=False)
 
     assert analysis.layers[0].layer == "conv2"
     assert analysis.layers[0].noise_share > 50
     assert analysis.suggestion == ["conv2"]
     assert "quantize.py --keep-fp conv2" in analysis.advice
-    kept = layers_to_keep(subject.network, plan, ["conv2", "ip1", "ip2", "conv1"], images, 64, 10, 2.0, 0.0)
+    kept = layers_to_keep(
+        subject.network, plan, ["conv2", "ip1", "ip2", "conv1"], images, 64, Classes(10), Limits(2.0, 0.0)
+    )
     assert kept is not None
     assert kept[0] == ["conv2"]
 
@@ -167,7 +170,7 @@ def test_a_sabotaged_layer_is_ranked_first_and_kept(subject: Subject, images: Sa
 def test_when_every_layer_is_lost_nothing_is_suggested(subject: Subject, images: Sample) -> None:
     plan = plan_int8(subject.network, table_of(subject, data=1e-5, pool1=1e-5, pool2=1e-5, ip1=1e-5))
 
-    analysis = analyse(subject.network, plan, images, 64, 10, tolerance=0.0, agreement=0.0, passed=False)
+    analysis = analyse(subject.network, plan, images, 64, Classes(10), Limits(0.0, 0.0), passed=False)
 
     assert analysis.suggestion == []
     assert "No choice of layers" in analysis.advice
@@ -176,11 +179,11 @@ def test_when_every_layer_is_lost_nothing_is_suggested(subject: Subject, images:
 def test_what_passes_needs_no_layer(subject: Subject, images: Sample) -> None:
     plan = plan_int8(subject.network, table_of(subject))
 
-    analysis = analyse(subject.network, plan, images, 64, 10, tolerance=1.0, agreement=0.0, passed=True)
+    analysis = analyse(subject.network, plan, images, 64, Classes(10), Limits(1.0, 0.0), passed=True)
 
     assert analysis.suggestion == []
     assert analysis.advice.startswith("INT8 is within the tolerance")
-    failed_elsewhere = analyse(subject.network, plan, images, 64, 10, tolerance=50.0, agreement=0.0, passed=False)
+    failed_elsewhere = analyse(subject.network, plan, images, 64, Classes(10), Limits(50.0, 0.0), passed=False)
     assert "comes from the engine" in failed_elsewhere.advice
 
 

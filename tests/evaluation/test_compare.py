@@ -13,7 +13,8 @@ from common.errors import ExitCode, InputError
 from common.files import write_json
 from evaluation.__main__ import main
 from evaluation.compare import Limits, compare
-from evaluation.results import Report, Row
+from evaluation.measures import Row
+from evaluation.results import Report
 
 
 def changed(report: Report, precision: str, change: Callable[[Row], Row]) -> Report:

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from evaluation.findings import findings
-from evaluation.results import Interval, Paired, Report
+from evaluation.measures import Interval, Paired
+from evaluation.results import Report
 from evaluation.text import decibel, milliseconds, p_value, percent, points, rate, short, size
 
 

@@ -20,8 +20,10 @@ from hypothesis import strategies as st
 from common.errors import InputError
 from evaluation.charts import all_charts, log_ticks, ticks
 from evaluation.findings import findings
+from evaluation.measures import ClassAccuracy
 from evaluation.report import _markdown, render_html, render_markdown, write_report
-from evaluation.results import VERSION, ChangedImage, ClassAccuracy, Report, judge
+from evaluation.results import VERSION, ChangedImage, Report
+from evaluation.verdict import Limits, judge
 
 SECTIONS = (
     "verdict",
@@ -236,7 +238,7 @@ def test_a_report_with_little_in_it(report: Report) -> None:
     bare = replace(
         report,
         rows=rows,
-        verdict=judge(rows, 1.0, 90.0),
+        verdict=judge(rows, Limits(1.0, 90.0)),
         analysis=None,
         calibration=None,
         macs=None,

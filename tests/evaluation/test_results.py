@@ -17,8 +17,10 @@ from hypothesis import strategies as st
 
 from common.errors import InputError
 from common.files import write_json
-from evaluation.results import Accuracy, Interval, Paired, Report, Row, judge, read_report
+from evaluation.measures import Accuracy, Interval, Paired, Row
+from evaluation.results import Report, read_report
 from evaluation.schema import json_schema
+from evaluation.verdict import Limits, judge
 
 
 def row(
@@ -55,7 +57,7 @@ def skipped(precision: str, reason: str = "no such hardware") -> Row:
 
 
 def test_all_within_the_tolerance_pass() -> None:
-    verdict = judge([row("fp32"), row("fp16"), row("int8", lost=3)], 1.0, 90)
+    verdict = judge([row("fp32"), row("fp16"), row("int8", lost=3)], Limits(1.0, 90))
 
     assert verdict.passed
     assert verdict.word == "PASSED"
@@ -68,8 +70,8 @@ def test_a_loss_of_exactly_the_tolerance_passes_and_one_image_more_fails(lost: i
     images = max(images, lost + 1)
     tolerance = 100 * lost / images
 
-    assert judge([row("fp32"), row("int8", lost=lost, images=images)], tolerance, 90).passed
-    assert not judge([row("fp32"), row("int8", lost=lost + 1, images=images)], tolerance, 90).passed
+    assert judge([row("fp32"), row("int8", lost=lost, images=images)], Limits(tolerance, 90)).passed
+    assert not judge([row("fp32"), row("int8", lost=lost + 1, images=images)], Limits(tolerance, 90)).passed
 
 
 @pytest.mark.parametrize(
@@ -82,13 +84,13 @@ def test_a_loss_of_exactly_the_tolerance_passes_and_one_image_more_fails(lost: i
     ],
 )
 def test_what_fails_is_said(rows: list[Row], reason: str) -> None:
-    verdict = judge(rows, 1.0, 90)
+    verdict = judge(rows, Limits(1.0, 90))
 
     assert (verdict.passed, verdict.word, verdict.summary) == (False, "FAILED", reason)
 
 
 def test_fp16_may_be_absent() -> None:
-    verdict = judge([row("fp32"), skipped("fp16"), row("int8")], 0.5, 90)
+    verdict = judge([row("fp32"), skipped("fp16"), row("int8")], Limits(0.5, 90))
 
     assert verdict.passed
     assert verdict.summary == "INT8 is within 0.5 points of FP32"
@@ -98,29 +100,29 @@ def test_fp16_may_be_absent() -> None:
 def test_a_gain_passes_a_tolerance_of_zero_and_a_baseline_is_not_judged() -> None:
     baseline = replace(row("fp16", lost=500), role="baseline")
 
-    assert judge([row("fp32", lost=5), row("int8", lost=-5), baseline], 0.0, 90).passed
+    assert judge([row("fp32", lost=5), row("int8", lost=-5), baseline], Limits(0.0, 90)).passed
 
 
 def test_another_network_does_not_pass_however_accurate_it_is() -> None:
     """INT8 of a network that was hardly trained, right more often than FP32 because it says something else."""
-    verdict = judge([row("fp32", lost=700), row("int8", lost=-330, agreement=67)], 1.0, 90)
+    verdict = judge([row("fp32", lost=700), row("int8", lost=-330, agreement=67)], Limits(1.0, 90))
 
-    assert (verdict.passed, verdict.agreement) == (False, 90)
+    assert (verdict.passed, verdict.limits.agreement) == (False, 90)
     assert verdict.summary == "INT8 predicts the same class as FP32 for 67.00 % of the images: less than 90 %"
 
 
 @pytest.mark.parametrize(("agreement", "passed"), [(90, True), (89.99, False), (100, True)])
 def test_the_least_agreement_itself_passes(agreement: float, passed: bool) -> None:
-    assert judge([row("fp32"), row("int8", agreement=agreement)], 1.0, 90).passed is passed
-    assert judge([row("fp32"), row("fp16", agreement=agreement), row("int8")], 1.0, 90).passed is passed
+    assert judge([row("fp32"), row("int8", agreement=agreement)], Limits(1.0, 90)).passed is passed
+    assert judge([row("fp32"), row("fp16", agreement=agreement), row("int8")], Limits(1.0, 90)).passed is passed
 
 
 def test_outputs_that_are_not_finite_are_named() -> None:
     rows = [row("fp32"), row("int8")]
     broken = row("int8", lost=2, non_finite=2)
 
-    assert len(judge(rows, 1, 90).reasons) == 3
-    assert "INT8 gave NaN or infinity for 2 images, counted as wrong" in judge([*rows, broken], 1, 90).reasons
+    assert len(judge(rows, Limits(1, 90)).reasons) == 3
+    assert "INT8 gave NaN or infinity for 2 images, counted as wrong" in judge([*rows, broken], Limits(1, 90)).reasons
 
 
 def test_a_report_reads_back_as_it_was_written(report: Report, tmp_path: Path) -> None:

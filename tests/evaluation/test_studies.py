@@ -13,10 +13,13 @@ from calib.subset import draw
 from calib.tracing import trace
 from common.config import CalibrationConfig, DataConfig, QuantizationConfig
 from data import Splits, open_splits
+from evaluation.accuracy import Classes
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
+from evaluation.verdict import Limits
 from models import LeNet
 
 CONFIG = CalibrationConfig(batches=4, batch_size=50)
+MEASURE = Classes(10)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def network(data: Splits) -> Network:
 
 
 def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: Splits) -> None:
-    found = compare_algorithms(network, data, CONFIG, QuantizationConfig(), 1, ["entropy2", "minmax"])
+    found = compare_algorithms(network, data, CONFIG, QuantizationConfig(), 1, ["entropy2", "minmax"], MEASURE)
     assert list(found) == ["entropy2", "minmax"]
     direct = find_thresholds(subset_histograms(network, data, CONFIG, 1), "minmax").table
     assert found["minmax"].scales == direct.scales
@@ -51,18 +54,18 @@ def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: 
 
 
 def test_a_sweep_calibrates_once_per_number_and_seed(network: Network, data: Splits) -> None:
-    points = sweep_images(network, data, CONFIG, QuantizationConfig(), [50, 130], range(3))
+    points = sweep_images(network, data, CONFIG, QuantizationConfig(), [50, 130], range(3), MEASURE)
     assert [(point.images, len(point.outcomes)) for point in points] == [(50, 3), (130, 3)]
     first, second = points[0].outcomes[:2]
     assert first.scales != second.scales
     assert all(0 <= spread < 1 for spread in points[0].spread.values())
-    alone = sweep_images(network, data, CONFIG, QuantizationConfig(), [50], [0])[0]
+    alone = sweep_images(network, data, CONFIG, QuantizationConfig(), [50], [0], MEASURE)[0]
     assert set(alone.spread.values()) == {0.0}
 
 
 def test_fewer_images_of_a_sweep_are_the_first_of_the_most(network: Network, data: Splits) -> None:
     counts = [40, 150, 130, 100]
-    points = sweep_images(network, data, CONFIG, QuantizationConfig(), counts, [7])
+    points = sweep_images(network, data, CONFIG, QuantizationConfig(), counts, [7], MEASURE)
     subset = draw(data, len(data.info.classes), dataclasses.replace(CONFIG, batches=3), 7)
     assert [point.images for point in points] == counts
     for point in points:
@@ -72,7 +75,7 @@ def test_fewer_images_of_a_sweep_are_the_first_of_the_most(network: Network, dat
 
 def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
-    found = mixed_precision(network, data, table, QuantizationConfig(), tolerance=100.0, agreement=0.0)
+    found = mixed_precision(network, data, table, QuantizationConfig(), MEASURE, Limits(100.0, 0.0))
     assert found is not None
     assert found[0] == []
 
@@ -80,7 +83,7 @@ def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, d
 def test_a_ruined_scale_is_found_and_its_layer_kept(network: Network, data: Splits) -> None:
     table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
     ruined = type(table)({**table.scales, "ip1": table.scales["ip1"] / 500})
-    found = mixed_precision(network, data, ruined, QuantizationConfig(), tolerance=2.0, agreement=0.0)
-    layers, points = found or ([], -100.0)
+    found = mixed_precision(network, data, ruined, QuantizationConfig(), MEASURE, Limits(2.0, 0.0))
+    layers, left = found or ([], "-100 points")
     assert layers == ["ip2"]
-    assert points >= -2.0
+    assert float(left.split(" points")[0]) >= -2.0

@@ -29,7 +29,8 @@ from common.config import DataConfig, QuantizationConfig
 from common.errors import InputError
 from data.base import DatasetInfo, Preprocessing
 from data.idx import read_idx
-from evaluation import results
+from evaluation import measures, results
+from evaluation.verdict import Limits, Verdict
 from models import LeNet, load_checkpoint, save_checkpoint
 from models.checkpoint import CheckpointMeta
 from models.network import load_state, read_weights
@@ -52,14 +53,16 @@ REPORT = results.Report(
     run="x",
     created="2026-01-02T03:04:05+00:00",
     seconds={"accuracy": 1.0},
-    verdict=results.Verdict(False, 0.5, 99.0, "INT8 did not run", []),
+    verdict=Verdict(False, Limits(0.5, 99.0), "INT8 did not run", []),
     model=results.Model("LeNet", "models.LeNet", 431080, 1, 1, ["conv1"], {"mul": "mul"}),
     data=results.Data("digits", "digits", "test", 5, 2, 0, None, ["0", "1"], [1, 28, 28], "0" * 64),
     engine="torch",
     engine_reason="asked for",
     rows=[
-        results.Row("fp32", "torch", "reference", latency=[results.Latency(1, results.Timing(5, 2.0, 3, 4, 2, 500))]),
-        results.Row("int8", "torch", "compared", skipped="no table"),
+        measures.Row(
+            "fp32", "torch", "reference", latency=[measures.Latency(1, measures.Timing(5, 2.0, 3, 4, 2, 500))]
+        ),
+        measures.Row("int8", "torch", "compared", skipped="no table"),
     ],
     calibration=results.Calibration("entropy2", "10.12.0", {"made by": "reference"}, {"data": 0.0078}),
     tensors=[results.TensorFigures("data", results.Histogram(1.0, [3, 2], 0.99), True, 0.0078, 0.99)],
