@@ -68,7 +68,12 @@ def wanted_provenance(
         subset=SubsetRecord(config.subset, config.batches, config.batch_size, config.skip, seed),
         dataset=dataset.name,
         data=dataset.fingerprint,
-        preprocessing=dataclasses.asdict(dataset.preprocessing),
+        # An own transform that there is not has no place there: tables from before that option still serve.
+        preprocessing={
+            name: value
+            for name, value in dataclasses.asdict(dataset.preprocessing).items()
+            if value is not None or not name.startswith("transform")
+        },
         weights=weights,
     )
 

@@ -148,5 +148,7 @@ def draw(data: Splits, num_classes: int, config: CalibrationConfig, seed: int) -
     """
     whole = config.subset == "first"
     labels = data.train_file.labels if whole else data.train.labels
+    if num_classes == 0:  # no classes to draw from in their shares
+        labels, num_classes = torch.zeros(len(labels), dtype=torch.int64), 1
     subset = select(labels, num_classes, config.subset, config.batches, config.batch_size, config.skip, seed)
     return subset if whole else Subset(data.train_index[subset.positions], subset.batch_size)

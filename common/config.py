@@ -72,6 +72,12 @@ class DataConfig:
         augment: Whether training batches are augmented (small random affine).
         image_size: Height and width after resizing and cropping (imagefolder).
         resize: Length of the shorter side before the centre crop (imagefolder).
+        channels: 3 for colour, 1 for gray, whatever the files are (imagefolder).
+        transform: Own preprocessing in the place of resizing, cropping and normalising (imagefolder): what makes a
+            float tensor [C, H, W] of a Pillow image, by its path, such as ``package.module:function`` or
+            ``torchvision.models.ResNet18_Weights.IMAGENET1K_V1.transforms``.
+        targets: CSV file with the numbers that a regression network is to give (imagefolder): on each line an
+            image's path within ``dir``, and one number or more.
         workers: Decoding threads (imagefolder).
     """
 
@@ -83,6 +89,9 @@ class DataConfig:
     augment: bool = True
     image_size: int = 224
     resize: int = 256
+    channels: Literal[1, 3] = 3
+    transform: str | None = None
+    targets: Path | None = None
     workers: int = 2
 
     def __post_init__(self) -> None:

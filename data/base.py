@@ -15,13 +15,15 @@ class Preprocessing:
     """How stored pixels become the network's input; recorded in the checkpoint and in the calibration side file.
 
     Attributes:
-        channels: 1 or 3.
+        channels: 1 or 3; any number that an own transform makes.
         height: Pixels of the network's input.
         width: Pixels of the network's input.
         scale: Factor on the stored uint8 pixels (1/255 gives [0, 1]), applied before ``mean`` and ``std``.
         mean: Per channel, subtracted after scaling; empty for none.
         std: Per channel, divides after subtracting; empty for none.
         resize: Length of the shorter side before the centre crop; None where images are taken as they are.
+        transform: The user's own, which takes the place of all the above but the shape; None for none.
+        transform_digest: Of its source or its parameters, where they can be had.
     """
 
     channels: int
@@ -31,6 +33,8 @@ class Preprocessing:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     resize: int | None = None
+    transform: str | None = None
+    transform_digest: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:

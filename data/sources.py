@@ -113,7 +113,8 @@ def _open_cifar10(config: DataConfig, seed: int) -> Splits:
 
 def _open_folder(config: DataConfig, seed: int) -> Splits:
     folders = folder.open_folders(config)
-    counts = f"{len(folders.train):,} + {len(folders.test):,} images, {len(folders.classes):,} classes"
+    what = f"{len(folders.classes):,} classes" if folders.classes else "no classes"
+    counts = f"{len(folders.train):,} + {len(folders.test):,} images, {what}"
     info = DatasetInfo(
         name="imagefolder",
         title=f"image folder ({counts})",
@@ -121,6 +122,7 @@ def _open_folder(config: DataConfig, seed: int) -> Splits:
         preprocessing=folders.train.preprocessing,
         fingerprint=folders.fingerprint,
         notes=folders.notes,
+        targets=folders.targets,
     )
     validation = config.validation if folders.validation is None else folders.validation
     return divide(info, folders.train, folders.test, validation, seed)

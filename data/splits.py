@@ -62,7 +62,7 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
     """Split positions into (kept, held out), each ascending, every class held out in its share of ``labels``.
 
     Args:
-        labels: int64 [N].
+        labels: int64 [N], or targets, float32 [N, K], which are not divided by.
         count: How many to hold out; at most N / ``LARGEST_VALIDATION_SHARE`` are.
         seed: Decides which images are chosen.
 
@@ -82,6 +82,8 @@ def hold_out(labels: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         )
         count = largest
     generator = torch.Generator().manual_seed(seed)
+    if labels.is_floating_point():
+        labels = torch.zeros(len(labels), dtype=torch.int64)  # targets, not classes
     order = torch.randperm(len(labels), generator=generator)
     # Shuffled, then sorted by class (stable): the first of each class's run are held out.
     order = order[torch.argsort(labels[order], stable=True)]

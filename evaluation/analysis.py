@@ -408,12 +408,16 @@ def data_uri(image: Tensor, preprocessing: Preprocessing, largest: int = 112) ->
     """
     from PIL import Image
 
+    if preprocessing.transform is not None:
+        # What an own transform did cannot be undone: from its darkest to its brightest value.
+        low, high = float(image.min()), float(image.max())
+        image = (image - low) / (high - low if high > low else 1.0)
     if preprocessing.std:
         image = image * torch.tensor(preprocessing.std).reshape(-1, 1, 1)
     if preprocessing.mean:
         image = image + torch.tensor(preprocessing.mean).reshape(-1, 1, 1)
     pixels = (image / preprocessing.scale).round().clamp(0, 255).to(torch.uint8)
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
+    array = pixels[0].numpy() if len(pixels) != 3 else pixels.permute(1, 2, 0).contiguous().numpy()
     picture = Image.fromarray(array)
     picture.thumbnail((largest, largest))
     stream = io.BytesIO()

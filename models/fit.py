@@ -332,6 +332,7 @@ def training_record(config: Config, info: DatasetInfo, options: TrainerOptions) 
         "data": {
             "fingerprint": info.fingerprint,
             **{name: getattr(config.data, name) for name in ("batch_size", "validation", "augment", "image_size")},
+            **({"transform": config.data.transform} if config.data.transform else {}),
         },
         "model": dataclasses.asdict(config.model),
         "optimizer": dataclasses.asdict(config.optimizer),

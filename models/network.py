@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from common.config import ModelConfig
+from common.dotted import locate
 from common.errors import InputError
 from models.archive import is_plain, load_archive
 
@@ -50,29 +48,8 @@ def network_name(class_path: str) -> str:
 
 
 def resolve(class_path: str) -> Callable[..., Any]:
-    """Import ``package.module.Class`` or ``package.module:Class``; the current folder is searched last.
-
-    Raises:
-        InputError: there is no such module or name, or its import fails.
-    """
-    module_name, separator, name = class_path.replace(":", ".").rpartition(".")
-    if not separator or not all(part.isidentifier() for part in (*module_name.split("."), name)):
-        raise InputError(f"model.class_path {class_path!r} is not of the form package.module.Class")
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    try:
-        found = getattr(import_module(module_name), name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"cannot import model.class_path {class_path!r}: {error}") from error
-    except AttributeError as error:
-        raise InputError(f"model.class_path {class_path!r}: module {module_name!r} has no {name!r}") from error
-    except Exception as error:
-        raise InputError(
-            f"importing model.class_path {class_path!r} failed: {type(error).__name__}: {error}"
-        ) from error
-    if not callable(found):
-        raise InputError(f"model.class_path {class_path!r} is neither a class nor a function")
-    return found
+    """The class or factory that ``model.class_path`` names; see :func:`common.dotted.locate`."""
+    return locate(class_path, "model.class_path")
 
 
 def construct(factory: Callable[..., Any], class_path: str, arguments: Mapping[str, Any]) -> nn.Module:

@@ -145,12 +145,13 @@ def start(config: Config) -> fit.TrainerOptions:
 def describe(config: Config, info: DatasetInfo, trained: Trained, task: TaskName) -> CheckpointMeta:
     """What the checkpoint says of a training; ``task`` is what the network was trained or given for."""
     directory = config.data.dir.resolve() if config.data.dir else None
+    targets = config.data.targets.resolve() if config.data.targets else None
     return CheckpointMeta(
         network=network_name(config.model.class_path),
         class_path=config.model.class_path,
         init_args=network_arguments(config.model, len(info.classes), info.preprocessing.channels),
         dataset=info,
-        data=dataclasses.replace(config.data, dataset=cast(DatasetName, info.name), dir=directory),
+        data=dataclasses.replace(config.data, dataset=cast(DatasetName, info.name), dir=directory, targets=targets),
         seed=config.seed,
         epochs=trained.epochs,
         task=task,
