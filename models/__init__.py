@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from models.checkpoint import Checkpoint, CheckpointMeta, load_checkpoint, save_checkpoint
     from models.classifier import Classifier
+    from models.detection import DetectorCore
     from models.lenet import LeNet
     from models.network import build_network
     from models.small_resnet import SmallResNet
@@ -19,6 +20,7 @@ _HOME = {
     "Checkpoint": "models.checkpoint",
     "CheckpointMeta": "models.checkpoint",
     "Classifier": "models.classifier",
+    "DetectorCore": "models.detection",
     "LeNet": "models.lenet",
     "SmallResNet": "models.small_resnet",
     "build_network": "models.network",
@@ -30,6 +32,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointMeta",
     "Classifier",
+    "DetectorCore",
     "LeNet",
     "SmallResNet",
     "build_network",

@@ -168,7 +168,7 @@ def nothing_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("it was measured")
 
     monkeypatch.setattr("evaluation.pipeline.evaluate", fail)
-    monkeypatch.setattr("engines.select_engine", fail)
+    monkeypatch.setattr("engines.select.select_engine", fail)
 
 
 @pytest.mark.usefixtures("nothing_measured")

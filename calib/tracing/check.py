@@ -33,7 +33,13 @@ class ModelCheck:
         parameter = next(model.parameters(), torch.empty(0))
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         self.images = images.to(parameter.device)
-        paths, _ = _pytree.tree_flatten_with_path(self._run(model, self.images))
+        result = self._run(model, self.images)
+        if isinstance(result, list) and len(result) == len(images) and all(isinstance(one, dict) for one in result):
+            raise RefusedError(
+                f"network {name} gives a dictionary for each image, as a detector that has picked its boxes does: pass "
+                "what comes before that, its backbone and heads (of torchvision's detectors, models.DetectorCore)"
+            )
+        paths, _ = _pytree.tree_flatten_with_path(result)
         outputs = {_key(path): value for path, value in paths if isinstance(value, Tensor)}
         if not outputs:
             raise RefusedError(f"network {name} gives no tensor")
