@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from calib.algorithms import ALGORITHMS, threshold
 from calib.histogram import BINS, AbsHistogram
-from calib.table import scale_to_hex
+from calib.table import CalibrationTable, scale_to_hex
+from common.config import CalibrationConfig
 from common.errors import InputError
 from tests.calib import oracle
 
@@ -227,9 +228,23 @@ def test_legacy_is_not_limited_to_the_maximum():
     assert threshold(histogram, "legacy").value == float(np.float32((math.floor(1.1 * 1024) + 1) / 1024))
 
 
-def test_unknown_algorithm():
+def test_unknown_algorithm_and_option():
     with pytest.raises(InputError, match="entropy3"):
         threshold(with_counts(spike(5)), "entropy3")
+    with pytest.raises(InputError, match="'share'"):
+        threshold(with_counts(spike(5)), share=0.5)
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_registry_alone_names_an_algorithm(name):
+    found = CalibrationTable.loads(CalibrationTable({"x": 1.0}, name).dumps()).algorithm
+    assert ALGORITHMS[found].header == ALGORITHMS[name].header
+    assert (found == name) == (ALGORITHMS[name].tensorrt is not None)
+    for option in ALGORITHMS[name].options:
+        assert getattr(CalibrationConfig(), option.name) == option.default
+        for value in (0, option.largest * 1.01):
+            with pytest.raises(InputError, match=rf"calibration\.{option.name} must be in \(0, {option.largest:g}\]"):
+                CalibrationConfig(**{option.name: value})
 
 
 def test_data_of_nvidias_sample_gives_the_scale_that_tensorrt_wrote(mnist_dir):
