@@ -1,17 +1,23 @@
 """Layers of an engine in INT8, from TensorRT's verbose log."""
 
+import json
 import os
+from pathlib import Path
 
 import pytest
+import torchvision
 
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
+from common.decode import decode
 from engines.tensorrt.build import BuilderLog
 from engines.tensorrt.form import for_tensorrt
-from engines.tensorrt.layers import executed_macs, read_layers
+from engines.tensorrt.layers import EngineLayer, executed_macs, read_layers
 from models import LeNet
+from models.small_resnet import SmallResNet
 
+LISTED = Path(__file__).with_name("layers")
 SCALES = {"data": 0.008, "conv1": 0.03, "pool1": 0.03, "conv2": 0.09, "pool2": 0.09, "ip1": 0.05, "ip2": 0.2}
 MACS = {"conv1": 288_000, "conv2": 1_600_000, "ip1": 400_000, "ip2": 5_000}
 
@@ -93,6 +99,23 @@ def test_multiplications_by_module_and_by_place(network):
     assert int8(count) == {"conv1": False, "conv2": True, "ip1": False, "ip2": False}
     assert "TensorRT chose that kernel, by speed (ip1, conv1, ip2)" in count.warning()
     assert count.source == "as the engine executes it"
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "shape", "layers", "in_float"),
+    [
+        ("LeNet", LeNet, (1, 28, 28), 4, ["ip1", "conv1", "ip2"]),
+        ("SmallResNet", SmallResNet, (1, 28, 28), 11, []),
+        ("resnet18", lambda: torchvision.models.resnet18(num_classes=10), (3, 224, 224), 21, []),
+    ],
+)
+def test_engines_that_tensorrt_built(name, model, shape, layers, in_float):
+    """Implicit INT8 for batch 1, by TensorRT 10.6.0 on an H100, as evaluate.py kept them beside the engines."""
+    listed = [decode(EngineLayer, item, name) for item in json.loads((LISTED / f"{name}.json").read_text())]
+    count = executed_macs(trace(model(), name, shape), listed, "here")
+    assert len(count.layers) == layers
+    assert count.uncounted == []
+    assert [layer.layer for layer in count.in_float] == in_float
 
 
 def test_what_cannot_be_told_is_not_counted(network):
