@@ -1,4 +1,4 @@
-"""``python -m calib calibrate`` and ``from-qdq``: tables of ONNX networks, without TensorRT."""
+"""``python -m calib calibrate``: the table of an ONNX network, without TensorRT."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.algorithms import ALGORITHMS, OPTIONS
+from calib.onnx_write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
 from common.errors import ExitCode, InputError
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
 _PROGRESS_SECONDS = 2.0
 
 
-def add_parsers(commands: Any) -> None:
-    """Add ``calibrate`` and ``from-qdq`` to argparse's subparsers; each sets ``run``."""
-    _add_from_qdq(commands)
+def add_parser(commands: Any) -> None:
+    """Add ``calibrate`` to argparse's subparsers; it sets ``run``."""
     text = "make the calibration table of an ONNX network from images, in ONNX Runtime"
     parser: argparse.ArgumentParser = commands.add_parser("calibrate", help=text, description=text)
     parser.set_defaults(run=_calibrate)
@@ -91,83 +90,6 @@ def add_parsers(commands: Any) -> None:
     images.add_argument("--fill", type=int, default=114, metavar="PIXEL", help="of a letterbox (default: 114)")
 
 
-def _add_from_qdq(commands: Any) -> None:
-    text = "the calibration table of an ONNX network with quantize/dequantize pairs, for DLA and older TensorRT"
-    parser: argparse.ArgumentParser = commands.add_parser("from-qdq", help=text, description=text)
-    parser.set_defaults(run=_from_qdq)
-    parser.add_argument("model", type=Path, metavar="MODEL_qat.onnx", help="trained with quantization, or quantized")
-    parser.add_argument("--output", type=Path, required=True, metavar="TABLE", help="table to write")
-    parser.add_argument(
-        "--onnx",
-        type=Path,
-        metavar="FILE",
-        help="also write the float network that the table goes with: without the pairs, weights as they were rounded",
-    )
-    parser.add_argument(
-        "--algorithm", choices=tuple(ALGORITHMS), default="entropy2", help="of line 1 (default: entropy2)"
-    )
-    parser.add_argument(
-        "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
-    )
-
-
-def _from_qdq(arguments: argparse.Namespace) -> int:
-    from calib.onnx_from_qdq import table_of_quantized
-    from calib.onnx_model import read_model
-    from calib.table import CalibrationTable
-
-    _refuse_own_input([arguments.output, arguments.onnx], [arguments.model])
-    found = table_of_quantized(read_model(arguments.model), arguments.model)
-    table = CalibrationTable(found.scales, arguments.algorithm, arguments.tensorrt_version)
-    if arguments.onnx:
-        _write_model(arguments.onnx, found.model, arguments.model)
-    if found.asymmetric:
-        print(f"warning: a symmetric range that covers the asymmetric one: {named(found.asymmetric)}", file=sys.stderr)
-    for name, reason in table.unusable.items():
-        print(f"warning: tensor {name!r} cannot be quantized: {reason}", file=sys.stderr)
-    write_table(arguments.output, table)
-    if arguments.onnx:
-        print(f"wrote {arguments.onnx}")
-    print(f"{len(table.scales)} tensors")
-    if found.unknown:
-        print(f"no scale, since no pair says one: {named(found.unknown)}")
-    return ExitCode.PASSED
-
-
-def _refuse_own_input(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> None:
-    """Refuse to write a file over one that is read, or two into one.
-
-    Raises:
-        InputError: as said.
-    """
-    given = [path.resolve() for path in outputs if path is not None]
-    for path in given:
-        if path in [other.resolve() for other in inputs] or given.count(path) > 1:
-            raise InputError(f"{path} is read here, or written twice: give the result another name")
-
-
-def _write_model(path: Path, model: onnx.ModelProto, source: Path) -> None:
-    """Write a network atomically; external weights are named as they lie beside ``source``, or taken in.
-
-    Raises:
-        InputError: the file cannot be written.
-    """
-    import onnx
-
-    from calib.onnx_model import external_weights
-    from common.files import write_bytes
-
-    if path.resolve().parent != source.resolve().parent and any(True for _ in external_weights(model)):
-        onnx.load_external_data_for_model(model, str(source.parent))
-    try:
-        content = model.SerializeToString()
-    except Exception as error:  # protobuf raises its own types where 2 GiB are exceeded
-        raise InputError(
-            f"{path} would exceed 2 GiB, which no ONNX file can: write it to {source.parent}, where the weights lie"
-        ) from error
-    write_bytes(path, content)
-
-
 def _positive(text: str) -> int:
     if not text.isascii() or not text.isdecimal() or not 0 < int(text) <= 1_000_000:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 up, not {text!r}")
@@ -182,7 +104,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     from calib.table import CalibrationTable
 
     path = arguments.model
-    _refuse_own_input([arguments.output, arguments.qdq], [path, arguments.images])
+    refuse_own_input([arguments.output, arguments.qdq], [path, arguments.images])
     # A wrong version is told before the work, not after it.
     CalibrationTable({"data": 1.0}, arguments.algorithm, arguments.tensorrt_version)
     model = read_float_model(path)
@@ -248,7 +170,7 @@ def _write_quantized(
     made = quantize(model, table, arguments.model)
     # It is run before it is written: a file that does not run is of no use.
     sqnr = compare_outputs(arguments.model, model, made.model, batches)
-    _write_model(arguments.qdq, made.model, arguments.model)
+    write_model(arguments.qdq, made.model, arguments.model)
     images = next((item.batch for item in network_inputs(model) if item.batch), 1)
     shapes = {name: array.shape for name, array in batches.load(0, images).items()}
     found: dict[str, Any] = {}
