@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Selection:
+class SelectedEngine:
     """The engine that runs, and why it is this one.
 
     Attributes:
@@ -110,7 +110,7 @@ def make_engine(
 
 def select_engine(
     config: EngineConfig, quantization: QuantizationConfig, folder: Path, batch_sizes: Sequence[int] = (1,)
-) -> Selection:
+) -> SelectedEngine:
     """Choose the engine: the one named, else the last of :data:`engines.ENGINES` that can run here.
 
     Args:
@@ -131,17 +131,17 @@ def select_engine(
         reason = engine.unavailable()
         if reason is not None:
             raise InputError(f"engine {config.name} cannot be used here: {reason}; take --engine auto")
-        return Selection(engine, "asked for by name")
+        return SelectedEngine(engine, "asked for by name")
     return _first_available(make)
 
 
-def _first_available(make: Callable[[EngineName], Engine]) -> Selection:
+def _first_available(make: Callable[[EngineName], Engine]) -> SelectedEngine:
     passed: list[str] = []
     always, *preferred = ENGINES
     for name in reversed(preferred):
         engine = make(name)
         reason = engine.unavailable()
         if reason is None:
-            return Selection(engine, "; ".join(["the first that can run here", *passed]), make(always))
+            return SelectedEngine(engine, "; ".join(["the first that can run here", *passed]), make(always))
         passed.append(f"not {name}: {reason}")
-    return Selection(make(always), "; ".join(["always available", *passed]))
+    return SelectedEngine(make(always), "; ".join(["always available", *passed]))

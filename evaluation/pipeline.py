@@ -19,7 +19,7 @@ from common.errors import InputError
 from common.macs import MacCount
 from common.processes import ALONE, Processes
 from engines.base import Compiled, EngineError
-from engines.select import Selection
+from engines.select import SelectedEngine
 from evaluation.analysis import (
     TENSOR_IMAGES,
     affordable_images,
@@ -74,7 +74,7 @@ class Measured:
 def evaluate(
     config: Config,
     subject: Subject,
-    selection: Selection,
+    selection: SelectedEngine,
     baselines: Sequence[Compiled] = (),
     processes: Processes = ALONE,
 ) -> tuple[Report, Measured] | None:
@@ -220,7 +220,7 @@ def _usable_scales(table: CalibrationTable) -> dict[str, float]:
 
 
 def compile_precisions(
-    selection: Selection, subject: Subject, precisions: Sequence[PrecisionName]
+    selection: SelectedEngine, subject: Subject, precisions: Sequence[PrecisionName]
 ) -> tuple[dict[PrecisionName, Compiled], dict[PrecisionName, str]]:
     """Compile FP32, and of the other precisions those that were asked for: (networks, why the others did not run).
 

@@ -13,7 +13,7 @@ from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
 from engines.base import Compiled, EngineError
 from engines.eager import TorchEngine
-from engines.select import Selection
+from engines.select import SelectedEngine
 from evaluation.pipeline import compile_precisions
 from models import LeNet
 
@@ -46,7 +46,7 @@ def fallback() -> TorchEngine:
 
 
 def test_the_fallback_runs_what_the_engine_cannot_and_says_so(subject: Any) -> None:
-    selection = Selection(NoHalf(("fp32",)), "auto", fallback())
+    selection = SelectedEngine(NoHalf(("fp32",)), "auto", fallback())
     compiled, skipped = compile_precisions(selection, subject, ["fp32", "fp16", "int8"])
     assert (compiled["fp32"].engine, compiled["fp16"].engine) == ("onnxruntime", "torch")
     assert "run by torch, since no fp16 kernels" in str(compiled["fp16"].latency_note)
@@ -55,14 +55,14 @@ def test_the_fallback_runs_what_the_engine_cannot_and_says_so(subject: Any) -> N
 
 
 def test_an_engine_asked_for_by_name_is_not_replaced(subject: Any) -> None:
-    compiled, skipped = compile_precisions(Selection(NoHalf(("fp32",)), "by name"), subject, ["fp32", "fp16"])
+    compiled, skipped = compile_precisions(SelectedEngine(NoHalf(("fp32",)), "by name"), subject, ["fp32", "fp16"])
     assert list(compiled) == ["fp32"]
     assert skipped["fp16"] == "no fp16 kernels"
     with pytest.raises(InputError, match="onnxruntime cannot run LeNet in FP32: no fp32 kernels"):
-        compile_precisions(Selection(NoHalf(()), "by name"), subject, ["fp32"])
+        compile_precisions(SelectedEngine(NoHalf(()), "by name"), subject, ["fp32"])
 
 
 def test_the_reference_itself_falls_back(subject: Any) -> None:
-    compiled, _ = compile_precisions(Selection(NoHalf(()), "auto", fallback()), subject, ["fp32"])
+    compiled, _ = compile_precisions(SelectedEngine(NoHalf(()), "auto", fallback()), subject, ["fp32"])
     assert compiled["fp32"].engine == "torch"
     assert compiled["fp32"].latency_note is None
