@@ -300,11 +300,11 @@ class ParserNames:
             self._layer(name)
 
     def _clip(self, node: onnx.NodeProto, name: str) -> dict[int, str]:
-        bounds = [*node.input[1:3], "", ""][:2]
-        if all(bounds) or not any(bounds):
+        bounds = node.input[1:3]
+        if "" not in bounds:
             self._layer(name)
             return {}
-        # With one bound it becomes two elementwise layers without a name; the other bound is a constant, too.
+        # A bound that is left empty makes it two elementwise layers without a name, and is a constant, too.
         for bound in bounds:
             if bound:
                 self._layer(bound, again=False)
