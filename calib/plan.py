@@ -29,6 +29,8 @@ class Int8Plan:
         float_inputs: INT8 layer -> the fx nodes among its inputs that it reads in float nevertheless.
         rounded: fx nodes whose value is quantized with the scale of its own tensor for all that read it, those that
             compute in float too.
+        integer_biases: fx nodes of the layers that add their bias to the int32 sum, rounded to a multiple of input
+            scale * weight scale, and not in float.
     """
 
     network: Network
@@ -40,6 +42,7 @@ class Int8Plan:
     own_scales: Mapping[str, float] = field(default_factory=dict)
     float_inputs: Mapping[str, frozenset[str]] = field(default_factory=dict)
     rounded: frozenset[str] = frozenset()
+    integer_biases: frozenset[str] = frozenset()
 
     def reads_int8(self, layer: Layer, node: str) -> bool:
         """Whether ``layer`` runs in INT8 and takes the value of the fx node ``node`` quantized."""

@@ -1,7 +1,8 @@
 """The exact integer arithmetic of the reference, simulated: int8 operands, int32 accumulation.
 
 An INT8 layer quantizes its inputs; a convolution or matrix product then sums products of int8 codes exactly, scales
-the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again.
+the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again
+(a plan may ask for biases that are rounded and added to the sum, as ONNX Runtime's kernels do).
 A value that goes both to a layer and to a concatenation of another scale is quantized with its own scale first.
 
 The sums are formed by float matrix products on integer-valued operands. They are exact: every product and every
@@ -28,11 +29,21 @@ from calib.plan import Int8Plan
 
 _EXACT_FLOAT32 = 2**24
 
+LARGEST_BIAS = 2**30
+"""Steps of the int32 sum up to which a bias is added to it."""
+
 
 class _WeightedLayer:
-    """A convolution or linear layer on codes."""
+    """A convolution or linear layer on codes.
 
-    def __init__(self, layer: Layer, module: nn.Module, input_scale: float) -> None:
+    Args:
+        layer: The layer.
+        module: What it calls.
+        input_scale: Of the codes that it is given.
+        integer_bias: Whether the bias is rounded and added to the sum (``Int8Plan.integer_biases``).
+    """
+
+    def __init__(self, layer: Layer, module: nn.Module, input_scale: float, integer_bias: bool) -> None:
         assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
         self.module = module
         codes, scales = quantize_weight(module.weight)
@@ -42,9 +53,18 @@ class _WeightedLayer:
         shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
         self.scale = (scales * input_scale).reshape(shape)
         self.bias = None if module.bias is None else module.bias.detach().reshape(shape)
+        self.bias_codes = None
+        if integer_bias and self.bias is not None:
+            exact = self.bias.double() / self.scale.double()
+            # Behind weights next to nothing, a bias in these steps would exceed int32.
+            self.bias_codes = torch.where(exact.abs() <= LARGEST_BIAS, exact.round(), exact)
 
     def __call__(self, codes: Tensor) -> Tensor:
-        total = self.accumulate(codes).to(torch.float32)
+        total = self.accumulate(codes)
+        # Several vectors for each image go through a matrix product that is no layer of its own, and takes no bias.
+        if self.bias_codes is not None and (isinstance(self.module, nn.Conv2d) or codes.dim() == 2):
+            return (total.to(torch.float64) + self.bias_codes).to(torch.float32).mul_(self.scale)
+        total = total.to(torch.float32)
         total = total.mul_(self.scale)
         return total if self.bias is None else total.add_(self.bias)
 
@@ -74,7 +94,10 @@ class IntegerNetwork(fx.Interpreter):
         self._layers = {layer.node: layer for layer in plan.network.layers if layer.name in plan.layers}
         self._weighted = {
             layer.node: _WeightedLayer(
-                layer, plan.network.module.get_submodule(str(layer.target)), plan.scales[layer.inputs[0]]
+                layer,
+                plan.network.module.get_submodule(str(layer.target)),
+                plan.scales[layer.inputs[0]],
+                layer.node in plan.integer_biases,
             )
             for layer in plan.weighted
         }

@@ -36,6 +36,7 @@ from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
+from engines.integer import LARGEST_BIAS
 from engines.ort_form import for_onnxruntime, rewrite_for_kernels
 from engines.tensorrt.form import for_tensorrt
 
@@ -44,7 +45,6 @@ OPSET: Final = 17
 
 _PROJECT: Final = "int8-workflow"
 _DYNAMO_OPSET: Final = 18
-_LARGEST_BIAS: Final = 2**30
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
 
 
@@ -540,7 +540,7 @@ def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> l
             # Weights next to nothing, such as those of a dead channel behind folded batch normalisation, must not
             # make a scale in which the bias exceeds int32; what the coarser scale loses is below float32's precision.
             largest = np.abs(onnx.numpy_helper.to_array(initializers[bias]))
-            scales = np.maximum(scales, largest / (input_scale * _LARGEST_BIAS)).astype(np.float32)
+            scales = np.maximum(scales, largest / (input_scale * LARGEST_BIAS)).astype(np.float32)
         weights.append(Weight(node.input[1], axis, scales, bias, input_scale))
     return weights
 

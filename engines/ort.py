@@ -119,12 +119,13 @@ class OnnxRuntimeEngine(Engine):
         return model
 
 
-def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelProto]:
+def open_session(model: onnx.ModelProto, threads: int, optimize: bool = True) -> tuple[Any, onnx.ModelProto]:
     """A CPU session for ``model``, and the graph that it runs after ONNX Runtime's optimisation.
 
     Args:
         model: The network.
         threads: Threads of one inference.
+        optimize: Whether it may; without, every operator is computed as it is written.
 
     Raises:
         EngineError: ONNX Runtime does not take the model.
@@ -135,6 +136,8 @@ def open_session(model: onnx.ModelProto, threads: int) -> tuple[Any, onnx.ModelP
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     # Its threads wait for the next run spinning, by default for some 30 ms on current CPUs, and slow down whatever runs
     # meanwhile; 1 ms is as fast in a loop. Versions before 1.26 do not have the option.
     options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")

@@ -27,10 +27,14 @@ from engines.columns import columns_at_once, compute_columns_at_once
 
 
 def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
-    """The plan with the results of convolutions rounded that something reads in float.
+    """The plan with the results of convolutions rounded that something reads in float, and with integer biases.
 
-    Only those of whole windows over several channels, and only inside the network: what no INT8 layer follows, such as
-    the scores of a segmentation network, stays in float, and so does what a layer reads that is kept in float.
+    The integer convolution adds an int32 bias to its sum, a multiple of input scale * weight scale. What that rounds
+    off is no more than half a step of the sum, which can still turn a code by one.
+
+    Rounded are only those of whole windows over several channels, and only inside the network: what no INT8 layer
+    follows, such as the scores of a segmentation network, stays in float, and so does what a layer reads that is kept
+    in float.
 
     Args:
         plan: Which layers run in INT8.
@@ -42,9 +46,12 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
     followed = _followed(plan)
     kept = {layer.node for layer in network.layers if layer.name not in plan.layers}
     rounded = set(plan.rounded)
+    biases = set()
     for layer in plan.weighted:
         node = nodes[layer.node]
         conv = module.get_submodule(str(layer.target))
+        if layer.node in quantized or not is_pointwise(conv):
+            biases.add(layer.node)
         if not isinstance(conv, nn.Conv2d) or layer.node in quantized or is_pointwise(conv) or _is_depthwise(conv):
             continue
         readers = list(node.users)
@@ -54,7 +61,7 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
                 continue
         if node.name in plan.own_scales and node.name in followed and not _readers(node, plan) & kept:
             rounded.add(node.name)
-    return dataclasses.replace(plan, rounded=frozenset(rounded))
+    return dataclasses.replace(plan, rounded=frozenset(rounded), integer_biases=frozenset(biases))
 
 
 def _followed(plan: Int8Plan) -> set[str]:
