@@ -218,7 +218,8 @@ def images(count: int, size: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(count, 3, max(2, size // 8), max(2, size // 8), generator=generator)
     smooth = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
-    return (smooth + 0.1 * torch.randn(smooth.shape, generator=generator) - 0.45) / 0.25
+    result: Tensor = (smooth + 0.1 * torch.randn(smooth.shape, generator=generator) - 0.45) / 0.25
+    return result
 
 
 def enliven(model: nn.Module, batch: Tensor) -> None:
@@ -258,7 +259,8 @@ def _agreement(run: Callable[[Any], Any], plan: Int8Plan, judged: Tensor) -> flo
 
 
 def _first(value: Any) -> Tensor:
-    return value[0] if isinstance(value, tuple | list) else value
+    first: Tensor = value[0] if isinstance(value, tuple | list) else value
+    return first
 
 
 def _largest(count: MacCount) -> list[str]:
