@@ -40,6 +40,7 @@ SIZES: Final = {
     **dict.fromkeys(("torchvision:maxvit_t", "torchvision:swin_t", "torchvision:swin_v2_t"), 224),
     **dict.fromkeys(("timm:coatnet_pico_rw_224", "timm:levit_128s", "timm:swin_tiny_patch4_window7_224"), 224),
     "timm:efficientformer_l1": 224,
+    "transformers:swin": 128,
 }
 """Networks that take no smaller ones."""
 

@@ -43,7 +43,7 @@ class _WeightedLayer:
         integer_bias: Whether the bias is rounded and added to the sum (``Int8Plan.integer_biases``).
     """
 
-    def __init__(self, layer: Layer, module: nn.Module, input_scale: float, integer_bias: bool) -> None:
+    def __init__(self, layer: Layer, module: nn.Module, input_scale: float, integer_bias: bool = False) -> None:
         assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
         self.module = module
         codes, scales = quantize_weight(module.weight)

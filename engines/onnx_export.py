@@ -476,7 +476,11 @@ class _Computing:
             parts = self._fx[name].users if self._fx[name].op != "output" else ()
             return [node for part in parts for node in self(part.name)]
         found: dict[str, onnx.NodeProto] = {}
-        borders = set(self._values.values()) - {self._values[name]}
+        # The exporter removes a transposition and the one that undoes it: a value can be made from that of its reader.
+        own = {
+            self._values[item] for item in (name, *(user.name for user in self._fx[name].users)) if item in self._values
+        }
+        borders = set(self._values.values()) - own
         pending = [self._values[name]]
         while pending:
             value = pending.pop()
