@@ -21,7 +21,9 @@ from calib.network import Layer, Network
 from common.macs import LayerMacs, MacCount
 
 _HEADING = "Engine Layer Information:"
-_LINE = re.compile(r"Layer\((\w+)\): (.*), Tactic: (?:0x)?[0-9a-fA-F]+, ?(.*)")
+_NEXT_ENTRY = re.compile(r"\n(?=[A-Z_]+: \[)")
+_NEXT_LAYER = re.compile(r"\n(?=Layer\()")  # a name may hold line breaks
+_LINE = re.compile(r"Layer\((\w+)\): (.*), Tactic: (?:0x)?[0-9a-fA-F]+, ?(.*)", re.DOTALL)
 _TYPE = re.compile(r"[\[(](Float|Half|BFloat16|Int8|FP8|Int4|Int32|Int64|UInt8|Bool)[\[(]")
 _NODE = re.compile(
     r"%(?P<value>\S+) : [^%]*? = aten::(?P<operation>\w+)\([^)]*\)"
@@ -59,14 +61,15 @@ class EngineLayer:
 
 
 def read_layers(log: str) -> list[EngineLayer]:
-    """The layers of the last engine that a verbose log of TensorRT's builder lists; none where it lists none."""
+    """The layers that a verbose log of TensorRT's builder lists, of each engine that was built; none without a list."""
     found = []
-    for line in log.rpartition(_HEADING)[2].lstrip("\n").splitlines() if _HEADING in log else ():
-        match = _LINE.match(line)
-        if match is None:
-            break
-        inputs, _, outputs = match[3].rpartition(" -> ")
-        found.append(EngineLayer(match[1], match[2], _TYPE.findall(inputs), _TYPE.findall(outputs)))
+    for listed in log.split(_HEADING)[1:]:
+        lines = _NEXT_ENTRY.split(listed, maxsplit=1)[0]
+        for text in _NEXT_LAYER.split(lines.strip()):
+            match = _LINE.fullmatch(text.partition("\n")[0]) or _LINE.fullmatch(text)
+            if match is not None:
+                inputs, _, outputs = match[3].rpartition(" -> ")
+                found.append(EngineLayer(match[1], match[2], _TYPE.findall(inputs), _TYPE.findall(outputs)))
     return found
 
 

@@ -37,7 +37,7 @@ def line(kind, name, reads, writes="Float"):
 
 
 def log(*lines):
-    return "\n".join(["DEBUG: [Conversion] - Engine Layer Information:", *lines, "DEBUG: [Conversion] - Deleting", ""])
+    return "\n".join(["DEBUG: [Conversion] - Engine Layer Information:", *lines, "DEBUG: [Conversion] - Deleting", "x"])
 
 
 IMPLICIT = log(
@@ -73,9 +73,19 @@ def test_layers_with_their_types():
     assert layers[3].name == convolution("input.5", "conv2")
 
 
-def test_the_last_engine_of_a_log_counts():
+def test_all_engines_of_a_network_that_was_split():
     earlier = log(line("CaskConvolution", convolution("input.1", "conv1"), "Int8"))
-    assert read_layers(earlier + IMPLICIT) == read_layers(IMPLICIT)
+    assert read_layers(earlier + IMPLICIT) == read_layers(earlier) + read_layers(IMPLICIT)
+
+
+def test_what_follows_the_list_is_not_read():
+    text = log(line("CaskConvolution", "conv", "Int8")).partition("\nDEBUG: [Conversion] - Del")[0]
+    assert read_layers(f"{text}\nanother way of logging (Float[1]) -> (Float[1])\n") == read_layers(text)
+
+
+def test_a_name_with_line_breaks_is_one_layer():
+    text = log(line("CaskConvolution", "one,\n two", "Int8"), line("CaskPooling", "pool", "Float"))
+    assert [layer.name for layer in read_layers(text)] == ["one,\n two", "pool"]
 
 
 @pytest.mark.parametrize("text", ["", "DEBUG: nothing\n", "Engine Layer Information:", "Engine Layer Information:\nno"])
