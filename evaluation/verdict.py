@@ -107,7 +107,8 @@ def _agreed(limits: Limits, task: Task) -> str:
         return f"within {limits.tolerance:g} point{'' if limits.tolerance == 1 else 's'} of FP32"
     if task == "regress":
         return f"within {limits.relative_error:g} % of FP32"
-    return f"close to FP32: cosine similarity of at least {limits.cosine:g}"
+    close = f"close to FP32: cosine similarity of at least {limits.cosine:g}"
+    return f"{close} and SQNR of at least {limits.sqnr_db:g} dB in each output" if task == "detect" else close
 
 
 def _classes(row: Row, limits: Limits) -> Iterator[tuple[str, bool]]:
