@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import onnx
     from torch import Tensor
 
-_BUDGET = 256 * 2**20
+_BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
 
 _CPU = "CPUExecutionProvider"
