@@ -66,8 +66,8 @@ _PAGE: Final = """\
 # Networks
 
 What becomes of other people's networks: traced, calibrated, exported and executed by
-`python -m benchmarks.matrix --page docs/networks.md`, which made this page. One after another, each in a process of its
-own with at most {seconds} s and {memory} GiB.
+`python -m benchmarks.matrix --page docs/networks.md`, which made this page. Each in a process of its own, with at most
+{seconds} s and {memory} GiB.
 
 **Weights are random**: trained ones would have to be downloaded. So these figures say which networks go through, how
 much of them computes in INT8, and whether every form of the network computes the same; they say nothing about the
@@ -80,7 +80,8 @@ which asks for 90 %, is not meant for it. Calibrated on {calibration} images and
 - **SQNR**: of the integer simulation to FP32, dB; **as FP32**: images with the same largest output, percent.
 - **file =, kernels =**: images on which the file, run as it is written, and ONNX Runtime's integer kernels give the
   largest output of their simulation, percent.
-- **export**: seconds for the three files; **all**: for everything, PyTorch's import apart.
+- **export**: seconds for the three files; **all**: for everything, PyTorch's import apart. One thread, beside whatever
+  else runs on the machine: they tell minutes from seconds.
 
 {setting}
 
