@@ -10,6 +10,7 @@ once and becomes a constant. Attention becomes the two matrix products and the s
 from __future__ import annotations
 
 import contextlib
+import copy
 import logging
 import operator
 from collections.abc import Iterator
@@ -100,7 +101,11 @@ def _exported(model: nn.Module, shape: tuple[int, ...], functional: bool) -> fx.
     ``torch.export`` can leave that number open, but takes up to ten times as long, since it then computes with symbols
     (swin_t: 56 s instead of 6 s). So it runs with two numbers, and what differs in the graphs is theirs.
     """
-    first, second = (_plain(_with_batch(model, shape, functional, count)) for count in _BATCHES)
+    # Each on a model that has not run: some keep in an attribute what they computed first.
+    models = model, copy.deepcopy(model)
+    first, second = (
+        _plain(_with_batch(one, shape, functional, count)) for one, count in zip(models, _BATCHES, strict=True)
+    )
     _free_batch(first, second)
     return first
 
