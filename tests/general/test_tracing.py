@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
@@ -291,24 +290,3 @@ def test_a_map_made_for_each_image_goes_through_layers() -> None:
     plan = plan_int8(network, calibrate(network, [images]))
     assert {layer.name for layer in plan.weighted} == {"project", "conv"}
     int8_model(plan)
-
-
-def test_a_model_that_keeps_what_it_computed_first_is_traced() -> None:
-    class Kept(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
-            self.bias = nn.Parameter(torch.randn(6))
-            self.kept: dict[str, Tensor] = {}
-
-        def forward(self, x: Tensor) -> Tensor:
-            if "bias" not in self.kept:
-                self.kept["bias"] = self.bias[torch.arange(5, -1, -1)]
-            rows = x[:, 0] + self.kept["bias"]
-            return self.attention(rows, rows, rows)[0].flatten(1)
-
-    model = Kept().eval()
-    network = trace(copy.deepcopy(model), input_shape=SHAPE)
-    images = torch.rand(5, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
