@@ -8,7 +8,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +20,8 @@ _MULTIPLY: Final = frozenset(
     {"mm", "bmm", "addmm", "baddbmm", "mv", "dot", "convolution", "_convolution", "_trilinear"}
 )
 """ATen's convolutions and matrix products, into which PyTorch divides linear layers, attention and the like."""
+_ALWAYS_FLOAT: Final = (nn.Conv1d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers that multiply, and that ``torch.export`` shows as what they are."""
 
 
 class _Tracer(fx.Tracer):
@@ -108,7 +109,7 @@ class _Hidden(fx.Interpreter):
         if self._kinds.get(n.name) != "other":
             return super().run_node(n)
         part = self.fetch_attr(str(n.target)) if n.op == "call_module" else None
-        if isinstance(part, _ConvNd):  # in one or three dimensions, transposed: they stay what they are
+        if type(part) in _ALWAYS_FLOAT:
             return super().run_node(n)
         with _Products() as products:  # type: ignore[no-untyped-call]
             value = super().run_node(n)

@@ -290,3 +290,14 @@ def test_a_map_made_for_each_image_goes_through_layers() -> None:
     plan = plan_int8(network, calibrate(network, [images]))
     assert {layer.name for layer in plan.weighted} == {"project", "conv"}
     int8_model(plan)
+
+
+def test_a_convolution_that_computes_its_weight_is_one_in_int8() -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+            return F.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+    network = trace(nn.Sequential(Standardized(3, 4, 3), nn.Flatten()), input_shape=SHAPE)
+    assert network.traced_by == "torch.export, since torch.fx does not look into 0 (Standardized)"
+    assert [layer.kind for layer in network.layers] == ["conv"]
