@@ -43,7 +43,7 @@ def run(setting: Setting) -> Findings:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         return Findings(METHOD, [], skipped={"ONNX Runtime": f"it cannot be imported: {error}"})
-    from engines.onnx_export import int8_model
+    from engines.onnx_int8 import int8_model
     from engines.ort import integer_operators, open_runner
 
     entries, gains = [], {}

@@ -131,7 +131,8 @@ def _openvino_runners(plan: Int8Plan, threads: int) -> tuple[dict[str, Runner], 
         import openvino
     except ImportError as error:
         return {}, f"it is not installed ({error}): pip install -e '.[bench]'"
-    from engines.onnx_export import float_model, int8_model
+    from engines.onnx_float import float_model
+    from engines.onnx_int8 import int8_model
 
     runners: dict[str, Runner] = {}
     core = openvino.Core()

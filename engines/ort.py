@@ -95,7 +95,8 @@ class OnnxRuntimeEngine(Engine):
         )
 
     def _model(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> onnx.ModelProto:
-        from engines.onnx_export import float_model, int8_model
+        from engines.onnx_float import float_model
+        from engines.onnx_int8 import int8_model
 
         plan = None
         if precision == "int8":

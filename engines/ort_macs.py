@@ -34,7 +34,7 @@ def executed_macs(network: Network, model: onnx.ModelProto, optimized: onnx.Mode
 
     Args:
         network: What was exported.
-        model: As it was given to ONNX Runtime, made by :func:`engines.onnx_export.int8_model`.
+        model: As it was given to ONNX Runtime, made by :func:`engines.onnx_int8.int8_model`.
         optimized: The graph that ONNX Runtime runs.
     """
     graph = Graph(model)

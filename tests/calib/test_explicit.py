@@ -20,7 +20,7 @@ from calib.int8 import quantize, quantize_weight
 from calib.plan import Int8Plan, plan_int8
 from calib.tracing import trace
 from engines.integer import IntegerNetwork
-from engines.onnx_export import int8_model
+from engines.onnx_int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan

@@ -15,7 +15,8 @@ from torch import nn
 from calib.int8 import quantize_weight
 from calib.tracing import trace
 from engines.columns import columns_at_once, spread, widened
-from engines.onnx_export import float_model, int8_model
+from engines.onnx_float import float_model
+from engines.onnx_int8 import int8_model
 from engines.ort import integer_operators, open_session
 from models import LeNet
 from tests.networks import make_network, make_plan

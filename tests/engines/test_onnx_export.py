@@ -22,9 +22,11 @@ from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.errors import InputError
 from common.run import Run
-from engines import onnx_export
+from engines import onnx_float
 from engines.integer import IntegerNetwork
-from engines.onnx_export import export, export_fp32, float_model, int8_model, keep_outputs, onnx_table, value_names
+from engines.onnx_export import export, export_fp32, onnx_table
+from engines.onnx_float import float_model, keep_outputs, value_names
+from engines.onnx_int8 import int8_model
 from engines.ort_form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
@@ -41,7 +43,7 @@ def exporter(request, monkeypatch) -> str:
     """Each of PyTorch's exporters in turn."""
     if request.param == "dynamo":
         pytest.importorskip("onnxscript", reason="PyTorch's torch.export-based exporter needs onnxscript")
-    monkeypatch.setattr(onnx_export, "_torchscript_export", getattr(onnx_export, EXPORTERS[request.param]))
+    monkeypatch.setattr(onnx_float, "_torchscript_export", getattr(onnx_float, EXPORTERS[request.param]))
     return request.param
 
 
@@ -327,7 +329,7 @@ def test_export_writes_everything(tmp_path):
         assert {entry.key: entry.value for entry in model.metadata_props} == {"dataset": "mnist", "seed": "1"}
         assert model.producer_name == "int8-workflow"
         assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param
-        assert model.opset_import[0].version == onnx_export.OPSET
+        assert model.opset_import[0].version == onnx_float.OPSET
     assert written.int8 is not None
     assert written.int8.stat().st_size <= 0.27 * written.fp32.stat().st_size
     assert CalibrationTable.read(written.files[3]).scales.keys() >= table.scales.keys()
@@ -354,7 +356,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_a_file_that_does_not_run_is_not_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_export, "_pad_explicitly", lambda model: None)
+    monkeypatch.setattr(onnx_float, "_pad_explicitly", lambda model: None)
     network = trace(
         nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3, padding="same", dilation=2), flat=nn.Flatten())),
         "Same",

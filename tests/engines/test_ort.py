@@ -27,7 +27,7 @@ from common.errors import InputError
 from common.threads import available_cores
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.onnx_export import int8_model
+from engines.onnx_int8 import int8_model
 from engines.ort import (
     OnnxRuntimeEngine,
     describe_dot_products,
@@ -249,7 +249,7 @@ def test_a_model_that_loads_but_does_not_run_is_an_engine_error(monkeypatch, cap
         (1, 6, 6),
     )
     make_engine().compile(network, "fp32", None)
-    monkeypatch.setattr("engines.onnx_export._pad_explicitly", lambda model: None)
+    monkeypatch.setattr("engines.onnx_float._pad_explicitly", lambda model: None)
     with pytest.raises(EngineError, match="does not run the network.*Dilation not supported") as error:
         make_engine().compile(network, "fp32", None)
     assert "\n" not in str(error.value)

@@ -14,7 +14,7 @@ from calib.plan import plan_int8
 from calib.tracing import trace
 from common.errors import InputError
 from engines.integer import IntegerNetwork
-from engines.onnx_export import int8_model
+from engines.onnx_int8 import int8_model
 
 SHAPE = (3, 6, 6)
 

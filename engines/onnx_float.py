@@ -1,0 +1,260 @@
+"""The float network in ONNX, its values under the names of the calibration table.
+
+PyTorch's exporter lets its caller name a graph's outputs and nothing else; so the network is exported with every named
+value as an output, and all outputs but the network's own are taken away again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import onnx
+import torch
+from torch import Tensor, fx
+
+from calib.network import INPUT, Network
+from calib.onnx_model import without_weights
+from common.errors import InputError, first_line
+
+OPSET: Final = 17
+"""Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
+
+_DYNAMO_OPSET: Final = 18
+
+Rewrite = Callable[[fx.GraphModule, Mapping[str, torch.Size]], None]
+"""Changes a module in place, which is to be exported; told fx node -> shape of its value."""
+
+
+def float_model(network: Network) -> onnx.ModelProto:
+    """The float network in ONNX: input ``data``, output ``prob``, dynamic batch, values named by the table.
+
+    Args:
+        network: Traced with an ``input_shape``.
+
+    Raises:
+        InputError: the network was traced without an ``input_shape``, or cannot be exported.
+    """
+    return float_graph(network)[0]
+
+
+def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """The float network in ONNX, and fx node -> name of its value there (a tuple of tensors has none).
+
+    Args:
+        network: Traced with an ``input_shape``.
+        rewrite: Changes the copy of the network's module that is exported, whose values must stay the same.
+    """
+    if network.input_shape is None:
+        raise InputError(f"exporting {network.name} needs the shape of its input: trace(model, input_shape=(C, H, W))")
+    example = torch.zeros(2, *network.input_shape)
+    recorder = _Recorder(network.module)
+    with torch.inference_mode():
+        recorder.run(example)
+    names = value_names(network)
+    values = {node: names[source] for node, source in recorder.same_as.items() if source in names}
+    module = copy.deepcopy(network.module)
+    nodes = {node.name: node for node in module.graph.nodes}
+    if rewrite is not None:
+        rewrite(module, recorder.shapes)
+    asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
+    outputs = [values[node] for node in network.outputs]
+    asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
+    output = next(node for node in module.graph.nodes if node.op == "output")
+    output.args = (tuple(nodes[node] for node in asked),)
+    module.recompile()
+    model = _exported(module, example, [values[node] for node in asked], outputs, network.name)
+    _pad_explicitly(model)
+    aliases = keep_outputs(model, outputs)
+    values = {node: aliases.get(value, value) for node, value in values.items()}
+    inferred = onnx.shape_inference.infer_shapes(without_weights(model)).graph
+    model.graph.value_info.extend(inferred.value_info)
+    for output, known in zip(model.graph.output, inferred.output, strict=True):
+        output.CopyFrom(known)
+    return model, values
+
+
+def value_names(network: Network) -> dict[str, str]:
+    """Name of each fx node's value in the ONNX files.
+
+    What the calibration table names has that name. A reshaped value is ``<tensor>/<fx node>``, a value that an
+    in-place ReLU overwrites ``<tensor>/before_relu``.
+    """
+    names: dict[str, str] = {}
+    used = set(network.observed.values())
+    for node in network.module.graph.nodes:
+        if network.kinds.get(node.name, "shape") == "shape":
+            continue
+        name = network.observed.get(node.name)
+        if name is None:
+            tensor = network.tensor_of.get(node.name)
+            name = f"{tensor}/{node.name}" if tensor else f"{overwritten_as(network, node.name)}/before_relu"
+            while name in used:
+                name += "_"
+            used.add(name)
+        names[node.name] = name
+    return names
+
+
+def overwritten_as(network: Network, name: str) -> str:
+    """The tensor as which an in-place ReLU overwrites the value of an fx node that has no tensor of its own."""
+    nodes = {node.name: node for node in network.module.graph.nodes}
+    while name not in network.observed:
+        name = next(reader.name for reader in nodes[name].users if network.kinds.get(reader.name) == "relu")
+    return network.observed[name]
+
+
+class _Recorder(fx.Interpreter):
+    """Finds the fx nodes that have a tensor as their value.
+
+    Attributes:
+        same_as: Such a node -> itself, or the earlier one whose value it merely passes on (``contiguous``).
+        shapes: Such a node -> shape of its value.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.same_as: dict[str, str] = {}
+        self.shapes: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.shapes[n.name] = value.shape
+            sources = [item for item in n.all_input_nodes if self.env[item] is value or n.target == "contiguous"]
+            self.same_as[n.name] = self.same_as.get(sources[0].name, n.name) if sources else n.name
+        return value
+
+
+def _exported(
+    module: fx.GraphModule, example: Tensor, outputs: list[str], kept: list[str], name: str
+) -> onnx.ModelProto:
+    """Export with PyTorch's TorchScript exporter or, where that is gone or fails, its ``torch.export`` one.
+
+    Both name the outputs as asked; those of ``kept`` have any number of images. The first needs no further package and
+    gives the older operator set.
+    """
+    try:
+        return _torchscript_export(module, example, outputs, kept)
+    except Exception as first:  # noqa: BLE001 - the exporters raise a dozen unrelated types
+        try:
+            return _dynamo_export(module, example, outputs)
+        except Exception:  # noqa: BLE001
+            raise InputError(f"network {name} cannot be exported to ONNX: {first_line(first)}") from first
+
+
+def _torchscript_export(
+    module: fx.GraphModule, example: Tensor, outputs: list[str], kept: list[str]
+) -> onnx.ModelProto:
+    # TorchScript takes no number for a name, which is what the layers of a plain nn.Sequential have.
+    numbers = {f"#{name}": name for name in outputs if name.isdecimal()}
+    names = [f"#{name}" if name.isdecimal() else name for name in outputs]
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        torch.onnx.export(
+            module,
+            (example,),
+            path,
+            input_names=[INPUT],
+            output_names=names,
+            dynamic_axes={name: {0: "batch"} for name in (INPUT, *(names[outputs.index(name)] for name in kept))},
+            opset_version=OPSET,
+            dynamo=False,
+        )
+        model = onnx.load(path)
+    for node in model.graph.node:
+        for values in (node.input, node.output):
+            values[:] = [numbers.get(value, value) for value in values]
+    for output in model.graph.output:
+        output.name = numbers.get(output.name, output.name)
+    return model
+
+
+def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) -> onnx.ModelProto:
+    with _quiet():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            input_names=[INPUT],
+            output_names=outputs,
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            opset_version=_DYNAMO_OPSET,
+            dynamo=True,
+        )
+    assert program is not None  # as documented for dynamo=True
+    model: onnx.ModelProto = program.model_proto
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress, deprecation notices and dumps of what they cannot export off the terminal."""
+    disabled, dump = logging.root.manager.disable, getattr(torch._C, "_jit_onnx_log", None)
+    logging.disable(logging.WARNING)
+    if dump is not None:
+        # PyTorch means to print this on request alone, but always does, and past sys.stdout.
+        torch._C._jit_onnx_log = lambda *_: None
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if dump is not None:
+            torch._C._jit_onnx_log = dump
+        logging.disable(disabled)
+
+
+def _pad_explicitly(model: onnx.ModelProto) -> None:
+    """Give convolutions that pad automatically the numbers: ONNX Runtime takes no ``auto_pad`` with dilation.
+
+    PyTorch's ``padding="same"`` goes with stride 1 alone, so that the size of the input does not matter.
+    """
+    for node in model.graph.node:
+        attributes = {attribute.name: attribute for attribute in node.attribute}
+        if node.op_type != "Conv" or "auto_pad" not in attributes or attributes["auto_pad"].s != b"SAME_UPPER":
+            continue
+        kernel = attributes["kernel_shape"].ints
+        dilations = attributes["dilations"].ints if "dilations" in attributes else [1] * len(kernel)
+        totals = [dilation * (size - 1) for dilation, size in zip(dilations, kernel, strict=True)]
+        node.attribute.remove(attributes["auto_pad"])
+        pads = [*(total // 2 for total in totals), *(total - total // 2 for total in totals)]
+        node.attribute.append(onnx.helper.make_attribute("pads", pads))
+
+
+def keep_outputs(model: onnx.ModelProto, outputs: Sequence[str]) -> dict[str, str]:
+    """Reduce the graph's outputs to these; what the others delivered stays in the graph, under its name.
+
+    The shapes of inner values go, because the exporter fixed their batch. ``Identity`` operators, which exporters make
+    of weights that equal others and of values that are delivered twice, go as well.
+
+    Returns:
+        Name that is gone with its ``Identity`` -> name of the same value.
+    """
+    graph = model.graph
+    kept = sorted((value for value in graph.output if value.name in outputs), key=lambda v: outputs.index(v.name))
+    del graph.output[:]
+    graph.output.extend(kept)
+    del graph.value_info[:]
+    aliases: dict[str, str] = {}
+    for node in [node for node in graph.node if node.op_type == "Identity" and node.output[0] not in outputs]:
+        aliases[node.output[0]] = node.input[0]
+        _read_instead(graph.node, node.output[0], node.input[0])
+        graph.node.remove(node)
+    for index, node in enumerate(graph.node):
+        node.name = node.name or f"{node.op_type}_{index}"
+    return aliases
+
+
+def _read_instead(nodes: Iterable[onnx.NodeProto], old: str, new: str) -> None:
+    """Make ``nodes`` read the value ``new`` where they read ``old``."""
+    for node in nodes:
+        for index, value in enumerate(node.input):
+            if value == old:
+                node.input[index] = new
