@@ -35,7 +35,7 @@ class Compiled:
         precision: ``fp32``, ``fp16`` or ``int8``.
         device: Where it runs, for people: ``CPU (2 threads)``, ``NVIDIA H200``.
         run: float32 [B, C, H, W] on the CPU -> what the network gives, on the CPU and in float32: a tensor, such as
-            scores [B, classes], or a tuple of tensors where it has several outputs.
+            scores [B, classes], or a tuple of tensors (of one, where the engine always gives a tuple).
         size_bytes: Size of what would be deployed: the weights in this precision, or the engine's file.
         latency_note: Why its latency says nothing about this precision (``simulated``, ...), or None if it does.
         details: What a reader may want to know, such as the kernels that were chosen.

@@ -48,7 +48,7 @@ def test_both_engines_agree_and_lose_nothing(
                 network, precision, table
             )
             batches = [test.images(slice(first, first + 500)) for first in range(0, 2000, 500)]
-            found[engine, precision] = torch.cat([compiled.run(batch) for batch in batches]).argmax(1)
+            found[engine, precision] = torch.cat([compiled(batch) for batch in batches]).argmax(1)
     right = {key: float((classes == test.labels[:2000]).double().mean()) for key, classes in found.items()}
     assert right["torch", "fp32"] > 0.97
     for engine in ("torch", "onnxruntime"):
