@@ -81,6 +81,11 @@ def purpose(network: Network, asked: TaskName, classes: int, targets: int) -> Pu
     if targets and shape in ((targets,), () if targets == 1 else None):
         return Purpose("regress", f"as many numbers for an image as data.targets has: {targets}")
     if network.task == "classify":
+        if classes and network.gives_probabilities:
+            raise InputError(
+                f"{shown} by a softmax, and the images have {classes} classes: not a classifier of this data set "
+                "(--task embed compares its outputs with FP32's alone)"
+            )
         has = f"{classes} classes" if classes else "no classes"
         return Purpose("embed", f"{shape[0]} numbers for an image, and the images have {has}")
     how = {"detect": "a value for each place", "embed": "a normalised vector", "regress": "no scores but numbers"}

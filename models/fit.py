@@ -351,13 +351,25 @@ def quiet() -> None:
 
 
 def interruptible(step: Callable[[], Any]) -> None:
-    """Run a Trainer's method so that Ctrl-C ends in KeyboardInterrupt, which Lightning turns into exit code 1."""
+    """Run a Trainer's method so that Ctrl-C ends in KeyboardInterrupt, which Lightning turns into exit code 1.
+
+    A signal stays one where Lightning, stopped while it took its loops down, fails as it does so a second time.
+    """
     try:
         step()
     except SystemExit as stop:
         if stop.code == 1:
             raise KeyboardInterrupt from None
         raise
+    except Exception as error:
+        signalled = error.__context__
+        while isinstance(signalled, Exception):
+            signalled = signalled.__context__
+        if signalled is None:
+            raise
+        if isinstance(signalled, SystemExit) and signalled.code == 1:
+            raise KeyboardInterrupt from None
+        raise signalled from None
 
 
 def is_trial(trainer: Trainer) -> bool:

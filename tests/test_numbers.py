@@ -332,7 +332,7 @@ def test_a_table_and_a_side_file_that_do_not_belong_together(commands, part):
     [
         ({"fingerprint": "0" * 64}, "is not what the network was trained on"),
         ({"classes": tuple("ABCDEFGHIJ")}, "prepared differently, or have other classes"),
-        ({"classes": tuple("01234")}, "prepared differently, or have other classes"),
+        ({"classes": tuple("01234")}, "not a classifier of this data set"),
         ({"preprocessing": {"scale": 1 / 256}}, "prepared differently, or have other classes"),
         ({"preprocessing": {"mean": (0.1307,), "std": (0.3081,)}}, "prepared differently, or have other classes"),
         ({"preprocessing": {"height": 32, "width": 32}}, "does not take images|prepared differently"),

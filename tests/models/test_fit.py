@@ -51,6 +51,24 @@ def run(tmp_path, blobs):
     return train
 
 
+@pytest.mark.parametrize(
+    ("signalled", "ended"), [(SystemExit(143), SystemExit), (SystemExit(1), KeyboardInterrupt)], ids=["term", "int"]
+)
+def test_a_signal_stays_one_where_lightning_fails_to_take_its_loops_down(signalled, ended):
+    """As its Trainer does: it takes them down again, which fails where they are half down."""
+
+    def step():
+        try:
+            raise signalled
+        except SystemExit:
+            raise RuntimeError("Please call `iter(combined_loader)` first.")  # noqa: B904
+
+    with pytest.raises(ended):
+        fit.interruptible(step)
+    with pytest.raises(ZeroDivisionError):
+        fit.interruptible(lambda: 1 // 0)
+
+
 def weights(classifier) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in classifier.network.state_dict().items()}
 
