@@ -71,6 +71,8 @@ def purpose(network: Network, asked: TaskName, classes: int, targets: int) -> Pu
         raise InputError(f"task classify needs {wanted}, but {shown}: leave --task out, or name another")
     if asked == "regress" and targets and shapes not in (((targets,),), ((),) if targets == 1 else None):
         raise InputError(f"data.targets has {targets} numbers for an image, but {shown}")
+    if asked == "classify":
+        return Purpose(asked, f"one score for each of {classes} classes")
     if asked != "auto":
         return Purpose(asked, "as asked for")
     if len(shapes) > 1:
