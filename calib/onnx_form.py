@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from calib.onnx_model import constant, value_shapes
+from calib.onnx_model import constant, free_name, replace_items, value_shapes
 from calib.onnx_rules import ACTIVATIONS, Graph, values_read
 from common.errors import InputError
 
@@ -82,7 +82,7 @@ class _Rewriting:
         elif node.op_type in ACTIVATIONS and source in self._small and self._reads_constants(node):
             activation = type(node).FromString(node.SerializeToString())
             activation.input[0] = self._flattened[source]
-            activation.output[0] = self._name(f"{node.output[0]}_map")
+            activation.output[0] = free_name(f"{node.output[0]}_map", self._taken)
             self._nodes += [activation, self._flatten(activation, node.output[0])]
             return
         elif node.op_type in ("Flatten", "Reshape") and self._flattens(source, node.output[0]):
@@ -124,7 +124,7 @@ class _Rewriting:
             if row is None:
                 return None
             inputs.append(self._store(f"{bias}_convolution", np.ascontiguousarray(row)))
-        return onnx.helper.make_node("Conv", inputs, [self._name(f"{node.output[0]}_map")], node.name)
+        return onnx.helper.make_node("Conv", inputs, [free_name(f"{node.output[0]}_map", self._taken)], node.name)
 
     def _flatten(self, node: onnx.NodeProto, name: str) -> onnx.NodeProto:
         """What gives a node's map as [B, channels], under the old name."""
@@ -138,14 +138,8 @@ class _Rewriting:
     def _store(self, name: str, array: Any) -> str:
         import onnx
 
-        name = self._name(name)
+        name = free_name(name, self._taken)
         self._model.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
-        return name
-
-    def _name(self, name: str) -> str:
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
         return name
 
     def finish(self) -> onnx.ModelProto:
@@ -154,8 +148,7 @@ class _Rewriting:
         kept: list[onnx.NodeProto] = []
         for node in reversed(self._nodes):
             if not read.isdisjoint(node.output):
-                kept.append(type(node).FromString(node.SerializeToString()))
+                kept.append(node)
                 read.update(values_read(node))
-        del self._model.graph.node[:]
-        self._model.graph.node.extend(reversed(kept))
+        replace_items(self._model.graph.node, reversed(kept))
         return self._model

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.onnx_model import QUANTIZERS, constant, no_floats
+from calib.onnx_model import QUANTIZERS, constant, no_floats, replace_items
 from calib.onnx_rules import ACTIVATIONS, RESHAPES, Graph
 from calib.table import LEVELS
 from common.errors import InputError
@@ -137,13 +137,9 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             nodes.append(node)
     for node in nodes:
         node.input[:] = [direct.get(name, name) for name in node.input]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(kept)
+    replace_items(result.graph.node, nodes)
     read = {name for node in result.graph.node for name in node.input} | outputs
-    weights = [onnx.TensorProto.FromString(weight.SerializeToString()) for weight in result.graph.initializer]
-    del result.graph.initializer[:]
-    result.graph.initializer.extend(weight for weight in weights if weight.name in read)
+    replace_items(result.graph.initializer, [weight for weight in result.graph.initializer if weight.name in read])
     return result
 
 

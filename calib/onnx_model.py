@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,6 +195,21 @@ def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> 
                 size.dim_value if size.HasField("dim_value") else None for size in value.type.tensor_type.shape.dim
             ]
     return shapes
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """``name``, or one like it that is not in ``taken``; it is in there from now on."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
+def replace_items(field: Any, items: Iterable[Any]) -> None:
+    """Replace what a repeated field of a protocol buffer holds, possibly by some of the same."""
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del field[:]
+    field.extend(copies)
 
 
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:

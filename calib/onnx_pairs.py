@@ -5,7 +5,7 @@ Imports onnx inside functions: it is slow to load.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
-from calib.onnx_model import constant
+from calib.onnx_model import constant, free_name, replace_items
 from calib.onnx_rules import Graph
 
 if TYPE_CHECKING:
@@ -156,8 +156,8 @@ class _Pairs:
             self._store(f"{value}_zero_point", zero_point),
         ]
         is_output = value in self._outputs
-        source = self._name(f"{value}_QuantizeLinear_Input") if is_output else value
-        codes = self._name(f"{value}_QuantizeLinear_Output")
+        source = free_name(f"{value}_QuantizeLinear_Input", self._taken) if is_output else value
+        codes = free_name(f"{value}_QuantizeLinear_Output", self._taken)
         pair = [
             onnx.helper.make_node("QuantizeLinear", [source, *parameters], [codes], f"{value}_QuantizeLinear"),
             self._dequantize(value, [codes, *parameters]),
@@ -181,17 +181,17 @@ class _Pairs:
             for value in list(node.output):
                 nodes += self._after.get(value, [])
             node.output[:] = [self._renamed.get(name, name) for name in node.output]
-        _replace(graph.node, nodes)
+        replace_items(graph.node, nodes)
         written = Graph(self._model)
         read = {*written.readers, *written.outputs}
         weights = [*graph.initializer, *self._made]
-        _replace(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read])
+        replace_items(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read])
         # In old files all weights must be inputs as well; in others those are, which a user may replace.
         old = self._model.ir_version < _WEIGHTS_ALONE
         dropped = {weight.name for weight in weights if old or weight.name not in read}
         self._model.ir_version = max(self._model.ir_version, _LEAST_IR)
-        _replace(graph.input, [item for item in graph.input if item.name not in dropped])
-        _replace(graph.initializer, [weight for weight in weights if weight.name in read])
+        replace_items(graph.input, [item for item in graph.input if item.name not in dropped])
+        replace_items(graph.initializer, [weight for weight in weights if weight.name in read])
 
     def _constant(self, name: str) -> NDArray[Any]:
         from onnx import numpy_helper
@@ -218,26 +218,12 @@ class _Pairs:
     def _dequantize(self, name: str, inputs: Sequence[str], axis: int | None = None) -> onnx.NodeProto:
         import onnx
 
-        output = self._name(f"{name}_DequantizeLinear_Output")
+        output = free_name(f"{name}_DequantizeLinear_Output", self._taken)
         return onnx.helper.make_node("DequantizeLinear", inputs, [output], f"{name}_DequantizeLinear", axis=axis)
 
     def _store(self, name: str, array: NDArray[Any]) -> str:
         import onnx
 
-        name = self._name(name)
+        name = free_name(name, self._taken)
         self._made.append(onnx.numpy_helper.from_array(np.ascontiguousarray(array).reshape(array.shape), name))
         return name
-
-    def _name(self, name: str) -> str:
-        """The name, or one like it where the network has it already."""
-        while name in self._taken:
-            name += "_"
-        self._taken.add(name)
-        return name
-
-
-def _replace(field: Any, items: Iterable[Any]) -> None:
-    """Replace what a repeated field of a protocol buffer holds, possibly by some of the same."""
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del field[:]
-    field.extend(copies)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
 from calib.onnx_form import linear_as_convolution
-from calib.onnx_model import no_floats
+from calib.onnx_model import constant_value, free_name, no_floats
 from calib.onnx_pairs import Activation, Weight, write_pairs
 from calib.onnx_rules import RESHAPES, WEIGHTED, Graph
 from calib.table import CalibrationTable
@@ -145,10 +145,7 @@ def _name_nodes(model: onnx.ModelProto) -> list[str]:
     seen = {""}
     for index, node in enumerate(model.graph.node):
         if node.name in seen:
-            node.name = f"{node.op_type}_{index}"
-            while node.name in taken:
-                node.name += "_"
-            taken.add(node.name)
+            node.name = free_name(f"{node.op_type}_{index}", taken)
         seen.add(node.name)
     return [node.name for node in model.graph.node]
 
@@ -183,8 +180,6 @@ def _weight(node: onnx.NodeProto, graph: Graph, path: Path) -> NDArray[np.float3
     if name in graph.weights:
         array = numpy_helper.to_array(graph.weights[name], base_dir=str(path.parent))
     elif name in graph.producer and graph.producer[name].op_type == "Constant":
-        from calib.onnx_model import constant_value
-
         found = constant_value(graph.producer[name])
         if found is None:
             return None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from calib.algorithms import ALGORITHMS
-from calib.onnx_model import constant_value
+from calib.onnx_model import constant_value, replace_items
 from calib.onnx_parser_names import SECOND_LAYER, ParserNames
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def with_products(model: onnx.ModelProto) -> onnx.ModelProto:
             node.output[0] = product
             del node.input[2]
             nodes += [node, addition]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del result.graph.node[:]
-    result.graph.node.extend(kept)
+    replace_items(result.graph.node, nodes)
     return result
 
 
