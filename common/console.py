@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import IO, TextIO
 
 PACKAGES = ("train", "quantize", "evaluate", "benchmarks", "common", "data", "models", "calib", "engines", "evaluation")
 
@@ -42,14 +43,28 @@ def start_logging(level: int = logging.INFO) -> None:
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
     """Send to stderr what libraries write to stdout, also from C++ and from child processes (Gloo greets its peers)."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
+    with _redirected(sys.stdout, 1, 2):
+        yield
+
+
+@contextmanager
+def stderr_to(file: IO[bytes]) -> Iterator[None]:
+    """Send to a file what goes to the process's stderr, where C++ code logs."""
+    with _redirected(sys.stderr, 2, file.fileno()):
+        yield
+
+
+@contextmanager
+def _redirected(stream: TextIO, descriptor: int, to: int) -> Iterator[None]:
+    """Let a file descriptor, to which ``stream`` writes, be another one for a while."""
+    stream.flush()
+    kept = os.dup(descriptor)
+    os.dup2(to, descriptor)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
+        stream.flush()
+        os.dup2(kept, descriptor)
         os.close(kept)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from torch import nn
 
 from calib.network import Network
 from common.config import EngineConfig, PrecisionName
+from common.console import stderr_to
 from common.errors import first_line
 from engines.tensorrt.support import Installed, TensorRTError, require_builder, strongly_typed
 
@@ -86,16 +86,11 @@ class BuilderLog:
     @contextmanager
     def taking(self) -> Iterator[None]:
         """Take what goes to the process's stderr, where C++ code logs; give back the lines that are errors."""
-        sys.stderr.flush()
-        stderr = os.dup(2)
         with tempfile.TemporaryFile() as file:
-            os.dup2(file.fileno(), 2)
             try:
-                yield
+                with stderr_to(file):
+                    yield
             finally:
-                sys.stderr.flush()
-                os.dup2(stderr, 2)
-                os.close(stderr)
                 file.seek(0)
                 self.text = file.read().decode("utf-8", "replace")
                 for line in self.text.splitlines():
