@@ -90,6 +90,25 @@ class Network:
         nodes = {node.name: node for node in self.module.graph.nodes}
         return tuple(nodes[name].meta.get("shape", ()) for name in self.outputs)
 
+    def value_shapes(self, images: int) -> dict[str, torch.Size]:
+        """Fx node name -> shape of its value for so many images, where that is a tensor.
+
+        The network was traced with an ``input_shape``.
+        """
+        assert self.input_shape is not None
+        found: dict[str, torch.Size] = {}
+
+        class Recorder(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                value = super().run_node(n)
+                if isinstance(value, Tensor):
+                    found[n.name] = value.shape
+                return value
+
+        with torch.inference_mode():
+            Recorder(self.module).run(torch.zeros(images, *self.input_shape))
+        return found
+
     def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Any:
         """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
 

@@ -14,10 +14,10 @@ import dataclasses
 import math
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.utils import skip_init
 
-from calib.network import Layer, Network
+from calib.network import Layer
 from calib.plan import Int8Plan
 
 _ELEMENTWISE = frozenset({"relu", "activation"})
@@ -67,7 +67,7 @@ def linear_as_convolution(plan: Int8Plan) -> Int8Plan:
     if plan.network.input_shape is None:
         return plan
     module = copy.deepcopy(plan.network.module)
-    rewriting = _Rewriting(plan, module, _shapes(plan.network))
+    rewriting = _Rewriting(plan, module, plan.network.value_shapes(2))
     for node in list(module.graph.nodes):
         rewriting.visit(node)
     module.graph.eliminate_dead_code()
@@ -200,20 +200,3 @@ def _convolution(linear: nn.Linear, size: tuple[int, ...]) -> nn.Conv2d:
     if result.bias is not None:
         result.bias.copy_(linear.bias.detach())
     return result.eval()
-
-
-def _shapes(network: Network) -> dict[str, torch.Size]:
-    """Fx node -> shape of its value, for two images."""
-    assert network.input_shape is not None
-    found: dict[str, torch.Size] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            value: object = super().run_node(n)
-            if isinstance(value, Tensor):
-                found[n.name] = value.shape
-            return value
-
-    with torch.inference_mode():
-        Recorder(network.module).run(torch.zeros(2, *network.input_shape))
-    return found

@@ -14,9 +14,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, fx
-
 from calib.network import Layer, Network
 from common.macs import LayerMacs, MacCount
 
@@ -134,19 +131,12 @@ def _reads(network: Network, layers: Sequence[EngineLayer]) -> dict[str, list[st
 
 def _macs(network: Network) -> dict[str, int]:
     """Multiply-accumulates of each convolution and linear layer, for one image."""
-    weighted = {layer.node: layer for layer in network.layers if layer.kind in ("conv", "linear")}
-    found: dict[str, int] = {}
-
-    class Counter(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            value: object = super().run_node(n)
-            if n.name in weighted and isinstance(value, Tensor):
-                found[weighted[n.name].name] = value.numel() * _per_value(network, weighted[n.name])
-            return value
-
-    with torch.inference_mode():
-        Counter(network.module).run(torch.zeros(1, *network.input_shape or ()))
-    return found
+    shapes = network.value_shapes(1)
+    return {
+        layer.name: shapes[layer.node].numel() * _per_value(network, layer)
+        for layer in network.layers
+        if layer.kind in ("conv", "linear")
+    }
 
 
 def _per_value(network: Network, layer: Layer) -> int:
