@@ -12,7 +12,7 @@ def node(kind, inputs, outputs, **attributes):
 
 
 def model(nodes, inputs, outputs, weights, opset=17, **kinds):
-    """A model; shapes are lists, and ``kinds`` gives other element types than float."""
+    """A model; shapes are lists, or None (not known), and ``kinds`` gives other element types than float."""
 
     def value(name, shape):
         return helper.make_tensor_value_info(name, kinds.get(name, TensorProto.FLOAT), shape)
@@ -22,7 +22,7 @@ def model(nodes, inputs, outputs, weights, opset=17, **kinds):
         "network",
         [value(*item) for item in inputs.items()],
         [value(*item) for item in outputs.items()],
-        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in weights.items()],
     )
     made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     made.ir_version = min(made.ir_version, 10)

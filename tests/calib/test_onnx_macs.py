@@ -8,35 +8,28 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto
+from onnx.helper import make_node
 
 from calib.onnx_macs import count_macs
+from tests.calib import onnx_networks
 
 SCALE, CODES = np.float32(0.1), np.int8
 
 
-def model(
-    nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Sequence[Any]], weights: Mapping[str, Any]
-) -> onnx.ModelProto:
-    graph = helper.make_graph(
-        nodes,
-        "test",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()],
-        [helper.make_empty_tensor_value_info(nodes[-1].output[0])],
-        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+def model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> onnx.ModelProto:
+    return onnx_networks.model(nodes, inputs, {nodes[-1].output[0]: None}, weights)
 
 
 def pair(value: str) -> list[onnx.NodeProto]:
     return [
-        helper.make_node("QuantizeLinear", [value, "scale", "zero"], [f"{value}_q"]),
-        helper.make_node("DequantizeLinear", [f"{value}_q", "scale", "zero"], [f"{value}_dq"]),
+        make_node("QuantizeLinear", [value, "scale", "zero"], [f"{value}_q"]),
+        make_node("DequantizeLinear", [f"{value}_q", "scale", "zero"], [f"{value}_dq"]),
     ]
 
 
 def weight(name: str) -> onnx.NodeProto:
-    return helper.make_node("DequantizeLinear", [name, "scale", "zero"], [f"{name}_dq"])
+    return make_node("DequantizeLinear", [name, "scale", "zero"], [f"{name}_dq"])
 
 
 CONSTANTS = {"scale": SCALE, "zero": np.int8(0)}
@@ -46,25 +39,25 @@ CONV = np.ones((8, 3, 3, 3), CODES)
 @pytest.mark.parametrize(
     ("node", "inputs", "weights", "macs"),
     [
-        (helper.make_node("Conv", ["x", "w"], ["y"]), {"x": ["batch", 3, 10, 12]}, {"w": (8, 3, 3, 3)}, 8 * 80 * 27),
+        (make_node("Conv", ["x", "w"], ["y"]), {"x": ["batch", 3, 10, 12]}, {"w": (8, 3, 3, 3)}, 8 * 80 * 27),
         (
-            helper.make_node("Conv", ["x", "w"], ["y"], group=3, strides=[2, 2], pads=[1, 1, 1, 1]),
+            make_node("Conv", ["x", "w"], ["y"], group=3, strides=[2, 2], pads=[1, 1, 1, 1]),
             {"x": ["batch", 3, 10, 12]},
             {"w": (3, 1, 3, 3)},
             3 * 5 * 6 * 9,
         ),
         (
-            helper.make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2]),
+            make_node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2]),
             {"x": ["batch", 3, 5, 5]},
             {"w": (3, 4, 2, 2)},
             3 * 25 * 16,
         ),
-        (helper.make_node("Gemm", ["x", "w"], ["y"], transB=1), {"x": ["batch", 20]}, {"w": (7, 20)}, 140),
-        (helper.make_node("Gemm", ["x", "w"], ["y"], transA=1), {"x": [20, 5]}, {"w": (20, 7)}, 700),
-        (helper.make_node("MatMul", ["x", "w"], ["y"]), {"x": ["batch", 6, 20]}, {"w": (20, 7)}, 6 * 140),
-        (helper.make_node("MatMul", ["x", "z"], ["y"]), {"x": ["b", 2, 6, 5], "z": ["b", 2, 5, 6]}, {}, 2 * 36 * 5),
+        (make_node("Gemm", ["x", "w"], ["y"], transB=1), {"x": ["batch", 20]}, {"w": (7, 20)}, 140),
+        (make_node("Gemm", ["x", "w"], ["y"], transA=1), {"x": [20, 5]}, {"w": (20, 7)}, 700),
+        (make_node("MatMul", ["x", "w"], ["y"]), {"x": ["batch", 6, 20]}, {"w": (20, 7)}, 6 * 140),
+        (make_node("MatMul", ["x", "z"], ["y"]), {"x": ["b", 2, 6, 5], "z": ["b", 2, 5, 6]}, {}, 2 * 36 * 5),
         (
-            helper.make_node("Einsum", ["x", "w"], ["y"], equation="bij,jk->bik"),
+            make_node("Einsum", ["x", "w"], ["y"], equation="bij,jk->bik"),
             {"x": ["b", 6, 5]},
             {"w": (5, 3)},
             6 * 5 * 3,
@@ -86,10 +79,10 @@ def test_a_layer_counts_as_int8_where_both_operands_come_out_of_pairs() -> None:
     nodes = [
         *pair("x"),
         weight("w"),
-        helper.make_node("MaxPool", ["x_dq"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
-        helper.make_node("Conv", ["p", "w_dq"], ["y"]),
-        helper.make_node("Relu", ["y"], ["r"]),
-        helper.make_node("Conv", ["r", "v_dq"], ["z"]),
+        make_node("MaxPool", ["x_dq"], ["p"], kernel_shape=[2, 2], strides=[2, 2]),
+        make_node("Conv", ["p", "w_dq"], ["y"]),
+        make_node("Relu", ["y"], ["r"]),
+        make_node("Conv", ["r", "v_dq"], ["z"]),
     ]
     made = model(
         [*nodes[:2], weight("v"), *nodes[2:]],
@@ -104,7 +97,7 @@ def test_a_layer_counts_as_int8_where_both_operands_come_out_of_pairs() -> None:
 
 def test_a_float_weight_is_no_int8_and_a_known_reason_is_given() -> None:
     made = model(
-        [*pair("x"), helper.make_node("Conv", ["x_dq", "w"], ["y"])],
+        [*pair("x"), make_node("Conv", ["x_dq", "w"], ["y"])],
         {"x": ["b", 3, 12, 12]},
         {**CONSTANTS, "w": CONV.astype(np.float32)},
     )
@@ -114,11 +107,11 @@ def test_a_float_weight_is_no_int8_and_a_known_reason_is_given() -> None:
 
 
 def test_the_product_of_two_values_needs_both() -> None:
-    product = helper.make_node("MatMul", ["x_dq", "t"], ["y"])
-    turn = helper.make_node("Transpose", ["x_dq"], ["t"], perm=[0, 2, 1])
+    product = make_node("MatMul", ["x_dq", "t"], ["y"])
+    turn = make_node("Transpose", ["x_dq"], ["t"], perm=[0, 2, 1])
     both = model([*pair("x"), turn, product], {"x": ["b", 4, 5]}, CONSTANTS)
     one = model(
-        [*pair("x"), helper.make_node("MatMul", ["x_dq", "z"], ["y"])], {"x": ["b", 4, 5], "z": ["b", 5, 4]}, CONSTANTS
+        [*pair("x"), make_node("MatMul", ["x_dq", "z"], ["y"])], {"x": ["b", 4, 5], "z": ["b", 5, 4]}, CONSTANTS
     )
 
     assert [layer.int8 for layer in count_macs(both, "").layers] == [True]
@@ -129,7 +122,7 @@ def test_the_product_of_two_values_needs_both() -> None:
 
 def test_a_linear_layer_has_the_name_of_its_sum() -> None:
     made = model(
-        [helper.make_node("MatMul", ["x", "w"], ["p"]), helper.make_node("Add", ["b", "p"], ["fc"])],
+        [make_node("MatMul", ["x", "w"], ["p"]), make_node("Add", ["b", "p"], ["fc"])],
         {"x": ["n", 4, 5]},
         {"w": np.ones((5, 3), np.float32), "b": np.ones(3, np.float32)},
     )
@@ -139,9 +132,10 @@ def test_a_linear_layer_has_the_name_of_its_sum() -> None:
 
 def test_integer_operators_count_as_int8_and_constants_not_at_all() -> None:
     nodes = [
-        helper.make_node("MatMul", ["a", "a"], ["c"]),
-        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
-        helper.make_node("MatMulInteger", ["q", "w"], ["y"]),
+        make_node("MatMul", ["a", "a"], ["c"]),
+        make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        make_node("MatMulInteger", ["q", "w"], ["y"]),
+        make_node("Cast", ["y"], ["float"], to=TensorProto.FLOAT),
     ]
     made = model(nodes, {"x": ["n", 5]}, {**CONSTANTS, "w": np.ones((5, 3), CODES), "a": np.ones((9, 9), np.float32)})
 
@@ -150,7 +144,7 @@ def test_integer_operators_count_as_int8_and_constants_not_at_all() -> None:
 
 def test_a_free_size_is_not_counted_unless_it_is_given() -> None:
     made = model(
-        [helper.make_node("Conv", ["x", "w"], ["y"])],
+        [make_node("Conv", ["x", "w"], ["y"])],
         {"x": ["b", 3, "height", "width"]},
         {"w": np.ones((8, 3, 3, 3), np.float32)},
     )
@@ -169,17 +163,17 @@ def test_sizes_that_the_network_computes_are_seen_in_a_run() -> None:
         "w": np.ones((5, 2, 3, 3), np.float32),
     }
     nodes = [
-        helper.make_node("Shape", ["x"], ["shape"]),
-        helper.make_node("Gather", ["shape", "one"], ["channels"]),
-        helper.make_node("Div", ["channels", "two"], ["half"]),
-        helper.make_node("Mul", ["half", "one"], ["end"]),
-        helper.make_node("Cast", ["end"], ["rounded"], to=TensorProto.FLOAT),
-        helper.make_node("Cast", ["rounded"], ["whole"], to=TensorProto.INT64),
-        helper.make_node("Unsqueeze", ["whole", "zero"], ["ends"]),
-        helper.make_node("Slice", ["x", "zero", "ends", "axes"], ["part"]),
-        helper.make_node("Conv", ["part", "w"], ["y"]),
-        helper.make_node("Slice", ["y", "zero", "ends", "axes"], ["some"]),
-        helper.make_node("Conv", ["some", "w"], ["z"]),
+        make_node("Shape", ["x"], ["shape"]),
+        make_node("Gather", ["shape", "one"], ["channels"]),
+        make_node("Div", ["channels", "two"], ["half"]),
+        make_node("Mul", ["half", "one"], ["end"]),
+        make_node("Cast", ["end"], ["rounded"], to=TensorProto.FLOAT),
+        make_node("Cast", ["rounded"], ["whole"], to=TensorProto.INT64),
+        make_node("Unsqueeze", ["whole", "zero"], ["ends"]),
+        make_node("Slice", ["x", "zero", "ends", "axes"], ["part"]),
+        make_node("Conv", ["part", "w"], ["y"]),
+        make_node("Slice", ["y", "zero", "ends", "axes"], ["some"]),
+        make_node("Conv", ["some", "w"], ["z"]),
     ]
     count = count_macs(model(nodes, {"x": ["b", 4, 10, 10]}, constants), "")
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from calib.__main__ import main
 from calib.table import CalibrationTable, formats
 from common.errors import InputError
+from tests.calib.onnx_networks import model, node, save
 
 ZERO = "TRT-101200-EntropyCalibration2\nimages: 3c021406\nONNXTRT_Broadcast_1855_output: 0\nx: 3c010a14\n"
 INFINITE = "TRT-6001-MinMaxCalibration\n(Unnamed Layer* 21) [Shuffle]_output: 3d0971dc\nbad: 7f800000\nc: 3c0660b4\n"
@@ -210,12 +211,7 @@ def test_merge_takes_entries_by_pattern(write, tmp_path, capsys):
 
 
 def test_many_foreign_names_are_one_line(write, tmp_path, capsys):
-    import onnx
-    from onnx import TensorProto, helper
-
-    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in ("data", "prob")]
-    graph = helper.make_graph([helper.make_node("Relu", ["data"], ["prob"])], "network", values[:1], values[1:])
-    onnx.save(helper.make_model(graph), tmp_path / "network.onnx")
+    save(model([node("Relu", ["data"], ["prob"])], {"data": [1]}, {"prob": [1]}, {}), tmp_path / "network.onnx")
     scales = {"data": 1.0, "prob": 1.0, **{f"foreign{number}": 1.0 for number in range(66)}}
     CalibrationTable(scales).write(tmp_path / "table")
     assert run("check", tmp_path / "table", "--onnx", tmp_path / "network.onnx") == 1
@@ -225,9 +221,6 @@ def test_many_foreign_names_are_one_line(write, tmp_path, capsys):
     assert len(lines[0]) < 300
 
 
-def test_infinity_is_no_number_of_json(write):
-    for text in ("1e999", "NaN", "Infinity", "-1"):
-        with pytest.raises(InputError, match=r"infinite|NaN|negative"):
-            formats.read(write(f'{{"algorithm": "minmax", "scales": {{"x": {text}}}}}'))
+def test_a_scale_in_json_may_be_infinite_as_digits(write):
     table = formats.read(write('{"algorithm": "minmax", "scales": {"x": "7f800000"}}'))
     assert math.isinf(table.scales["x"])

@@ -14,7 +14,6 @@ from calib.table import (
     Legacy,
     parse,
     scale_from_hex,
-    scale_to_hex,
     scan,
     version_number,
     version_string,
@@ -39,10 +38,6 @@ TABLES = st.builds(
     st.sampled_from(["entropy2", "entropy", "minmax", "legacy"]),
     st.sampled_from(["7.2.2", "8.6.1", "10.0.1", "10.12.0"]),
 )
-
-
-def assert_one_line(error):
-    assert "\n" not in str(error)
 
 
 def problems(text):
@@ -84,21 +79,9 @@ def test_round_trip(table):
     assert crlf == table
 
 
-@given(SCALES)
-def test_every_positive_float32_survives(scale):
-    assert scale_from_hex(scale_to_hex(scale)) == scale
-    assert CalibrationTable.loads(CalibrationTable({"x": scale}).dumps()).scales["x"] == scale
-
-
 def test_scales_are_rounded_to_float32():
     scale = CalibrationTable({"x": 0.1}).scales["x"]
     assert scale == struct.unpack("f", struct.pack("f", 0.1))[0] != 0.1
-
-
-def test_percentile_reads_back_as_minmax():
-    table = CalibrationTable({"x": 1.0}, "percentile")
-    assert table.header == "TRT-101200-MinMaxCalibration"
-    assert CalibrationTable.loads(table.dumps()).algorithm == "minmax"
 
 
 def test_can_be_copied_and_pickled():
@@ -234,15 +217,7 @@ def test_tensorrt_writes_a_tensor_of_zeros_as_0():
 
 @pytest.mark.parametrize(
     ("scale", "usable"),
-    [
-        (0.0, False),
-        (2.0**-149, False),
-        (2.0**-127, False),
-        (2.0**-126, True),
-        (1.0, True),
-        (2.6e36, True),
-        (3e36, False),
-    ],
+    [(2.0**-127, False), (2.0**-126, True), (1.0, True), (2.6e36, True), (3e36, False)],
 )
 def test_scales_that_cannot_quantize_are_kept_and_named(scale, usable):
     assert (why_unusable(scale) is None) == usable
@@ -309,7 +284,7 @@ def test_arbitrary_text_never_crashes(text, before, position):
     try:
         table = CalibrationTable.loads(mutated)
     except InputError as error:
-        assert_one_line(error)
+        assert "\n" not in str(error)
     else:
         assert CalibrationTable.loads(table.dumps()) == table
 

@@ -8,14 +8,17 @@ import struct
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from onnx.helper import make_node
 
 from calib.__main__ import main
 from calib.table import CalibrationTable, formats
 from common.command import run_command
 from common.errors import InputError
+from tests.calib.onnx_networks import model, save
 
 TABLE = CalibrationTable({"data": 0.01, "conv1": 0.5, "a: b=c": 3.0}, "entropy2", "8.6.1")
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), min_size=1)
@@ -27,10 +30,6 @@ def table(tmp_path):
     path = tmp_path / "CalibrationTableLeNet"
     TABLE.write(path)
     return path
-
-
-def assert_one_line(error):
-    assert "\n" not in str(error)
 
 
 def run(*arguments):
@@ -137,9 +136,8 @@ def test_tools_for_text_refuse_other_formats_in_one_line(table, tmp_path):
         run("convert", table, tmp_path / name)
         before = (tmp_path / name).read_bytes()
         for arguments in (["check", tmp_path / name], ["set", tmp_path / name, "data=1"]):
-            with pytest.raises(InputError, match=f"{name} is {what}, .*convert") as error:
+            with pytest.raises(InputError, match=f"^.*{name} is {what}, .*convert.*$"):
                 run(*arguments)
-            assert_one_line(error.value)
         assert (tmp_path / name).read_bytes() == before
 
 
@@ -169,23 +167,9 @@ def test_check_warns_of_scales_and_line_ends(tmp_path, capsys):
     assert "subnormal" in out
 
 
-def network(path, *nodes, weights=(), inputs=("data",), outputs=("prob",)):
-    import numpy as np
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    def values(names):
-        return [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names]
-
-    graph = helper.make_graph(
-        [helper.make_node(operator, ins, outs) for operator, ins, outs in nodes],
-        "network",
-        values(inputs),
-        values(outputs),
-        [numpy_helper.from_array(np.zeros((1, 1, 1, 1), np.float32), name) for name in weights],
-    )
-    onnx.save(helper.make_model(graph), path)
-    return path
+def network(path, *nodes, weights=()):
+    zeros = dict.fromkeys(weights, np.zeros((1, 1, 1, 1), np.float32))
+    return save(model([make_node(*one) for one in nodes], {"data": None}, {"prob": None}, zeros), path)
 
 
 @pytest.fixture
@@ -324,7 +308,7 @@ def test_damaged_ranges_are_refused(table, tmp_path):
         try:
             formats.read(path, algorithm="entropy2")
         except InputError as error:
-            assert_one_line(error)
+            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("tool", ["convert", "set"])
@@ -427,17 +411,8 @@ def test_set_writes_elsewhere(table, tmp_path):
 @pytest.mark.parametrize(
     "value",
     [
-        "data",
-        "=1",
-        "data=",
-        "data=x",
-        "data=0",
-        "data=-1",
-        "data=nan",
-        "data=inf",
-        "data=1e60",
-        "data=1e-60",
-        "data=1e-37",
+        *("data", "=1", "data=", "data=x", "data=0", "data=-1"),
+        *("data=nan", "data=inf", "data=1e60", "data=1e-60", "data=1e-37"),
     ],
 )
 def test_set_refuses(table, value):
