@@ -11,36 +11,16 @@ from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.side_file import digest
 from engines.base import EngineError
-from engines.gpu import Gpu
-from engines.tensorrt import build
+from engines.gpu import GpuError
 from engines.tensorrt import engine as subject
+from engines.tensorrt import support
 from engines.tensorrt.calibration import own_provenance, store
 from engines.tensorrt.engine import TorchTensorRTEngine
-from engines.tensorrt.support import Installed, TensorRTError
+from engines.tensorrt.support import Installed
 from models import LeNet
-from tests.upstream import INSTALLED, TABLE, Upstream, provenance
+from tests.upstream import INSTALLED, TABLE, provenance
 
 OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
-
-
-@pytest.fixture
-def network():
-    torch.manual_seed(1)
-    return trace(LeNet(), "LeNet", (1, 28, 28))
-
-
-@pytest.fixture
-def machine(monkeypatch):
-    """A machine with a GPU and an upstream that the test gives; what runs on the GPU runs on the CPU."""
-    monkeypatch.setattr(build, "gpu_device", lambda index: torch.device("cpu"))
-
-    def use(upstream=None, installed=INSTALLED, capability=(9, 0), name="NVIDIA H200"):
-        upstream = upstream or Upstream()
-        gpu = Gpu(0, name, capability)
-        monkeypatch.setattr(subject, "usable", lambda index: (upstream, installed, gpu))
-        return upstream
-
-    return use
 
 
 def engine(folder, batch_sizes=(1,), quantization=None, **config):
@@ -72,25 +52,21 @@ class TestCompiling:
         assert compiled.details["TensorRT"] == "10.12.0.36"
         assert compiled.details["TF32"] == "off"
 
-    def test_each_batch_size_has_its_engine_before_anything_runs(self, machine, network, tmp_path):
+    @pytest.mark.parametrize(
+        ("sizes", "batches", "built"),
+        [
+            pytest.param((4, 1, 4), (4, 1), [4, 1], id="each size once, before anything runs"),
+            pytest.param((8, 1), (3,), [8, 1], id="an odd batch is padded, not built for"),
+            pytest.param((2,), (5,), [2, 5], id="a larger batch is built for"),
+        ],
+    )
+    def test_which_batch_sizes_are_built_for(self, machine, network, tmp_path, sizes, batches, built):
         upstream = machine()
-        compiled = engine(tmp_path, (4, 1, 4)).compile(network, "fp32", None)
-        assert built_sizes(upstream) == [4, 1]
-        for count in (4, 1):
-            compiled.run(images(count))
-        assert built_sizes(upstream) == [4, 1]
-
-    def test_an_odd_batch_is_padded_not_built_for(self, machine, network, tmp_path):
-        upstream = machine()
-        compiled = engine(tmp_path, (8, 1)).compile(network, "fp32", None)
-        torch.testing.assert_close(compiled.run(images(3)), network.module(images(3)))
-        assert built_sizes(upstream) == [8, 1]
-
-    def test_a_batch_larger_than_expected_is_built_for(self, machine, network, tmp_path):
-        upstream = machine()
-        compiled = engine(tmp_path, (2,)).compile(network, "fp32", None)
-        assert compiled.run(images(5)).shape == (5, 10)
-        assert built_sizes(upstream) == [2, 5]
+        compiled = engine(tmp_path, sizes).compile(network, "fp32", None)
+        assert built_sizes(upstream) == list(dict.fromkeys(sizes))
+        for count in batches:
+            torch.testing.assert_close(compiled.run(images(count)), network.module(images(count)))
+        assert built_sizes(upstream) == built
 
     def test_on_the_device_the_batch_size_is_exact(self, machine, network, tmp_path):
         upstream = machine()
@@ -128,33 +104,28 @@ class TestFiles:
         engine(folder, (2,), **config).compile(network, precision, table)
         return built_sizes(upstream)
 
-    def test_an_engine_is_saved_under_its_name(self, machine, network, tmp_path):
+    def test_an_engine_is_saved_under_its_name_and_used_again(self, machine, network, tmp_path):
         assert self.compile(machine, network, tmp_path) == [2]
         assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == [self.NAME, f"{self.NAME}.json"]
-
-    def test_and_used_again(self, machine, network, tmp_path):
-        self.compile(machine, network, tmp_path)
         assert self.compile(machine, network, tmp_path) == []
-
-    def test_its_size_is_that_of_the_file(self, machine, network, tmp_path):
-        machine()
         compiled = engine(tmp_path, (2,)).compile(network, "fp32", None)
         assert compiled.size_bytes == (tmp_path / "engines" / self.NAME).stat().st_size
 
-    @pytest.mark.parametrize("config", [{"tf32": True}, {"timing_iterations": 2}, {"workspace": 1}])
-    def test_other_options_build_again(self, machine, network, tmp_path, config):
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            *({"tf32": True}, {"timing_iterations": 2}, {"workspace": 1}),
+            {"installed": Installed("2.8.1", "2.8.0", "10.12.0.36")},
+        ],
+    )
+    def test_other_options_and_another_torch_build_again(self, machine, network, tmp_path, changed):
         self.compile(machine, network, tmp_path)
-        assert self.compile(machine, network, tmp_path, **config) == [2]
+        assert self.compile(machine, network, tmp_path, **changed) == [2]
 
     def test_other_weights_build_again(self, machine, network, tmp_path):
         self.compile(machine, network, tmp_path)
         torch.nn.init.ones_(network.module.get_parameter("ip2.bias"))
         assert self.compile(machine, network, tmp_path) == [2]
-
-    def test_another_torch_builds_again(self, machine, network, tmp_path):
-        self.compile(machine, network, tmp_path)
-        other = Installed("2.8.1", "2.8.0", "10.12.0.36")
-        assert self.compile(machine, network, tmp_path, installed=other) == [2]
 
     def test_another_table_builds_again(self, machine, network, tmp_path):
         explicit = QuantizationConfig(mode="explicit")
@@ -164,10 +135,13 @@ class TestFiles:
         other = CalibrationTable({**OURS.scales, "prob": 0.02})
         assert self.compile(machine, network, tmp_path, table=other, **arguments) == [2]
 
-    @pytest.mark.parametrize("damage", [b"", b"PK not an archive"])
-    def test_a_damaged_engine_is_built_again(self, machine, network, tmp_path, damage):
+    @pytest.mark.parametrize(
+        ("suffix", "content"),
+        [*(("", text) for text in ("", "PK not an archive")), *((".json", text) for text in ("", "{}", "[]"))],
+    )
+    def test_a_damaged_engine_or_side_file_builds_again(self, machine, network, tmp_path, suffix, content):
         self.compile(machine, network, tmp_path)
-        (tmp_path / "engines" / self.NAME).write_bytes(damage)
+        (tmp_path / "engines" / f"{self.NAME}{suffix}").write_text(content)
         assert self.compile(machine, network, tmp_path) == [2]
 
     def test_an_engine_that_does_not_load_is_built_again(self, machine, network, tmp_path):
@@ -178,12 +152,6 @@ class TestFiles:
         record = json.loads(side.read_text())
         record["engine"] = digest(path)
         side.write_text(json.dumps(record))
-        assert self.compile(machine, network, tmp_path) == [2]
-
-    @pytest.mark.parametrize("content", ["", "{}", "[]", '{"format": 99}'])
-    def test_a_side_file_that_says_nothing_builds_again(self, machine, network, tmp_path, content):
-        self.compile(machine, network, tmp_path)
-        (tmp_path / "engines" / f"{self.NAME}.json").write_text(content)
         assert self.compile(machine, network, tmp_path) == [2]
 
 
@@ -299,13 +267,6 @@ class TestInt8:
 
 
 class TestRefusing:
-    def test_a_build_error_is_one_line(self, machine, network, tmp_path):
-        machine(Upstream(error=RuntimeError("[Error thrown at a.cpp:1] no kernel image\nmore")))
-        with pytest.raises(EngineError) as caught:
-            engine(tmp_path).compile(network, "fp32", None)
-        assert str(caught.value) == "TensorRT could not build the engine: no kernel image"
-        assert not (tmp_path / "engines").exists()
-
     def test_a_batch_size_that_cannot_be_built_is_known_when_compiling(self, machine, network, tmp_path):
         upstream = machine()
         compile_ = upstream.compile
@@ -340,26 +301,28 @@ class TestRefusing:
     @pytest.mark.parametrize(
         ("precision", "capability", "message"), [("int8", (6, 0), "no INT8"), ("fp16", (6, 1), "no fast FP16")]
     )
-    def test_a_precision_that_the_gpu_lacks(self, machine, network, tmp_path, precision, capability, message):
+    def test_a_precision_that_the_gpu_lacks(
+        self, machine, network, tmp_path, monkeypatch, precision, capability, message
+    ):
+        monkeypatch.setattr(support, "gpu_problem", lambda gpu: None)
         upstream = machine(capability=capability)
         with pytest.raises(EngineError, match=message):
             engine(tmp_path).compile(network, precision, OURS)
         assert upstream.calls == []
 
-    def test_unavailable_says_why(self, tmp_path, monkeypatch):
-        def missing(index):
-            raise TensorRTError("there is no GPU 3")
+    def test_unavailable_says_why(self, machine, tmp_path, monkeypatch):
+        machine()
+        assert engine(tmp_path).unavailable() is None
 
-        monkeypatch.setattr(subject, "usable", missing)
+        def missing(index):
+            raise GpuError("there is no GPU 3")
+
+        monkeypatch.setattr(support, "find_gpu", missing)
         assert engine(tmp_path).unavailable() == "there is no GPU 3"
         with pytest.raises(EngineError, match="there is no GPU 3"):
             engine(tmp_path).compile(trace(LeNet()), "fp32", None)
         with pytest.raises(EngineError, match="there is no GPU 3"):
             engine(tmp_path).mode("entropy2")
-
-    def test_available(self, machine, tmp_path):
-        machine()
-        assert engine(tmp_path).unavailable() is None
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
     def test_this_machine_has_no_gpu(self, tmp_path):

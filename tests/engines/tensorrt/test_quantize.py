@@ -10,13 +10,11 @@ from calib.table import CalibrationTable
 from common.config import DataConfig
 from common.errors import InputError
 from data import open_data
-from engines.gpu import Gpu
-from engines.tensorrt import build, support
 from engines.tensorrt.support import Installed
 from evaluate import main as evaluate
 from models import CheckpointMeta, LeNet, save_checkpoint
 from quantize import main
-from tests.upstream import INSTALLED, Upstream
+from tests.upstream import Upstream
 
 THEIRS = CalibrationTable(
     {
@@ -48,16 +46,9 @@ def artifacts(trained, tmp_path):
 
 
 @pytest.fixture
-def machine(monkeypatch):
-    monkeypatch.setattr(build, "gpu_device", lambda index: torch.device("cpu"))
-    monkeypatch.setattr(support, "find_gpu", lambda index: Gpu(index, "NVIDIA H200", (9, 0)))
-
-    def use(upstream=None, installed=INSTALLED):
-        upstream = upstream or Upstream(table=THEIRS)
-        monkeypatch.setattr(support, "load", lambda: (upstream, installed))
-        return upstream
-
-    return use
+def machine(machine):
+    """As the others' machine, with a TensorRT that writes THEIRS."""
+    return lambda upstream=None, **others: machine(upstream or Upstream(table=THEIRS), **others)
 
 
 @pytest.fixture
@@ -93,23 +84,15 @@ def test_tensorrt_calibrates_and_both_tables_are_shown(machine, quantize, artifa
     assert upstream.calls[0][1]["inputs"][0][0][0] == 20
 
 
-def test_a_second_run_reuses_both_tables_and_the_engine(machine, quantize):
+def test_a_second_run_reuses_both_tables_and_the_engine_unless_asked_to_recalibrate(machine, quantize):
     machine()
     quantize()
     upstream = machine()
-    summary = quantize()
-    assert not summary["tensorrt"]["calibrated"]
-    assert not summary["table"]["calibrated"]
-    assert upstream.calls == []
-
-
-def test_recalibrate_calibrates_both(machine, quantize):
-    machine()
-    quantize()
-    machine()
-    summary = quantize("--recalibrate")
-    assert summary["tensorrt"]["calibrated"]
-    assert summary["table"]["calibrated"]
+    for arguments, calibrated in (((), False), (("--recalibrate",), True)):
+        summary = quantize(*arguments)
+        assert summary["tensorrt"]["calibrated"] is calibrated
+        assert summary["table"]["calibrated"] is calibrated
+        assert bool(upstream.calls) is calibrated
 
 
 def test_another_algorithm_calibrates_both(machine, quantize):
@@ -154,16 +137,8 @@ def test_implicit_by_name_on_a_newer_version_is_refused(machine, artifacts):
 
 
 QUICK = [
-    "--precisions",
-    "[int8]",
-    "--latency-batch-sizes",
-    "[]",
-    "--no-analysis",
-    "--tolerance",
-    "100",
-    "--agreement",
-    "0",
-    "--json",
+    *("--precisions", "[int8]", "--latency-batch-sizes", "[]"),
+    *("--no-analysis", "--tolerance", "100", "--agreement", "0", "--json"),
 ]
 
 

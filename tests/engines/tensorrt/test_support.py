@@ -10,7 +10,7 @@ import torch
 
 from calib.table import CalibrationTable
 from common.errors import InputError
-from engines.gpu import Gpu, GpuError
+from engines.gpu import Gpu
 from engines.tensorrt import support
 from engines.tensorrt.support import (
     Installed,
@@ -53,23 +53,19 @@ def test_release(version, expected):
     assert release(version) == expected
 
 
-class TestInstallation:
-    def test_the_tested_pair(self):
-        assert installation_problem("2.8.0+cu128", "2.8.0") is None
-
-    def test_missing_says_what_to_install(self):
-        assert 'pip install -e ".[tensorrt]"' in str(installation_problem("2.8.0", None))
-
-    def test_another_torch_names_the_one_that_is_needed(self):
-        problem = str(installation_problem("2.11.0+cu130", "2.8.0"))
-        assert "needs torch 2.8" in problem
-        assert "2.11.0+cu130" in problem
-
-    def test_too_old(self):
-        assert "older than 2.8.0" in str(installation_problem("2.7.1", "2.7.0"))
-
-    def test_the_latest_pair(self):
-        assert installation_problem("2.14.1", "2.14.0") is None
+@pytest.mark.parametrize(
+    ("torch_version", "torch_tensorrt", "problem"),
+    [
+        ("2.8.0+cu128", "2.8.0", None),
+        ("2.14.1", "2.14.0", None),
+        ("2.8.0", None, 'pip install -e ".[tensorrt]"'),
+        ("2.11.0+cu130", "2.8.0", "needs torch 2.8"),
+        ("2.7.1", "2.7.0", "older than 2.8.0"),
+    ],
+)
+def test_what_must_be_installed(torch_version, torch_tensorrt, problem):
+    found = installation_problem(torch_version, torch_tensorrt)
+    assert found is None if problem is None else problem in found
 
 
 def test_a_gpu_that_tensorrt_no_longer_supports():
@@ -77,58 +73,47 @@ def test_a_gpu_that_tensorrt_no_longer_supports():
     assert "compute capability 7.0" in str(gpu_problem(gpu(7, 0)))
 
 
-class TestMode:
-    def test_auto_takes_the_calibrator_where_there_is_one(self):
-        mode, reason = quantization_mode("auto", installed())
-        assert (mode, reason) == ("implicit", "Torch-TensorRT 2.8.0 has DataLoaderCalibrator")
+@pytest.mark.parametrize(
+    ("wanted", "version", "options", "mode", "reason"),
+    [
+        ("auto", "2.8.0", {}, "implicit", "Torch-TensorRT 2.8.0 has DataLoaderCalibrator"),
+        ("auto", "2.8.0", {"dla": True}, "implicit", "DataLoaderCalibrator"),
+        ("auto", "2.9.0", {}, "explicit", "2.9.0 has no DataLoaderCalibrator"),
+        ("auto", "2.14.0", {}, "explicit", "2.14.0 has no DataLoaderCalibrator"),
+        ("auto", "2.8.0", {"needs_explicit": "conv1 kept in float"}, "explicit", "conv1 kept in float"),
+        ("implicit", "2.8.0", {}, "implicit", "as asked"),
+        ("explicit", "2.8.0", {}, "explicit", "as asked"),
+        ("explicit", "2.9.0", {}, "explicit", "INT8 flag"),
+        ("explicit", "2.12.1", {}, "explicit", "INT8 flag"),
+        ("explicit", "2.13.0", {}, "explicit", "as asked"),
+    ],
+)
+def test_which_way_int8_goes_and_why(wanted, version, options, mode, reason):
+    found, why = quantization_mode(wanted, installed(version), **options)
+    assert found == mode
+    assert reason in why
+    assert ("INT8 flag" in why) is (version in ("2.9.0", "2.12.1"))
 
-    @pytest.mark.parametrize("version", ["2.9.0", "2.12.1", "2.13.0", "2.14.0"])
-    def test_auto_goes_explicit_after_2_8(self, version):
-        mode, reason = quantization_mode("auto", installed(version))
-        assert mode == "explicit"
-        assert f"{version} has no DataLoaderCalibrator" in reason
 
-    @pytest.mark.parametrize(
-        ("version", "warned"), [("2.8.0", False), ("2.9.0", True), ("2.12.1", True), ("2.13.0", False)]
-    )
-    def test_versions_without_the_int8_flag_are_warned_about(self, version, warned):
-        _, reason = quantization_mode("explicit", installed(version))
-        assert ("INT8 flag" in reason) is warned
+@pytest.mark.parametrize(
+    ("wanted", "version", "options", "message"),
+    [
+        ("implicit", "2.8.0", {"needs_explicit": "conv1 kept"}, "conv1 kept; take --quantization explicit"),
+        ("implicit", "2.9.0", {}, r"2\.8\.0 was the last"),
+        ("explicit", "2.8.0", {"dla": True}, "DLA core needs implicit"),
+        ("auto", "2.9.0", {"dla": True}, "DLA core needs implicit"),
+        ("auto", "2.8.0", {"dla": True, "needs_explicit": "the output quantized"}, "DLA core needs implicit"),
+    ],
+)
+def test_ways_that_are_refused(wanted, version, options, message):
+    with pytest.raises(TensorRTError, match=message):
+        quantization_mode(wanted, installed(version), **options)
 
-    def test_auto_goes_explicit_for_what_implicit_cannot(self):
-        mode, reason = quantization_mode("auto", installed(), needs_explicit="conv1 kept in float")
-        assert mode == "explicit"
-        assert "conv1 kept in float" in reason
 
-    def test_implicit_refuses_what_it_cannot(self):
-        with pytest.raises(TensorRTError, match="conv1 kept in float; take --quantization explicit"):
-            quantization_mode("implicit", installed(), needs_explicit="conv1 kept in float")
-
-    def test_implicit_is_gone_after_2_8(self):
-        with pytest.raises(TensorRTError, match=r"2\.8\.0 was the last"):
-            quantization_mode("implicit", installed("2.9.0"))
-
-    def test_as_asked(self):
-        assert quantization_mode("implicit", installed()) == ("implicit", "as asked")
-        assert quantization_mode("explicit", installed()) == ("explicit", "as asked")
-
-    @pytest.mark.parametrize(
-        ("wanted", "version", "needs"),
-        [("explicit", "2.8.0", None), ("auto", "2.9.0", None), ("auto", "2.8.0", "the output quantized")],
-    )
-    def test_a_dla_core_needs_implicit(self, wanted, version, needs):
-        with pytest.raises(TensorRTError, match="DLA core needs implicit"):
-            quantization_mode(wanted, installed(version), needs, dla=True)
-
-    def test_a_named_table_goes_explicit(self):
-        assert mode_for_named_table("auto") == mode_for_named_table("explicit") == "explicit"
-
-    def test_a_named_table_and_implicit_are_refused(self):
-        with pytest.raises(InputError, match=r"take --quantization explicit, or leave --cache out$"):
-            mode_for_named_table("implicit")
-
-    def test_a_dla_core_with_the_calibrator(self):
-        assert quantization_mode("auto", installed(), dla=True)[0] == "implicit"
+def test_a_named_table_goes_explicit():
+    assert mode_for_named_table("auto") == mode_for_named_table("explicit") == "explicit"
+    with pytest.raises(InputError, match=r"take --quantization explicit, or leave --cache out$"):
+        mode_for_named_table("implicit")
 
 
 def test_versions_of_the_source():
@@ -138,19 +123,17 @@ def test_versions_of_the_source():
     assert strongly_typed(installed("2.13.0"))
 
 
-class TestTable:
-    TABLE = CalibrationTable({"input_0": 0.01}, "entropy2", "10.12.0")
-
-    def test_fits(self):
-        assert table_problem(self.TABLE, "entropy2", "10.12.0.36") is None
-
-    def test_of_another_tensorrt(self):
-        assert "of TensorRT 10.12.0, and 10.13.2 is installed" in str(
-            table_problem(self.TABLE, "entropy2", "10.13.2.6")
-        )
-
-    def test_of_another_algorithm(self):
-        assert "of algorithm entropy2, and minmax is wanted" in str(table_problem(self.TABLE, "minmax", "10.12.0.36"))
+@pytest.mark.parametrize(
+    ("algorithm", "version", "problem"),
+    [
+        ("entropy2", "10.12.0.36", None),
+        ("entropy2", "10.13.2.6", "of TensorRT 10.12.0, and 10.13.2 is installed"),
+        ("minmax", "10.12.0.36", "of algorithm entropy2, and minmax is wanted"),
+    ],
+)
+def test_what_tensorrt_takes_a_table(algorithm, version, problem):
+    found = table_problem(CalibrationTable({"input_0": 0.01}, "entropy2", "10.12.0"), algorithm, version)
+    assert found is None if problem is None else problem in found
 
 
 def test_tensorrt_has_no_percentile():
@@ -159,14 +142,10 @@ def test_tensorrt_has_no_percentile():
 
 
 class TestFinding:
-    def test_not_installed(self, monkeypatch):
-        monkeypatch.setattr(support, "_distribution_version", lambda name: None)
-        with pytest.raises(TensorRTError, match="not installed"):
-            support.load()
-
-    def test_another_torch(self, monkeypatch):
-        monkeypatch.setattr(support, "_distribution_version", lambda name: "1.4.0")
-        with pytest.raises(TensorRTError, match=r"needs torch 1\.4"):
+    @pytest.mark.parametrize(("found", "message"), [(None, "not installed"), ("1.4.0", r"needs torch 1\.4")])
+    def test_not_installed_or_of_another_torch(self, monkeypatch, found, message):
+        monkeypatch.setattr(support, "_distribution_version", lambda name: found)
+        with pytest.raises(TensorRTError, match=message):
             support.load()
 
     def test_an_import_that_fails(self, monkeypatch):
@@ -181,14 +160,6 @@ class TestFinding:
         monkeypatch.setattr(support, "load", lambda: (Upstream(), installed()))
         with pytest.raises(TensorRTError, match=r"compute capability 7\.0"):
             support.usable(0)
-
-    def test_no_gpu(self, monkeypatch):
-        def missing(index):
-            raise GpuError("there is no GPU 3")
-
-        monkeypatch.setattr(support, "find_gpu", missing)
-        with pytest.raises(TensorRTError, match="there is no GPU 3"):
-            support.usable(3)
 
 
 def imported(file):
