@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor, nn
@@ -203,6 +206,22 @@ def mnist_plan(folder: Path) -> Int8Plan:
     train = mnist(folder).train_file
     table = calibrate(network, [train.images(slice(first, first + 50)) for first in range(0, 500, 50)])
     return plan_int8(network, table)
+
+
+def padded_unevenly() -> Network:
+    """A convolution with padding by name and dilation, which ONNX Runtime takes with padding by number alone."""
+    layers = {"conv": nn.Conv2d(1, 2, 3, padding="same", dilation=2), "flat": nn.Flatten()}
+    return trace(nn.Sequential(OrderedDict(layers)), "Same", (1, 6, 6))
+
+
+def run_onnx(model: onnx.ModelProto, batch: Tensor) -> np.ndarray:
+    """The output of a model, computed as it is written, without ONNX Runtime's optimisations."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {"data": batch.numpy()})
+    return result
 
 
 def without_saturation() -> onnxruntime.SessionOptions:

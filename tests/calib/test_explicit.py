@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import onnxruntime
 import pytest
 import torch
 from hypothesis import given
@@ -23,7 +22,7 @@ from engines.integer import IntegerNetwork
 from engines.onnx_int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
-from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
+from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan, run_onnx
 
 TIE = 2e-4
 """How far from a tie, in steps, float32 arithmetic on values of up to 128 steps may still round the other way."""
@@ -176,17 +175,10 @@ def test_a_value_that_a_layer_and_a_concatenation_read_is_quantized_twice():
     once._requantized = {}
     assert float((once(images) - expected).abs().max()) > 1e-4
     for_tensorrt_alone = IntegerNetwork(for_tensorrt(plan))(images)
-    assert float((_run_onnx(int8_model(plan), images) - for_tensorrt_alone).abs().max()) < 1e-6
+    assert float((torch.from_numpy(run_onnx(int8_model(plan), images)) - for_tensorrt_alone).abs().max()) < 1e-6
     # The biases in int32 move a product that is multiplied in float, and with it a code that is nearly a tie.
-    for_cpu = (_run_onnx(int8_model(plan, for_cpu=True), images) - expected).abs().amax(1)
+    for_cpu = (torch.from_numpy(run_onnx(int8_model(plan, for_cpu=True), images)) - expected).abs().amax(1)
     assert float(for_cpu.median()) < 5e-5
-
-
-def _run_onnx(model, images):
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(None, {"data": images.numpy()})[0])
 
 
 values = arrays.arrays("float32", 64, elements=st.floats(-1e4, 1e4, width=32))

@@ -40,7 +40,7 @@ from engines.ort import (
 )
 from engines.ort_form import for_onnxruntime
 from models import LeNet
-from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan
+from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan, padded_unevenly
 
 
 @pytest.fixture
@@ -243,11 +243,7 @@ def test_a_model_that_onnxruntime_does_not_take_is_one_line():
 
 
 def test_a_model_that_loads_but_does_not_run_is_an_engine_error(monkeypatch, capfd):
-    network = trace(
-        nn.Sequential(OrderedDict(conv=nn.Conv2d(1, 2, 3, padding="same", dilation=2), flat=nn.Flatten())),
-        "Same",
-        (1, 6, 6),
-    )
+    network = padded_unevenly()
     make_engine().compile(network, "fp32", None)
     monkeypatch.setattr("engines.onnx_float._pad_explicitly", lambda model: None)
     with pytest.raises(EngineError, match="does not run the network.*Dilation not supported") as error:
