@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,8 @@ from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.tracing import trace
 from common.config import DataConfig
-from data import ImageData, open_data
+from data import ImageData, Splits, open_data
+from data.base import ImageSet
 from models import LeNet
 
 SHAPE = (3, 12, 12)
@@ -185,6 +186,25 @@ def mnist(folder: Path) -> ImageData:
     return open_data(DataConfig(dataset="mnist", dir=folder, download=False), seed=1)
 
 
+def fit(model: LeNet, train: ImageSet, batches: Iterable[Tensor], lr: float) -> None:
+    """Take a step for each batch of positions in ``train``."""
+    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
+    for index in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(model.logits(train.images(index)), train.labels[index]).backward()
+        optimizer.step()
+
+
+def digits_lenet(data: Splits, steps: int) -> LeNet:
+    """LeNet after some steps on the digits, in their order."""
+    torch.manual_seed(1)
+    model = LeNet()
+    fit(
+        model, data.train, (torch.arange(50 * step, 50 * step + 50) % len(data.train) for step in range(steps)), lr=0.02
+    )
+    return model
+
+
 @cache
 def trained_lenet(folder: Path) -> LeNet:
     """LeNet after 250 steps on MNIST: about 97 % right."""
@@ -192,11 +212,7 @@ def trained_lenet(folder: Path) -> LeNet:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = LeNet()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
-        for index in torch.randperm(len(data.train))[: 250 * 64].split(64):
-            optimizer.zero_grad()
-            F.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index]).backward()
-            optimizer.step()
+        fit(model, data.train, torch.randperm(len(data.train))[: 250 * 64].split(64), lr=0.05)
     return model.eval()
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -259,10 +257,9 @@ def one_line_or_config(capsys, arguments):
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_wrong_options_end_each_command_with_two(name, tmp_path):
+def test_wrong_options_end_each_command_with_two(command, name, tmp_path):
     for argument in ("--nonsense", "--seed=x", "--config=/no/such/file", "--run=../x"):
-        program = [sys.executable, str(ROOT / f"{name}.py"), argument]
-        ended = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, check=False)
+        ended = command(f"{name}.py", argument, cwd=tmp_path)
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.startswith("error: ")
         assert ended.stderr.count("\n") == 1

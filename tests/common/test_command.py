@@ -67,11 +67,8 @@ def test_codes_and_words(body, code, error):
 @pytest.mark.parametrize(
     "raised",
     [
-        "ValueError(1)",
-        "OSError(1)",
-        "FileNotFoundError(2, 'x')",
-        "ModuleNotFoundError(name='calib.x')",
-        "RuntimeError(1)",
+        *("ValueError(1)", "OSError(1)", "FileNotFoundError(2, 'x')"),
+        *("ModuleNotFoundError(name='calib.x')", "RuntimeError(1)"),
     ],
 )
 def test_a_defect_shows_its_traceback(raised):

@@ -26,15 +26,6 @@ def test_no_range_is_no_change():
     assert torch.allclose(apply_affine(images, transforms), images, atol=1e-5)
 
 
-def test_shift_is_a_share_of_the_size():
-    images = torch.zeros(1, 1, 8, 8)
-    images[0, 0, 3, 3] = 1
-    # A quarter of the size, 2 pixels: output coordinates read from 2 pixels to the right.
-    transforms = torch.tensor([[[1.0, 0, 2 * 0.25], [0, 1, 0]]])
-    shifted = apply_affine(images, transforms)
-    assert torch.allclose(shifted[0, 0, 3, 1], torch.tensor(1.0), atol=1e-5)
-
-
 def test_drawn_parameters_stay_in_range():
     ranges = Affine(degrees=15, shift=0.1, scale=0.2, shear=0)
     transforms = ranges.draw(5000, generator())

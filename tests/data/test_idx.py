@@ -34,16 +34,6 @@ def write(tmp_path: Path):
     return write_file
 
 
-@pytest.mark.parametrize("compress", [bytes, gzip.compress], ids=["raw", "gzip"])
-@pytest.mark.parametrize("values", [PIXELS, torch.arange(7, dtype=torch.uint8)], ids=["images", "labels"])
-def test_reads_what_was_written(write, as_idx, compress, values):
-    content = as_idx(values)
-    file = read_idx(write(compress(content)), values.ndim)
-    assert torch.equal(file.values, values)
-    assert file.values.dtype == torch.uint8
-    assert file.sha256 == hashlib.sha256(content).hexdigest()
-
-
 def test_gzip_is_told_by_content_not_by_name(write, as_idx):
     assert torch.equal(read_idx(write(gzip.compress(as_idx(PIXELS)), "plain"), 3).values, PIXELS)
     assert torch.equal(read_idx(write(as_idx(PIXELS), "named.gz"), 3).values, PIXELS)
@@ -97,23 +87,26 @@ def test_gzip_with_a_wrong_crc_is_found(write, as_idx):
         read_idx(write(bytes(content)), 3)
 
 
-def test_gzip_bomb_is_left_at_the_promised_end(write):
+def bomb() -> bytes:
+    """256 MiB behind the header of 1,000 bytes, gzipped."""
     compressor = zlib.compressobj(9, zlib.DEFLATED, 31)
     parts = [compressor.compress(header(10, 10, 10))]
     parts += [compressor.compress(bytes(1 << 20)) for _ in range(256)]
-    path = write(b"".join([*parts, compressor.flush()]))
-    tracemalloc.start()
-    with pytest.raises(InputError, match="goes on after the 1,000 bytes"):
-        read_idx(path, 3)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert peak < 4 << 20
+    return b"".join([*parts, compressor.flush()])
 
 
-def test_a_promise_takes_no_memory_before_it_is_kept(write):
-    path = write(header(1000, 1000, 1000) + b"x")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (bomb(), "goes on after the 1,000 bytes"),
+        (header(1000, 1000, 1000) + b"x", "is truncated: 1 of 1,000,000,000 bytes"),
+    ],
+    ids=["bomb", "promise"],
+)
+def test_neither_a_gzip_bomb_nor_a_promise_takes_memory(write, content, message):
+    path = write(content)
     tracemalloc.start()
-    with pytest.raises(InputError, match="is truncated: 1 of 1,000,000,000 bytes"):
+    with pytest.raises(InputError, match=message):
         read_idx(path, 3)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -136,31 +129,6 @@ def test_missing_file_folder_and_pipe(tmp_path):
         read_idx(tmp_path / "pipe", 3)
 
 
-def sealed(data: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
-    """Also behind the magic bytes of idx and of gzip, and gzipped: what gets past the first checks."""
-    prefixes = st.sampled_from([b"", b"\0\0\x08\x03", b"\0\0\x08\x03\0\0\0\1\0\0\0\1\0\0\0\2", b"\x1f\x8b\x08"])
-    joined = st.tuples(prefixes, data).map(b"".join)
-    return joined | joined.map(gzip.compress)
-
-
-@settings(max_examples=300)
-@given(content=sealed(st.binary(max_size=200)), dimensions=st.sampled_from([1, 3]))
-def test_arbitrary_bytes_give_values_or_one_line(tmp_path_factory, content, dimensions):
-    path = tmp_path_factory.getbasetemp() / "arbitrary"
-    path.write_bytes(content)
-    message = None
-    try:
-        file = read_idx(path, dimensions)
-    except InputError as error:
-        message = str(error)
-    if message is None:
-        assert file.values.ndim == dimensions
-        assert file.values.numel() > 0
-    else:
-        assert str(path) in message
-        assert "\n" not in message
-
-
 @settings(max_examples=100)
 @given(
     shape=st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -171,4 +139,7 @@ def test_round_trip_of_any_shape(tmp_path_factory, as_idx, shape, seed, compress
     values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     path = tmp_path_factory.getbasetemp() / "round-trip"
     path.write_bytes(compress(as_idx(values)))
-    assert torch.equal(read_idx(path, len(shape)).values, values)
+    file = read_idx(path, len(shape))
+    assert torch.equal(file.values, values)
+    assert file.values.dtype == torch.uint8
+    assert file.sha256 == hashlib.sha256(as_idx(values)).hexdigest()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 import quantize
 from common.config import (
@@ -26,7 +25,8 @@ from engines.select import select_engine
 from evaluation.pipeline import Measured, evaluate, explain
 from evaluation.results import Report
 from evaluation.subject import Subject, open_subject
-from models import CheckpointMeta, LeNet, save_checkpoint
+from models import CheckpointMeta, save_checkpoint
+from tests.networks import digits_lenet
 
 DATA = DataConfig(dataset="digits", validation=200, augment=False)
 
@@ -60,18 +60,10 @@ def make_config(artifacts: Path, **evaluation: object) -> Config:
     )
 
 
-def train(artifacts: Path, steps: int = 150) -> Run:
+def train(artifacts: Path) -> Run:
     """Train LeNet on the digits for a moment and save the run's checkpoint."""
-    torch.manual_seed(1)
     data = open_data(DATA, seed=1)
-    model = LeNet()
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    for step in range(steps):
-        index = torch.arange(step * 50, step * 50 + 50) % len(data.train)
-        loss = torch.nn.functional.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+    model = digits_lenet(data, steps=150)
     run = Run("digits", artifacts)
     meta = CheckpointMeta("LeNet", "models.LeNet", {"num_classes": 10}, data.info, DATA, seed=1, epochs=3)
     save_checkpoint(run.checkpoint, model, meta)
@@ -96,8 +88,6 @@ def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def own_run(shared_run: Run, tmp_path: Path) -> Run:
     """A copy of it to change."""
-    import shutil
-
     shutil.copytree(shared_run.folder, tmp_path / "artifacts" / "digits")
     return Run("digits", tmp_path / "artifacts")
 
@@ -116,9 +106,3 @@ def evaluated(shared_run: Run) -> Evaluated:
 def report(evaluated: Evaluated) -> Report:
     """Its report."""
     return evaluated.report
-
-
-@pytest.fixture(scope="session")
-def configure() -> Callable[..., Config]:
-    """``make_config``, for tests that cannot import this file."""
-    return make_config

@@ -163,9 +163,3 @@ def test_pages_are_rendered_again(runs: Path, capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.splitlines() == [
         str(runs / "before" / name) for name in ("report.html", "report.md")
     ]
-
-
-def test_the_schema_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["schema"]) == ExitCode.PASSED
-
-    assert json.loads(capsys.readouterr().out)["$ref"] == "#/$defs/Report"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from evaluation.tasks import distance, measure_of, passes
 from evaluation.terminal import print_report
 from evaluation.verdict import Limits, judge
 from models import CheckpointMeta, save_checkpoint
-from tests.evaluation.conftest import DATA, calibrate
+from tests.evaluation.conftest import DATA, calibrate, make_config
 
 IMAGES = torch.arange(8, dtype=torch.float32).reshape(8, 1, 1, 1)
 
@@ -216,8 +215,8 @@ def run_of(model: type[nn.Module], folder: Path) -> Run:
     return found
 
 
-def reported(model: type[nn.Module], folder: Path, configure: Callable[..., Config]) -> tuple[Report, Config, Run]:
-    config = configure(folder, batch_size=64, batches=2)
+def reported(model: type[nn.Module], folder: Path) -> tuple[Report, Config, Run]:
+    config = make_config(folder, batch_size=64, batches=2)
     config.model.class_path = f"{model.__module__}.{model.__name__}"
     found = run_of(model, folder)
     subject = open_subject(config, found)
@@ -227,10 +226,8 @@ def reported(model: type[nn.Module], folder: Path, configure: Callable[..., Conf
     return explain(*evaluated, config, subject), config, found
 
 
-def test_several_outputs_from_checkpoint_to_report(
-    tmp_path: Path, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
-) -> None:
-    report, _, _ = reported(Two, tmp_path, configure)
+def test_several_outputs_from_checkpoint_to_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report, _, _ = reported(Two, tmp_path)
 
     int8 = report.row("int8")
     assert int8 is not None
@@ -255,10 +252,8 @@ def test_several_outputs_from_checkpoint_to_report(
     assert "INT8 mask, mean absolute error against FP32" in [change.figure for change in changes]
 
 
-def test_one_number_is_regression_and_mixed_precision_knows_it(
-    tmp_path: Path, configure: Callable[..., Config]
-) -> None:
-    report, config, found = reported(One, tmp_path, configure)
+def test_one_number_is_regression_and_mixed_precision_knows_it(tmp_path: Path) -> None:
+    report, config, found = reported(One, tmp_path)
 
     int8 = report.row("int8")
     assert int8 is not None
@@ -279,8 +274,8 @@ def test_one_number_is_regression_and_mixed_precision_knows_it(
     assert config.quantization.keep_fp == []
 
 
-def test_the_measure_follows_the_task(shared_run: Run, configure: Callable[..., Config]) -> None:
-    trained = open_trained(configure(shared_run.artifacts), shared_run)
+def test_the_measure_follows_the_task(shared_run: Run) -> None:
+    trained = open_trained(make_config(shared_run.artifacts), shared_run)
 
     assert trained.measure == Classes(10, scores=False)
     assert measure_of(trained.network, "embed", 10) == Values("embed", ("output",))

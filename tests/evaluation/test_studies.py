@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from calib.calibrator import calibrate, find_thresholds
 from calib.network import Network
@@ -16,7 +15,7 @@ from data import Splits, open_splits
 from evaluation.accuracy import Classes
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
 from evaluation.verdict import Limits
-from models import LeNet
+from tests.networks import digits_lenet
 
 CONFIG = CalibrationConfig(batches=4, batch_size=50)
 MEASURE = Classes(10)
@@ -30,16 +29,7 @@ def data() -> Splits:
 @pytest.fixture(scope="module")
 def network(data: Splits) -> Network:
     """LeNet after a few steps: enough for predictions that quantization could change."""
-    torch.manual_seed(1)
-    model = LeNet()
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    for step in range(40):
-        index = torch.arange(step * 50, step * 50 + 50) % len(data.train)
-        loss = torch.nn.functional.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return trace(model)
+    return trace(digits_lenet(data, steps=40))
 
 
 def test_algorithms_are_compared_on_the_same_histograms(network: Network, data: Splits) -> None:

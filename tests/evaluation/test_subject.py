@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +10,18 @@ import pytest
 import torch
 
 from calib.table import CalibrationTable
-from common.config import Config, DataConfig, QuantizationConfig
+from common.config import DataConfig, QuantizationConfig
 from common.errors import InputError
 from common.run import Run
 from evaluation.subject import open_subject
 from models import load_checkpoint, save_checkpoint
+from tests.evaluation.conftest import make_config
 
-Configure = Callable[..., Config]
 TABLE = "CalibrationTableLeNet"
 
 
-def test_the_recorded_table_serves(own_run: Run, configure: Configure) -> None:
-    subject = open_subject(configure(own_run.artifacts), own_run)
+def test_the_recorded_table_serves(own_run: Run) -> None:
+    subject = open_subject(make_config(own_run.artifacts), own_run)
 
     assert subject.int8.table is not None
     assert subject.int8.table.scales == CalibrationTable.read(own_run.folder / TABLE).scales
@@ -33,43 +32,43 @@ def test_the_recorded_table_serves(own_run: Run, configure: Configure) -> None:
 
 
 @pytest.mark.parametrize(("split", "images"), [("test", 355), ("validation", 200), ("train", 1442)])
-def test_the_split(own_run: Run, configure: Configure, split: str, images: int) -> None:
-    assert len(open_subject(configure(own_run.artifacts, split=split), own_run).images) == images
+def test_the_split(own_run: Run, split: str, images: int) -> None:
+    assert len(open_subject(make_config(own_run.artifacts, split=split), own_run).images) == images
 
 
-def test_a_missing_checkpoint(tmp_path: Path, configure: Configure) -> None:
+def test_a_missing_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no checkpoint .*run train\.py"):
-        open_subject(configure(tmp_path), Run("digits", tmp_path))
+        open_subject(make_config(tmp_path), Run("digits", tmp_path))
 
 
-def test_another_data_set_than_the_network_was_trained_on(own_run: Run, configure: Configure) -> None:
-    config = replace(configure(own_run.artifacts), data=DataConfig(dataset="mnist"))
+def test_another_data_set_than_the_network_was_trained_on(own_run: Run) -> None:
+    config = replace(make_config(own_run.artifacts), data=DataConfig(dataset="mnist"))
 
     with pytest.raises(InputError, match="trained on digits, not on mnist"):
         open_subject(config, own_run)
 
 
-def test_without_quantize_there_is_no_table(own_run: Run, configure: Configure) -> None:
+def test_without_quantize_there_is_no_table(own_run: Run) -> None:
     (own_run.folder / "quantization.json").unlink()
 
-    int8 = open_subject(configure(own_run.artifacts), own_run).int8
+    int8 = open_subject(make_config(own_run.artifacts), own_run).int8
 
     assert int8.table is None
     assert "no calibration table yet: run quantize.py" in int8.problem
 
 
-def test_a_table_that_is_gone(own_run: Run, configure: Configure) -> None:
+def test_a_table_that_is_gone(own_run: Run) -> None:
     (own_run.folder / TABLE).unlink()
 
-    assert "is gone: run quantize.py" in open_subject(configure(own_run.artifacts), own_run).int8.problem
+    assert "is gone: run quantize.py" in open_subject(make_config(own_run.artifacts), own_run).int8.problem
 
 
-def test_a_table_of_other_weights_is_not_used(own_run: Run, configure: Configure) -> None:
+def test_a_table_of_other_weights_is_not_used(own_run: Run) -> None:
     checkpoint = load_checkpoint(own_run.checkpoint)
     with torch.no_grad():
         next(checkpoint.network.parameters()).mul_(1.5)
     save_checkpoint(own_run.checkpoint, checkpoint.network, checkpoint.meta)
-    config = configure(own_run.artifacts)
+    config = make_config(own_run.artifacts)
 
     int8 = open_subject(config, own_run).int8
 
@@ -79,40 +78,40 @@ def test_a_table_of_other_weights_is_not_used(own_run: Run, configure: Configure
         open_subject(config, own_run, own_run.folder / TABLE)
 
 
-def test_a_table_that_was_changed_is_not_used_unless_it_is_named(own_run: Run, configure: Configure) -> None:
-    path, config = own_run.folder / TABLE, configure(own_run.artifacts)
+def test_a_table_that_was_changed_is_not_used_unless_it_is_named(own_run: Run) -> None:
+    path, config = own_run.folder / TABLE, make_config(own_run.artifacts)
     path.write_text(path.read_text().replace("conv1: 3", "conv1: 4"))
 
     assert "was changed since" in open_subject(config, own_run).int8.problem
     assert open_subject(config, own_run, path).int8.table is not None
 
 
-def test_a_broken_table_is_an_error_when_it_is_named(own_run: Run, configure: Configure, tmp_path: Path) -> None:
+def test_a_broken_table_is_an_error_when_it_is_named(own_run: Run, tmp_path: Path) -> None:
     (tmp_path / "torn").write_text((own_run.folder / TABLE).read_text()[:-3])
 
     with pytest.raises(InputError, match="line 9"):
-        open_subject(configure(own_run.artifacts), own_run, tmp_path / "torn")
+        open_subject(make_config(own_run.artifacts), own_run, tmp_path / "torn")
 
 
 def test_a_table_without_side_file_is_taken_with_a_note(
-    own_run: Run, configure: Configure, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    own_run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     foreign = tmp_path / "foreign"
     foreign.write_text((own_run.folder / TABLE).read_text())
 
-    subject = open_subject(configure(own_run.artifacts), own_run, foreign)
+    subject = open_subject(make_config(own_run.artifacts), own_run, foreign)
 
     assert subject.int8.table is not None
     assert any("has no side file" in note for note in subject.notes)
     with pytest.raises(InputError, match="cannot read"):
-        open_subject(configure(own_run.artifacts), own_run, tmp_path / "missing")
+        open_subject(make_config(own_run.artifacts), own_run, tmp_path / "missing")
 
 
-def test_int8_runs_as_quantize_decided(own_run: Run, configure: Configure) -> None:
+def test_int8_runs_as_quantize_decided(own_run: Run) -> None:
     record = json.loads((own_run.folder / "quantization.json").read_text())
     record["quantization"]["keep_fp"] = ["ip2"]
     (own_run.folder / "quantization.json").write_text(json.dumps(record))
 
-    int8 = open_subject(configure(own_run.artifacts), own_run).int8
+    int8 = open_subject(make_config(own_run.artifacts), own_run).int8
 
     assert int8.quantization == QuantizationConfig(keep_fp=["ip2"])
