@@ -205,25 +205,6 @@ def digits_lenet(data: Splits, steps: int) -> LeNet:
     return model
 
 
-@cache
-def trained_lenet(folder: Path) -> LeNet:
-    """LeNet after 250 steps on MNIST: about 97 % right."""
-    data = mnist(folder)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        model = LeNet()
-        fit(model, data.train, torch.randperm(len(data.train))[: 250 * 64].split(64), lr=0.05)
-    return model.eval()
-
-
-def mnist_plan(folder: Path) -> Int8Plan:
-    """The trained LeNet, calibrated on the first 500 training images."""
-    network = trace(trained_lenet(folder), "LeNet", (1, 28, 28))
-    train = mnist(folder).train_file
-    table = calibrate(network, [train.images(slice(first, first + 50)) for first in range(0, 500, 50)])
-    return plan_int8(network, table)
-
-
 def padded_unevenly() -> Network:
     """A convolution with padding by name and dilation, which ONNX Runtime takes with padding by number alone."""
     layers = {"conv": nn.Conv2d(1, 2, 3, padding="same", dilation=2), "flat": nn.Flatten()}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
@@ -22,80 +19,8 @@ from engines.integer import IntegerNetwork
 from engines.onnx_int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
-from tests.networks import NETWORKS, images, make_network, make_plan, mnist, mnist_plan, run_onnx
-
-TIE = 2e-4
-"""How far from a tie, in steps, float32 arithmetic on values of up to 128 steps may still round the other way."""
-
-
-class Simulation(IntegerNetwork):
-    """The integer simulation, which remembers the value of every fx node."""
-
-    def __init__(self, plan: Int8Plan) -> None:
-        super().__init__(plan)
-        self.values: dict[str, Any] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        self.values[n.name] = super().run_node(n)
-        return self.values[n.name]
-
-
-@dataclass
-class Difference:
-    """Codes in which explicit quantization and the simulation differ.
-
-    Attributes:
-        codes: Compared.
-        differ: Of them, different ones.
-        steps: The largest difference.
-        off_tie: Different codes whose exact value is not next to a tie.
-    """
-
-    codes: int = 0
-    differ: int = 0
-    steps: int = 0
-    off_tie: int = 0
-
-
-class _Forced(fx.Interpreter):
-    """Runs explicit quantization, but hands on the simulation's codes: each layer works on equal inputs."""
-
-    def __init__(self, module: fx.GraphModule, simulation: Simulation, found: dict[str, Difference], force: bool):
-        super().__init__(module)
-        self._simulation, self._found, self._force = simulation, found, force
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.target is not torch.fake_quantize_per_tensor_affine:
-            return value
-        name, scale = n.name.removesuffix("_quantized"), n.args[1]
-        exact = self._simulation.values[name]
-        expected = quantize(exact, scale)
-        steps = (value / scale).round_().sub_(expected).abs_()
-        different = steps > 0
-        position = exact[different].double() / scale
-        distance = (position - position.floor() - 0.5).abs()
-        found = self._found.setdefault(name, Difference())
-        found.codes += steps.numel()
-        found.differ += int(different.sum())
-        found.steps = max(found.steps, int(steps.max()))
-        found.off_tie += int((distance > TIE).sum())
-        return expected * scale if self._force else value
-
-
-def compare(plan: Int8Plan, batches: list[Tensor]) -> tuple[dict[str, Difference], dict[str, Difference], int]:
-    """By value: layer by layer, from equal inputs, and end to end; then the number of images with another class."""
-    module, simulation = fake_quantize(plan), Simulation(plan)
-    by_layer: dict[str, Difference] = {}
-    end_to_end: dict[str, Difference] = {}
-    classes = 0
-    with torch.inference_mode():
-        for batch in batches:
-            expected = simulation(batch)
-            _Forced(module, simulation, by_layer, force=True).run(batch)
-            found = _Forced(module, simulation, end_to_end, force=False).run(batch)
-            classes += int((found.argmax(1) != expected.argmax(1)).sum())
-    return by_layer, end_to_end, classes
+from tests.general.zoo import exact_plan
+from tests.networks import NETWORKS, images, make_network, make_plan, run_onnx
 
 
 def test_lenet_is_quantized_after_the_layers_that_feed_int8_layers():
@@ -192,33 +117,38 @@ def test_quantization_commutes_with_relu_and_max_pooling(array, scale):
     assert torch.equal(quantize(pooled, scale), F.max_pool1d(quantize(x, scale)[None], 2))
 
 
-OPTIONS = {"default": {}, "output": {"quantize_output": True}, "kept": {"keep": 1}}
+OPTIONS = ("default", "output", "kept")
+
+
+def options(network, option):
+    kept = (network.layers[1].name,) if option == "kept" else ()
+    return {"keep_fp": kept, "quantize_output": option == "output"}
 
 
 @pytest.fixture(scope="module", params=[(name, option) for name in NETWORKS for option in OPTIONS], ids="-".join)
 def plan(request) -> Int8Plan:
     name, option = request.param
     network = make_network(name)
-    arguments = dict(OPTIONS[option])
-    if arguments.pop("keep", None):
-        arguments["keep_fp"] = (network.layers[1].name,)
-    return make_plan(network, **arguments)
+    return make_plan(network, **options(network, option))
 
 
-def test_codes_differ_from_the_simulation_at_ties_alone(plan):
-    by_layer, _, _ = compare(plan, [images(plan.network.name, 16, seed=3)])
-    assert by_layer.keys() == {*place(plan).points, *place(plan).partial}
-    for name, difference in by_layer.items():
-        assert difference.steps <= 1, name
-        assert difference.off_tie == 0, name
-        assert difference.differ <= 1 + 1e-4 * difference.codes, name
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_codes_are_those_of_the_simulation(name, option):
+    """In numbers that float32 computes with exactly; in others a code can differ at a tie."""
+    network = make_network(name)
+    plan = exact_plan(network, images(name, 16, seed=1), **options(network, option))
+    batch = images(name, 16, seed=3)
+    with torch.inference_mode():
+        assert torch.equal(fake_quantize(plan)(batch), IntegerNetwork(plan)(batch))
 
 
 def test_probabilities_agree_with_the_simulation(plan):
     batch = images(plan.network.name, 16, seed=4)
     with torch.inference_mode():
-        difference = (fake_quantize(plan)(batch) - IntegerNetwork(plan)(batch)).abs().max()
-    assert difference < 0.02
+        difference = (fake_quantize(plan)(batch) - IntegerNetwork(plan)(batch)).abs()
+    assert difference.max() < 0.02
+    assert difference.quantile(0.9) < 1e-3
 
 
 def test_it_scripts_and_traces(plan):
@@ -286,16 +216,3 @@ def test_a_channel_of_zeros_stays_zero():
     module = fake_quantize(make_plan(network))
     batch = images("lenet", 2)
     assert module(batch).isfinite().all()
-
-
-@pytest.mark.slow
-def test_mnist_test_images(mnist_dir):
-    """Codes differ by one step and at ties alone; 1,000 images get the same classes."""
-    test = mnist(mnist_dir).test
-    by_layer, end_to_end, classes = compare(mnist_plan(mnist_dir), list(test.images(slice(0, 1000)).split(500)))
-    for name, difference in by_layer.items():
-        assert difference.steps <= 1, name
-        assert difference.off_tie == 0, name
-    for name, difference in end_to_end.items():
-        assert difference.differ <= 1e-4 * difference.codes, name
-    assert classes == 0

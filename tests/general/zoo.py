@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -240,7 +240,9 @@ def traced(name: str, model: nn.Module) -> Network:
     return trace(model, name, shape_of(name))
 
 
-def exact_plan(network: Network, images: Tensor) -> Int8Plan:
+def exact_plan(
+    network: Network, images: Tensor, keep_fp: Sequence[str] = (), quantize_output: bool = False
+) -> Int8Plan:
     """Everything in INT8 that can be, in numbers that float32 computes with exactly.
 
     All scales become powers of two, all weights and biases multiples of them. Sums, products and quantization are
@@ -249,7 +251,7 @@ def exact_plan(network: Network, images: Tensor) -> Int8Plan:
     network = dataclasses.replace(network, module=copy.deepcopy(network.module))
     table = calibrate(network, [images])
     table = CalibrationTable({name: float(_power_of_two(torch.tensor(s))) for name, s in table.scales.items()})
-    plan = plan_int8(network, table)
+    plan = plan_int8(network, table, keep_fp, quantize_output)
     for layer in plan.weighted:
         module = network.module.get_submodule(str(layer.target))
         assert isinstance(module, nn.Conv2d | nn.Linear)
