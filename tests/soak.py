@@ -20,17 +20,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "fuzz")]
 
 def run_pytest(folder: str, log: Path, jobs: int, **variables: str) -> bool:
     environment = {**os.environ, "SOAK_LOG": str(log), "PYTHONPATH": str(ROOT), **variables}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        str(ROOT / "tests" / folder),
-        "-n",
-        str(jobs),
-        "--dist",
-        "loadscope",
-    ]
+    command = [sys.executable, "-m", "pytest", "-q", ROOT / "tests" / folder, "-n", str(jobs), "--dist", "loadscope"]
     return subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode == 0
 
 

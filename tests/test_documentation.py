@@ -43,24 +43,6 @@ def test_command_lines_of_the_documentation_parse(
     assert result.returncode == 0, result.stderr
 
 
-def test_the_library_example_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from torchvision.models import resnet18
-
-    blocks = [
-        text for kind, text in BLOCK.findall((ROOT / "README.md").read_text(encoding="utf-8")) if kind == "python"
-    ]
-    example = next(text for text in blocks if "calibrate(" in text).replace("224", "32")
-    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    loader = [(images[:4], torch.zeros(4)), (images[4:], torch.zeros(4))]
-    monkeypatch.chdir(tmp_path)
-
-    exec(example, {"model": resnet18(num_classes=10).eval(), "loader": loader})
-
-    assert (tmp_path / "CalibrationTableMyNet").read_text().startswith("TRT-")
-    assert (tmp_path / "MyNet_int8.onnx").stat().st_size > 0
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_to_files(page: Path) -> None:
     for target, anchor in LINK.findall(page.read_text(encoding="utf-8")):

@@ -28,6 +28,7 @@ from common.errors import InputError
 from data import open_data
 from models import LeNet, save_checkpoint
 from models.checkpoint import FORMAT, CheckpointMeta, write_torch
+from tests.networks import digits_lenet
 
 QUICK = (
     "--engine=torch",
@@ -51,17 +52,7 @@ def meta():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, meta):
     """A LeNet that tells some digits apart."""
-    data = open_data(meta.data, 1)
-    torch.manual_seed(1)
-    network = LeNet()
-    optimizer = torch.optim.SGD(network.parameters(), 0.05)
-    for step in range(20):
-        index = torch.arange(step * 50, step * 50 + 50)
-        loss = torch.nn.functional.cross_entropy(network.logits(data.train.images(index)), data.train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return network.eval()
+    return digits_lenet(open_data(meta.data, 1), steps=20).eval()
 
 
 class Commands:
@@ -179,14 +170,6 @@ def test_a_layer_that_gives_zeros(commands):
     assert all(row["accuracy"]["non_finite"] == 0 for row in report["rows"] if row["accuracy"])
 
 
-@pytest.mark.parametrize(("percentile", "warned"), [("90", True), ("99.9", False)])
-def test_a_threshold_that_cuts_off_much(commands, percentile, warned):
-    commands.save()
-    _, _, err = commands.quantize("--algorithm=percentile", f"--calibration.percentile={percentile}")
-    assert ("warning: percentile clips " in err) == warned
-    assert ("% of pool1, " in err) == warned
-
-
 def test_a_threshold_that_int8_never_uses(commands):
     """Only what INT8 layers read can lose accuracy, and the output where it is quantized."""
     commands.save()
@@ -214,23 +197,6 @@ def test_a_channel_that_gives_zeros_is_no_problem(commands):
     assert all(row["accuracy"]["non_finite"] == 0 for row in report["rows"] if row["accuracy"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--subset=first", "--batches=1", "--batch-size=1"), "the calibration subset has no image of class"),
-        (("--subset=random", "--batches=1", "--batch-size=3"), "the calibration subset has no image of class"),
-        (("--batches=1", "--batch-size=9"), "the calibration subset has no image of class"),
-        (("--batches=1000000",), "calibration needs 50000000 images"),
-        (("--subset=random", "--skip=1"), "calibration.skip goes with the subset 'first'"),
-    ],
-)
-def test_a_subset_that_represents_nothing(commands, arguments, message):
-    commands.save()
-    with pytest.raises(InputError, match=message):
-        commands.quantize(*arguments)
-    assert sorted(path.name for path in commands.run.iterdir()) == [".lock", "model.ckpt"]
-
-
 @pytest.mark.parametrize("scale", [0.0, 1e-45, 2.0**-127, 3e38, math.inf, math.nan, -0.01])
 def test_scales_that_cannot_quantize(commands, scale):
     """Zero, subnormal, beyond float32, no positive number: the tensor is named, and what reads it stays in float."""
@@ -242,28 +208,6 @@ def test_scales_that_cannot_quantize(commands, scale):
     assert "what it was made from is not known" in err
     int8 = next(row for row in report["rows"] if row["precision"] == "int8")
     assert "conv2" not in int8["details"]["int8 layers"].split(", ")
-
-
-def test_scales_that_are_plainly_wrong_fail_the_verdict(commands):
-    commands.save()
-    commands.quantize()
-    assert commands.evaluate("--tolerance=10")[0] == 0
-    code, report, _ = commands.evaluate(commands.edit_table(pool2=1e30), "--tolerance=10")
-    assert code == 1
-    assert not report["verdict"]["passed"]
-
-
-def test_a_table_of_another_network(commands):
-    commands.save()
-    commands.quantize()
-    cache = commands.edit_table(conv77=0.1)
-    assert "warning: the table names tensors that LeNet does not have: conv77" in commands.evaluate(cache)[2]
-    cache = commands.edit_table(pool2=None)
-    assert "warning: ip1 stays in float" in commands.evaluate(cache)[2]
-    others = dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"))
-    cache = commands.edit_table(**others, input_0=0.1, output_0=0.2)
-    with pytest.raises(InputError, match="it belongs to another network"):
-        commands.evaluate(cache)
 
 
 def test_a_table_of_other_weights(commands):
@@ -301,32 +245,6 @@ def test_a_table_that_another_run_replaced(commands):
     assert "was made for other weights since" in str(report["rows"])
 
 
-def test_a_named_file_that_is_no_table_is_kept(commands):
-    commands.save()
-    checkpoint = commands.run / "model.ckpt"
-    before = checkpoint.read_bytes()
-    for arguments in ((), ("--recalibrate",)):
-        with pytest.raises(InputError, match=r"model\.ckpt"):
-            commands.quantize(f"--cache={checkpoint}", *arguments)
-    assert checkpoint.read_bytes() == before
-
-
-@pytest.mark.parametrize("part", ["table", "side file"])
-def test_a_table_and_a_side_file_that_do_not_belong_together(commands, part):
-    """As after a kill between the two, or an edit."""
-    commands.save()
-    commands.quantize()
-    path = commands.run / (TABLE if part == "table" else f"{TABLE}.json")
-    old = path.read_bytes()
-    commands.quantize("--algorithm=minmax")
-    path.write_bytes(old)
-    code, report, _ = commands.evaluate()
-    assert code == 1
-    assert "was changed since it was calibrated" in str(report["rows"])
-    _, summary, _ = commands.quantize("--algorithm=minmax")
-    assert summary["table"]["calibrated"]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -347,10 +265,3 @@ def test_other_images_than_the_network_was_trained_on(commands, change, message)
     for command in (commands.quantize, commands.evaluate):
         with pytest.raises(InputError, match=message):
             command()
-
-
-def test_a_network_with_other_classes_than_the_data(commands):
-    commands.network = LeNet(num_classes=7)
-    commands.save(dataclasses.replace(commands.meta, init_args={"num_classes": 7}))
-    with pytest.raises(InputError, match="not a classifier of this data set"):
-        commands.evaluate()

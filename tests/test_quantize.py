@@ -19,9 +19,9 @@ from calib.table import CalibrationTable
 from common.cli import run_command
 from common.config import DataConfig
 from data import open_data
-from models import CheckpointMeta, LeNet, load_checkpoint, save_checkpoint
+from models import CheckpointMeta, load_checkpoint, save_checkpoint
 from quantize import main
-from tests.networks import without_saturation
+from tests.networks import digits_lenet, without_saturation
 
 pytestmark = pytest.mark.e2e
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -33,18 +33,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of artifacts with a checkpoint of LeNet, briefly trained on the digits."""
     config = DataConfig(dataset="digits", augment=False)
     data = open_data(config, seed=1)
-    torch.manual_seed(1)
-    model = LeNet()
-    optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
-    for step in range(40):
-        index = torch.arange(step * 50, step * 50 + 50) % len(data.train)
-        loss = torch.nn.functional.cross_entropy(model.logits(data.train.images(index)), data.train.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
     folder = tmp_path_factory.mktemp("trained")
     meta = CheckpointMeta("LeNet", "models.LeNet", {}, data.info, config, seed=1, epochs=1)
-    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", model, meta)
+    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", digits_lenet(data, steps=40), meta)
     return folder
 
 
@@ -176,17 +167,6 @@ def test_half_of_what_torchrun_sets_is_one_clear_line(
     assert result.returncode == 2
     assert result.stderr == "error: WORLD_SIZE is set, but not all that torchrun sets: 'RANK'\n"
     assert not (artifacts / "lenet_mnist" / ".lock").exists()
-
-
-def test_more_threads_than_cores_are_pointed_out(in_process: Run) -> None:
-    result = in_process("--engine.threads", "1000", "--run", "never_trained")  # so many would take for ever
-    assert result.stderr.count("warning: engine.threads 1000 is more than the") == 1
-
-
-def test_layers_kept_in_float_are_recorded_for_the_evaluation(in_process: Run, artifacts: Path) -> None:
-    assert summary(in_process("--json", "--keep-fp", "ip2,conv1"))["keep_fp"] == ["ip2", "conv1"]
-    record = json.loads((artifacts / "lenet_mnist" / "quantization.json").read_text())
-    assert record["quantization"]["keep_fp"] == ["ip2", "conv1"]
 
 
 @pytest.mark.parametrize(

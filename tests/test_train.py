@@ -5,10 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ import torch
 
 import train
 from common.errors import InputError
-from common.run import Run
 from models import load_checkpoint
 
 DIGITS = ("--config", "configs/lenet_digits.yaml", "--trainer.accelerator=cpu", "--trainer.precision=32-true")
@@ -61,18 +56,6 @@ def test_trains_tests_and_keeps_what_later_commands_need(trained, tmp_path):
     assert (found == test.labels).float().mean().item() == pytest.approx(summary["metrics"]["test_top1"], abs=1e-6)
 
 
-def test_same_seed_same_checkpoint_and_resuming_changes_nothing(trained, tmp_path):
-    trained("--epochs=2", "--run=one")
-    trained("--epochs=2", "--run=two")
-    one, two = (tmp_path / name / "model.ckpt" for name in ("one", "two"))
-    assert one.read_bytes() == two.read_bytes()
-    two.unlink()
-    trained("--epochs=2", "--run=two", "--resume")
-    assert one.read_bytes() == two.read_bytes()
-    trained("--epochs=2", "--run=two", "--seed=2")
-    assert one.read_bytes() != two.read_bytes()
-
-
 def test_shown_to_people(tmp_path, monkeypatch, capsys, root):
     monkeypatch.chdir(root)
     assert train.main([*DIGITS, "--artifacts", str(tmp_path), "--epochs=1"]) == 0
@@ -100,37 +83,6 @@ def test_default_configuration_without_mnist(monkeypatch, tmp_path, capsys, seed
     assert summary["metrics"]["test_top1"] > 0.97
 
 
-def test_averaged_weights(trained):
-    assert trained("--epochs=8", "--optimizer.average=0.9")["metrics"]["test_top1"] > 0.85
-
-
-def test_weights_to_start_from(trained, tmp_path):
-    trained("--epochs=4", "--run=first")
-    first = tmp_path / "first" / "model.ckpt"
-    started = trained("--epochs=1", "--run=second", f"--model.weights={first}", "--optimizer.lr=1e-6")
-    before = load_checkpoint(first).meta.metrics["test_top1"]
-    assert started["metrics"]["test_top1"] == pytest.approx(before, abs=0.02)
-
-
-def test_users_own_network(trained, tmp_path, monkeypatch, root):
-    (tmp_path / "users_own_network.py").write_text(
-        "from torch import nn\n"
-        "class Tiny(nn.Sequential):\n"
-        "    def __init__(self, num_classes, width):\n"
-        "        super().__init__(nn.Flatten(), nn.Linear(784, width), nn.ReLU(), nn.Linear(width, num_classes))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    summary = trained(
-        "--epochs=2", "--model.class_path=users_own_network:Tiny", '--model.init_args={"width": 20}', "--run=own"
-    )
-    assert summary["network"] == "Tiny"
-    path = tmp_path / "own" / "model.ckpt"
-    with pytest.raises(InputError, match="--model.class_path"):
-        load_checkpoint(path)
-    assert load_checkpoint(path, trusted="users_own_network:Tiny").meta.init_args == {"num_classes": 10, "width": 20}
-
-
 def test_caffes_solver(trained, tmp_path, root):
     """The policy and the validations between epochs of lenet_caffe.yaml, shortened."""
     summary = trained(
@@ -149,8 +101,6 @@ def test_caffes_solver(trained, tmp_path, root):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--trainer.max_epoch=3",), "lightning.Trainer has no argument 'max_epoch'"),
-        (("--trainer.max_epochs=many",), "max_epochs"),
         (("--trainer.accelerator=abacus",), "abacus"),
         (("--resume",), "there is no checkpoint to resume from"),
         (("--model.class_path=models.LeNot",), "has no 'LeNot'"),
@@ -170,14 +120,6 @@ def test_bad_input_is_one_line_and_leaves_the_checkpoint(trained, tmp_path, argu
         trained(*arguments)
     assert len(str(caught.value).splitlines()) == 1
     assert kept.read_bytes() == b"an earlier checkpoint"
-
-
-@pytest.mark.parametrize("arguments", [("--epochs=many",), ("--optimizer.lr=fast",), ("--colour=red",)])
-def test_wrong_options(trained, capsys, arguments):
-    with pytest.raises(SystemExit) as caught:
-        trained(*arguments)
-    assert caught.value.code == 2
-    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("wrong", ["--trainer.devices=0", "--trainer.max_epochs=-1", "--batch-size=5000"])
@@ -200,23 +142,6 @@ def test_a_trial_writes_nothing(trained, tmp_path, capsys):
     assert "model.ckpt" not in shown.out
 
 
-def test_one_training_at_a_time(trained, tmp_path):
-    with Run("lenet_digits", tmp_path).locked(), pytest.raises(InputError, match="another command"):
-        trained("--epochs=1")
-
-
-def test_full_disk(trained, tmp_path, monkeypatch):
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    from lightning.pytorch.loggers import CSVLogger
-
-    monkeypatch.setattr(CSVLogger, "save", full)
-    with pytest.raises(InputError, match="No space left on device"):
-        trained("--epochs=1")
-    assert not (tmp_path / "lenet_digits" / "model.ckpt").exists()
-
-
 def test_first_process(monkeypatch):
     for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
@@ -227,44 +152,9 @@ def test_first_process(monkeypatch):
     assert not train.is_first_process()
 
 
-def test_help_does_not_import_torch(root):
-    script = (
-        "import sys, train\n"
-        "try: train.main(['--help'])\n"
-        "except SystemExit as stop: assert stop.code == 0\n"
-        "assert not {'torch', 'lightning', 'torchvision', 'numpy'} & sys.modules.keys()\n"
-    )
-    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    for option in ("--data-dir", "--batch-size", "--epochs", "--resume", "--trainer", "--seed", "--json"):
-        assert option in result.stdout
-
-
 def test_help_of_the_trainer(capsys):
     assert train.main(["--trainer.help"]) == 0
     assert "--trainer.max_epochs" in capsys.readouterr().out
-
-
-@pytest.mark.e2e
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_the_command_and_it_resumes(template, command, tmp_path, root, number, code):
-    if template is None:
-        pytest.skip("commands are forked on Linux alone")
-    arguments = [*DIGITS, "--artifacts", str(tmp_path), "--epochs=20", "--trainer.limit_train_batches=8"]
-    running = template.start(["train.py", *arguments], root)
-    last = tmp_path / "lenet_digits" / "checkpoints" / "last.ckpt"
-    deadline = time.monotonic() + 300
-    while not last.exists() and running.alive() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    running.signal(number)
-    ended = running.wait()
-    assert ended.code == code, ended.stderr
-    assert "Traceback" not in ended.stderr
-    assert not (tmp_path / "lenet_digits" / "model.ckpt").exists()
-    resumed = command("train.py", *arguments, "--resume", "--json")
-    assert resumed.returncode == 0, resumed.stderr
-    assert "epoch 1/20" not in resumed.stderr
-    assert json.loads(resumed.stdout)["metrics"]["test_top1"] > 0.5
 
 
 @pytest.mark.e2e

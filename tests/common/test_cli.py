@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import get_args
 
@@ -107,6 +109,7 @@ def test_a_short_flag_with_a_sections_name():
         (["--engine.threads=1000000"], "engine.threads must be from 1 to"),
         (["--evaluation.precisions=[]"], "evaluation.precisions must name at least one"),
         (["--evaluation.precisions=[int4]"], "int4"),
+        (["--evaluation.precisions=[fp32,fp32]"], "precisions"),
         (["--evaluation.latency_batch_sizes=[1,0]"], "latency_batch_sizes must be positive"),
         (["--evaluation.latency_batch_sizes=[99999999999]"], "latency_batch_sizes must be between"),
         (["--evaluation.tolerance=-1"], "evaluation.tolerance must not be negative"),
@@ -264,6 +267,20 @@ def test_wrong_options_end_each_command_with_two(command, name, tmp_path):
         assert ended.stderr.startswith("error: ")
         assert ended.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    script = (
+        f"import sys, {name}\n"
+        f"try: {name}.main(['--help'])\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'torch', 'lightning', 'torchvision', 'numpy'} & sys.modules.keys()\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    for option in ("--config", "--data-dir", "--batch-size", "--seed", "--json"):
+        assert option in result.stdout
 
 
 def test_the_largest_configuration_is_taken(refused, tmp_path):

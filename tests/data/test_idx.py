@@ -73,13 +73,6 @@ def test_wrong_content_is_named(write, compress, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_truncation_at_every_byte_is_found(write, as_idx):
-    for content in (as_idx(PIXELS), gzip.compress(as_idx(PIXELS))):
-        for length in range(len(content)):
-            with pytest.raises(InputError, match="file-idx3-ubyte"):
-                read_idx(write(content[:length]), 3)
-
-
 def test_gzip_with_a_wrong_crc_is_found(write, as_idx):
     content = bytearray(gzip.compress(as_idx(PIXELS)))
     content[-8] ^= 1

@@ -46,13 +46,6 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         assert processes.gather("value") == ["value"]
 
 
-def test_incomplete_variables_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(InputError, match="not all that torchrun sets: 'RANK'"), joined():
-        pass
-
-
 def test_processes_of_a_machine_share_its_cores() -> None:
     engine, given = EngineConfig(), EngineConfig(threads=3)
     for config in (engine, given):
