@@ -20,7 +20,7 @@ from calib.network import INPUT
 from calib.onnx_calibrate import calibrate_onnx
 from calib.onnx_model import network_inputs, read_float_model
 from calib.onnx_observe import open_session
-from calib.onnx_rules import entries, with_products
+from calib.onnx_rules import entries
 from calib.onnx_source import DEFAULT_BATCH, Pixels, open_source
 from calib.tracing import trace
 from common.threads import available_cores
@@ -80,7 +80,8 @@ def _plain(infer: Callable[[NDArray[np.float32]], object], images: NDArray[np.fl
 def _ours(path: Path, source: Path) -> None:
     model = read_float_model(path)
     batches = open_source(source, network_inputs(model), Pixels())
-    calibrate_onnx(path, with_products(model), entries(model, "entropy2", path.parent), batches)
+    found, observed = entries(model, "entropy2", path.parent)
+    calibrate_onnx(path, observed, found, batches)
 
 
 def _onnx_runtime(folder: Path, images: NDArray[np.float32]) -> float:

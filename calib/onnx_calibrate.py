@@ -23,7 +23,7 @@ from calib.histogram import AbsHistogram
 from calib.onnx_histograms import collect
 from calib.onnx_model import read_float_model
 from calib.onnx_observe import Observed
-from calib.onnx_rules import FUSED_ALGORITHMS, Entry, entries, with_products
+from calib.onnx_rules import Entry, entries
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from common.errors import InputError
@@ -129,6 +129,5 @@ def complete_table(
         InputError: as :func:`calibrate_onnx` and :func:`calib.onnx_model.read_float_model` do.
     """
     model = read_float_model(path)
-    observed = model if algorithm in FUSED_ALGORITHMS else with_products(model)
-    found = entries(model, algorithm, path.parent)
+    found, observed = entries(model, algorithm, path.parent)
     return calibrate_onnx(path, observed, found, batches, algorithm, options=options).table

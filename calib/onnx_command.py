@@ -99,7 +99,7 @@ def _positive(text: str) -> int:
 def _calibrate(arguments: argparse.Namespace) -> int:
     from calib.onnx_calibrate import calibrate_onnx
     from calib.onnx_model import network_inputs, read_float_model, subgraph_nodes
-    from calib.onnx_rules import FUSED_ALGORITHMS, entries, with_products
+    from calib.onnx_rules import entries
     from calib.onnx_source import open_source
     from calib.table import CalibrationTable
 
@@ -111,10 +111,11 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     batches = open_source(
         arguments.images, network_inputs(model), _pixels(arguments), arguments.batch_size, arguments.batches
     )
+    found, observed = entries(model, arguments.algorithm, path.parent)
     calibration = calibrate_onnx(
         path,
-        model if arguments.algorithm in FUSED_ALGORITHMS else with_products(model),
-        entries(model, arguments.algorithm, path.parent),
+        observed,
+        found,
         batches,
         arguments.algorithm,
         tensorrt_version=arguments.tensorrt_version,

@@ -27,11 +27,16 @@ Shape = Sequence[int | None]
 _ELEMENTWISE = frozenset(
     {"Add", "And", "Div", "Equal", "Greater", "Less", "Max", "Mean", "Min", "Mul", "Or", "Pow", "Sub", "Sum", "Xor"}
 )
-_LAYERS = {"Celu": 7, "HardSwish": 2, "ReduceL2": 2}
+_LAYERS = {
+    "Celu": 7,
+    "HardSwish": 2,
+    "Mish": 3,
+    "ReduceL1": 2,
+    "ReduceL2": 2,
+    "ReduceLogSum": 2,
+    "ReduceLogSumExp": 3,
+}
 """Layers that an operator becomes under one name, where they are not one."""
-
-SECOND_LAYER = "//second"
-"""Ends the name of a node that is the second layer of an operator, whose name both layers ask for."""
 
 
 class ParserNames:
@@ -42,7 +47,9 @@ class ParserNames:
         constant: Its values that are constants.
 
     Attributes:
-        made: The constants that the parser made for the node read last: name and value.
+        types: The element types of the values, as far as they are known.
+        layers: The names of the layers that the parser made of the node read last and named after it.
+        made: The constants that it made for that node: name and value.
     """
 
     def __init__(self, model: onnx.ModelProto, constant: frozenset[str]) -> None:
@@ -52,25 +59,32 @@ class ParserNames:
         self._shapes, self._ones = _shapes(graph), _ones(graph)
         self._stored = {weight.name for weight in graph.initializer}
         self._stored.update(node.output[0] for node in graph.node if node.op_type == "Constant")
-        self._integers = {
-            value.name for value in graph.value_info if value.type.tensor_type.elem_type == onnx.TensorProto.INT64
+        self.types = {
+            value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]
         }
         self._constant = constant
         self._layers: set[str] = set()
         self._weights: set[str] = set()
         self._number = 0
+        self._node = ""
+        self.layers: list[str] = []
         self.made: list[tuple[str, NDArray[np.float32]]] = []
 
     def read(self, node: onnx.NodeProto) -> dict[int, str]:
-        """Count the layers of the next node; names of the broadcasts of its constants, by the input's position."""
-        name = node.name.removesuffix(SECOND_LAYER) or f"node_of_{node.output[0]}"
+        """Count the layers of the next node; names of its inputs' broadcasts, by position."""
+        import onnx
+
+        name = self._node = node.name or f"node_of_{node.output[0]}"
         kind = node.op_type
         found: dict[int, str] = {}
-        self.made = []
-        if kind in _ELEMENTWISE or kind in ("PRelu", "Where"):
+        self.layers, self.made = [], []
+        if kind in _ELEMENTWISE and len(node.input) == 1:
+            self._layer("ONNXTRT_identity")
+        elif kind in _ELEMENTWISE or kind in ("PRelu", "Where"):
             found = self._operands(node, range(len(node.input)))
-            count = 1 if kind in ("PRelu", "Where") else max(len(node.input) - 1, 1)
-            self._all(name, count)
+            self._all(name, 1 if kind in ("PRelu", "Where") else len(node.input) - 1)
+            if kind == "Mean":
+                self._temporary()  # one divided by the number of operands
         elif kind in ("GreaterOrEqual", "LessOrEqual"):
             found = self._operands(node, range(2))
             self._all(name, 3)
@@ -78,10 +92,7 @@ class ParserNames:
             found = self._operands(node, range(2))
             self._layer(name)
         elif kind == "Gemm":
-            self._operands(node, range(2), broadcast=False)
-            self._layer(name)
-            if len(node.input) > 2 and node.input[2]:
-                found = self._operands(node, [2], rank=2)
+            found = self._gemm(node, name)
         elif kind == "Celu":
             self._celu(node)
             self._all(name, _LAYERS[kind])
@@ -114,11 +125,11 @@ class ParserNames:
             self._slice(node, name)
         elif kind == "Split":
             self._split(node, name)
-        elif kind == "DepthToSpace":
+        elif kind in ("DepthToSpace", "SpaceToDepth"):
             self._depth_to_space(self._shape(node.input[0]), name)
         elif kind == "Gather":
             self._operands(node, range(2), broadcast=False)
-            if node.input[0] not in self._integers:
+            if self.types.get(node.input[0]) != onnx.TensorProto.INT64:
                 self._layer("ONNXTRT_castHelper")
             self._layer(name)
         elif kind == "Clip":
@@ -153,7 +164,10 @@ class ParserNames:
         """Name a layer; where ``again`` is not set, one layer serves all that ask for it."""
         if not again and name in self._layers:
             return name
-        return self._unique(self._layers, name)
+        chosen = self._unique(self._layers, name)
+        if name == self._node:
+            self.layers.append(chosen)
+        return chosen
 
     def _all(self, name: str, count: int) -> None:
         for _ in range(count):
@@ -191,9 +205,7 @@ class ParserNames:
             if constant:
                 self._layer(node.input[index], again=False)
             if broadcast and len(shape) < rank and (constant or node.input[index] in self._shapes):
-                name = self._broadcast(shape)
-                if constant:
-                    found[index] = name
+                found[index] = self._broadcast(shape)
         return found
 
     def _broadcast(self, shape: Shape) -> str:
@@ -331,6 +343,24 @@ class ParserNames:
         self._all("ONNXTRT_ShapeElementWise", 2)
         self._layer("ONNXTRT_ShapeSlice")
         self._layer(name)
+
+    def _gemm(self, node: onnx.NodeProto, name: str) -> dict[int, str]:
+        factors = {attribute.name: attribute.f for attribute in node.attribute}
+        alpha, beta = factors.get("alpha", 1.0), factors.get("beta", 1.0)
+        self._operands(node, range(2), broadcast=False)
+        self._layer(name)
+        if alpha != 1:
+            self.made.append((self._broadcast(()), np.full((), alpha, np.float32)))
+        if len(node.input) < 3 or not node.input[2]:
+            return {}
+        if beta == 1:
+            return self._operands(node, [2], rank=2)
+        self._operands(node, [2], broadcast=False)
+        if self._shape(node.input[2]):
+            self.made.append((self._broadcast(()), np.full((), beta, np.float32)))
+        if len(self._shape(node.input[2])) < 2:
+            self._broadcast(())
+        return {}
 
     def _celu(self, node: onnx.NodeProto) -> None:
         alpha = next((attribute.f for attribute in node.attribute if attribute.name == "alpha"), 1.0)

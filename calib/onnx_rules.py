@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from calib.algorithms import ALGORITHMS
+from calib.onnx_layers import inner_values, layers_of
 from calib.onnx_model import constant_value, replace_items
-from calib.onnx_parser_names import SECOND_LAYER, ParserNames
+from calib.onnx_parser_names import ParserNames
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +31,8 @@ WINDOW_POOLING: Final = frozenset({"AveragePool", "MaxPool"})
 ELEMENTWISE: Final = frozenset({"Add", "Div", "Max", "Min", "Mul", "Pow", "Sub"})
 WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ACTIVATIONS: Final = frozenset({"Clip", "LeakyRelu", "Relu"})
+RESHAPED_AFTERWARDS: Final = frozenset({"DepthToSpace", "Softmax", "SpaceToDepth"})
+"""Operators to which TensorRT's parser adds a reshape, so that the same values have two names."""
 RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"})
 
 
@@ -104,74 +107,64 @@ def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
             yield from (output.name for output in graph.output)
 
 
-def with_products(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same network with each Gemm divided into the product and the addition of its bias, as TensorRT's parser does.
-
-    The product is named ``<node>_output``. A HardSwish is divided likewise, into the HardSigmoid and the product.
-    """
-    import onnx
-
-    result = onnx.ModelProto()
-    result.CopyFrom(model)
-    taken = {name for node in model.graph.node for name in node.output}
-    nodes = []
-    for node in result.graph.node:
-        beta = next((attribute.f for attribute in node.attribute if attribute.name == "beta"), 1.0)
-        product = f"{node.name}_output"
-        biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2]) and beta == 1
-        if not node.name or product in taken or not (biased or node.op_type == "HardSwish"):
-            nodes.append(node)
-        elif node.op_type == "HardSwish":
-            half = onnx.helper.make_node("HardSigmoid", node.input, [product], node.name, alpha=1 / 6, beta=0.5)
-            nodes += [
-                half,
-                onnx.helper.make_node("Mul", [node.input[0], product], node.output, node.name + SECOND_LAYER),
-            ]
-        else:
-            addition = onnx.helper.make_node("Add", [product, node.input[2]], [node.output[0]], f"{node.name}/bias")
-            node.output[0] = product
-            del node.input[2]
-            nodes += [node, addition]
-    replace_items(result.graph.node, nodes)
-    return result
-
-
-def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> list[Entry]:
-    """The entries of the table, in order of the graph; those of values that are no float tensors are among them.
+def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[Entry], onnx.ModelProto]:
+    """The entries of the table, and the network that has their values.
 
     Args:
         model: The float network.
         algorithm: As line 1 of the table names it; ``percentile`` is as ``minmax``.
         folder: Where its external weights lie.
+
+    Returns:
+        The entries in order of the graph, those of values that are no float tensors among them; and the network itself,
+        or, where TensorRT's parser makes several layers of an operator, one whose operators are divided likewise.
     """
+    import onnx
+
     graph = Graph(model)
     if algorithm in FUSED_ALGORITHMS:
         wholes = _wholes(graph, folder)
-        return [Entry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]]
+        return [Entry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]], model
     source = {name: name for name in graph.inputs}
     found = [Entry(name, name) for name in graph.inputs]
     names = ParserNames(model, frozenset(graph.constant))
+    nodes = []
     for node in graph.nodes:
         if all(name in graph.constant for name in node.output):
+            nodes.append(node)
             if node.op_type != "Constant":
                 names.read(node)
             continue
-        before, after = _constants(graph, node, folder, names.read(node))
+        broadcasts = names.read(node)
+        before, after = _constants(graph, node, folder, broadcasts)
+        layers = layers_of(node, names.layers, names.types.get(node.output[0], 1))
+        inside = inner_values(layers)
+        if not graph.producer.keys().isdisjoint(inside):
+            layers, inside = [node], []
+        nodes += layers
         found += before
         found += [Entry(f"{name}_output", array=array) for name, array in names.made]
-        biased = node.op_type == "Gemm" and len(node.input) > 2 and bool(node.input[2])
-        if node.name and (biased or node.op_type == "HardSwish"):
-            found.append(Entry(f"{node.name}_output", f"{node.name}_output"))
+        found += [
+            Entry(f"{name}_output", node.input[index])
+            for index, name in broadcasts.items()
+            if node.input[index] not in graph.constant
+        ]
+        found += [Entry(name, name) for name in inside]
         found += after
         for index, name in enumerate(node.output):
             if name:
                 pooled = node.op_type in WINDOW_POOLING and not index
                 source[name] = source.get(node.input[0], node.input[0]) if pooled else name
-                if node.op_type in ("DepthToSpace", "Softmax") and node.name:
+                if node.op_type in RESHAPED_AFTERWARDS and node.name:
                     found.append(Entry(f"{node.name}_output", name))
                 if graph.used(name):
                     found.append(Entry(name, source[name]))
-    return list({entry.name: entry for entry in found}.values())
+    divided = model
+    if len(nodes) > len(graph.nodes):
+        divided = onnx.ModelProto()
+        divided.CopyFrom(model)
+        replace_items(divided.graph.node, nodes)
+    return list({entry.name: entry for entry in found}.values()), divided
 
 
 def _constants(

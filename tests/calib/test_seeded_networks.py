@@ -11,7 +11,7 @@ from calib.algorithms import threshold
 from calib.histogram import BINS, AbsHistogram
 from calib.onnx_model import read_float_model
 from calib.onnx_observe import Observed
-from calib.onnx_rules import entries, with_products
+from calib.onnx_rules import entries
 from calib.table import CalibrationTable
 from tests.calib.seeded_networks import HERE, write
 from tests.calib.test_tensorrt_thresholds import histograms  # noqa: F401
@@ -24,11 +24,8 @@ ROUNDING = {
     # A value 1.7e-6 above the edge of a bin that is empty here, and which TensorRT's approximate SiLU fills.
     "efficientnet_b0": {"features.1.0.block.0.2"},
 }
-# The layers inside of Celu, whose values are not computed here, and a constant without a name.
-MISSING = {
-    "actsmore": {f"/Celu{number}_output" for number in ("", "_7", "_8", "_9", "_10", "_11")},
-    "mixed": {"(Unnamed Layer* 54) [Constant]_output"},
-}
+# A constant without a name.
+MISSING = {"mixed": {"(Unnamed Layer* 54) [Constant]_output"}}
 # Elementwise operations that are fused with others, and concatenations that are written in place.
 EXTRA_AFTER_FUSION = {
     "multi": {"add_2", "maximum", "minimum", "mul", "mul_1"},
@@ -76,8 +73,8 @@ def test_tables_of_tensorrt(name, tmp_path):
 
 def _values(path, batches, names):
     """The values behind some entries of the table, by batches."""
-    model = with_products(read_float_model(path))
-    sources = {entry.name: entry.value for entry in entries(model, "entropy2", path.parent) if entry.value}
+    found, model = entries(read_float_model(path), "entropy2", path.parent)
+    sources = {entry.name: entry.value for entry in found if entry.value}
     # All of them, so that ONNX Runtime fuses what it fuses in calibration.
     observed = Observed(path, model, list(sources.values())) if names else None
     runs = [observed.run({model.graph.input[0].name: batch}) for batch in batches] if observed else []
