@@ -29,7 +29,6 @@ from torch import Tensor
 torch.cuda.current_device = lambda: 0
 torch.cuda.get_device_capability = lambda device=None: (9, 0)
 
-from calib.cache import Provenance, SubsetRecord  # noqa: E402
 from calib.explicit import fake_quantize  # noqa: E402
 from calib.plan import plan_int8  # noqa: E402
 from calib.subset import Subset  # noqa: E402
@@ -43,6 +42,7 @@ from engines.tensorrt.build import Build, build_engine, compile_arguments, to_to
 from engines.tensorrt.calibrator import CalibratorRun, data_calibrator, table_calibrator  # noqa: E402
 from engines.tensorrt.support import Installed, TensorRTError  # noqa: E402
 from models import LeNet  # noqa: E402
+from tests.upstream import provenance  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPE = (2, 1, 28, 28)
@@ -144,21 +144,6 @@ def network() -> Any:
 
 def table() -> CalibrationTable:
     return CalibrationTable(SCALES)
-
-
-def provenance() -> Provenance:
-    return Provenance(
-        maker="reference",
-        network="LeNet",
-        algorithm="entropy2",
-        options={},
-        tensorrt_version="10.12.0",
-        subset=SubsetRecord("first", 3, 2, 0, 1),
-        dataset="made",
-        data="d",
-        preprocessing={},
-        weights="w",
-    )
 
 
 def data_run(torch_tensorrt: Any, source: Images, path: Path, algorithm: Any = "entropy2") -> CalibratorRun:
@@ -423,36 +408,6 @@ def calibrate() -> dict[str, Any]:
     return {"returned": True}
 
 
-def reuses() -> dict[str, Any]:
-    """The life of TensorRT's table, decided with the installed versions before TensorRT is called."""
-    _pretend_gpu()
-    _, installed = support.load()
-    net, source = network(), Images()
-    result: dict[str, Any] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tensorrt" / "CalibrationTableLeNet"
-        ours = calibration.own_provenance(provenance(), net, installed)
-        config = EngineConfig()
-        calibration.store(path, table().dumps().encode(), ours)
-        again = calibration.calibrate(net, lambda: (source, SUBSET), path, provenance(), config)
-        result["reused"] = [again.calibrated, again.reason, again.table.dumps() == table().dumps(), source.asked]
-        for name, header in (
-            ("version", "TRT-100300-EntropyCalibration2"),
-            ("algorithm", "TRT-101200-MinMaxCalibration"),
-        ):
-            path.write_text(table().dumps().replace(table().header, header))
-            decision = calibration.decide(path, ours)
-            result[name] = [decision.table is None, decision.reason]
-        calibration.store(path, table().dumps().encode(), ours)
-        result["asked"] = calibration.decide(path, ours, recalibrate=True).table is None
-        torch.nn.init.ones_(net.module.ip2.bias)
-        decision = calibration.decide(path, calibration.own_provenance(provenance(), net, installed))
-        result["weights"] = [decision.table is None, decision.reason]
-        path.unlink()
-        result["missing"] = calibration.decide(path, ours).table is None
-    return result
-
-
 def engine(mode: Literal["implicit", "explicit"] = "implicit") -> dict[str, Any]:
     """The engine behind the interface, from configuration to the builder; implicit INT8 is from TensorRT's table."""
     from engines.tensorrt.engine import TorchTensorRTEngine
@@ -475,7 +430,7 @@ def engine_explicit() -> dict[str, Any]:
     return engine("explicit")
 
 
-FACTS = (versions, delivers, algorithms, reads_table, keeps_exceptions, parses, supports, reuses)
+FACTS = (versions, delivers, algorithms, reads_table, keeps_exceptions, parses, supports)
 ENDINGS = (
     build_fp32,
     build_fp16,
@@ -490,7 +445,7 @@ ENDINGS = (
     engine_explicit,
     upstream_aborts,
 )
-NEED_CALIBRATOR = (delivers, algorithms, reads_table, keeps_exceptions, reuses, calibrate, engine, upstream_aborts)
+NEED_CALIBRATOR = (delivers, algorithms, reads_table, keeps_exceptions, calibrate, engine, upstream_aborts)
 
 
 def ending(scenario: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:

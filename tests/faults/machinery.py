@@ -13,29 +13,16 @@ from xml.etree import ElementTree
 from tests.forking import ROOT, Fault, Template
 
 SMALL = (
-    "--config",
-    str(ROOT / "configs" / "lenet_digits.yaml"),
-    "--run=run",
-    "--trainer.precision=32-true",
-    "--trainer.limit_train_batches=3",
-    "--trainer.limit_val_batches=1",
-    "--trainer.limit_test_batches=1",
+    *("--config", str(ROOT / "configs" / "lenet_digits.yaml"), "--run=run", "--trainer.precision=32-true"),
+    *("--trainer.limit_train_batches=3", "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1"),
 )
 COMMANDS: Mapping[str, tuple[str, ...]] = {
     "train": ("train.py", *SMALL, "--epochs=2"),
     "quantize": ("quantize.py", *SMALL, "--engine=torch", "--batches=2", "--recalibrate", "--export=onnx"),
     "evaluate": (
-        "evaluate.py",
-        *SMALL,
-        "--engine=torch",
-        "--batch-size=64",
-        "--batches=2",
-        "--latency-batch-sizes=[1]",
-        "--evaluation.latency_seconds=0.001",
-        "--evaluation.latency_runs=1",
-        "--evaluation.analysis_images=32",
-        "--tolerance=100",
-        "--report",
+        *("evaluate.py", *SMALL, "--engine=torch", "--batch-size=64", "--batches=2", "--latency-batch-sizes=[1]"),
+        *("--evaluation.latency_seconds=0.001", "--evaluation.latency_runs=1", "--evaluation.analysis_images=32"),
+        *("--tolerance=100", "--report"),
     ),
 }
 """Each command in its shortest real form, on the digits."""

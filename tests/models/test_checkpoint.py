@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pickle
+import sys
 import zipfile
 
 import pytest
@@ -144,17 +145,17 @@ def test_named_class_is_not_called(path, meta, tmp_path, monkeypatch, class_path
     assert not (tmp_path / "ran").exists()
 
 
-def test_users_own_class_is_trusted_by_configuration(tmp_path, meta, monkeypatch):
+@pytest.mark.parametrize("width", ["width", "int(torch.ones(width).sum().item())"], ids=["plain", "computing"])
+def test_users_own_class_is_trusted_by_configuration(tmp_path, meta, monkeypatch, width):
+    monkeypatch.delitem(sys.modules, "mine_for_checkpoint", raising=False)
     (tmp_path / "mine_for_checkpoint.py").write_text(
-        "from torch import nn\nclass Net(nn.Linear):\n    def __init__(self, width): super().__init__(width, 2)\n"
+        "import torch\nfrom torch import nn\n"
+        f"class Net(nn.Linear):\n    def __init__(self, width): super().__init__({width}, 2)\n"
     )
     monkeypatch.chdir(tmp_path)
     name = "mine_for_checkpoint:Net"
-    save_checkpoint(
-        tmp_path / "model.ckpt",
-        nn.Linear(3, 2),
-        dataclasses.replace(meta, network="Net", class_path=name, init_args={"width": 3}),
-    )
+    meta = dataclasses.replace(meta, network="Net", class_path=name, init_args={"width": 3})
+    save_checkpoint(tmp_path / "model.ckpt", nn.Linear(3, 2), meta)
     with pytest.raises(InputError, match="--model.class_path"):
         load_checkpoint(tmp_path / "model.ckpt")
     assert load_checkpoint(tmp_path / "model.ckpt", trusted=name).network.in_features == 3
@@ -226,19 +227,6 @@ def test_arguments_get_no_memory_that_the_file_does_not_fill(path, meta, tmp_pat
     refused = "of another architecture" if trusted or class_path == "models.LeNet" else "--model.class_path"
     with pytest.raises(InputError, match=refused):
         load_checkpoint(path, class_path if trusted else None)
-
-
-def test_users_own_class_that_computes_while_it_is_made(tmp_path, meta, monkeypatch):
-    (tmp_path / "computing_for_checkpoint.py").write_text(
-        "import torch\nfrom torch import nn\n"
-        "class Net(nn.Linear):\n"
-        "    def __init__(self): super().__init__(int(torch.ones(3).sum().item()), 2)\n"
-    )
-    monkeypatch.chdir(tmp_path)
-    name = "computing_for_checkpoint:Net"
-    meta = dataclasses.replace(meta, network="Net", class_path=name, init_args={})
-    save_checkpoint(tmp_path / "model.ckpt", nn.Linear(3, 2), meta)
-    assert load_checkpoint(tmp_path / "model.ckpt", trusted=name).network.in_features == 3
 
 
 def test_another_architecture(path, meta):

@@ -74,7 +74,10 @@ def weights(classifier) -> dict[str, torch.Tensor]:
 
 
 def assert_same(one, two) -> None:
-    one, two = weights(one), weights(two)
+    assert_equal(weights(one), weights(two))
+
+
+def assert_equal(one, two) -> None:
     assert one.keys() == two.keys()
     for name, value in one.items():
         assert torch.equal(value, two[name]), name
@@ -196,13 +199,8 @@ def test_resuming_equals_not_having_stopped(run, average, step):
 
 def test_resuming_between_the_validations_of_an_epoch(run):
     """As in Caffe's configuration, which validates every 500 steps."""
-    often = {
-        "val_check_interval": 5,
-        "check_val_every_n_epoch": None,
-        "max_epochs": -1,
-        "max_steps": 30,
-        "network": Lively,
-    }
+    often = {"val_check_interval": 5, "check_val_every_n_epoch": None, "max_epochs": -1, "max_steps": 30}
+    often["network"] = Lively
     optimizer = OptimizerConfig(lr=0.05, schedule="inv")
     whole, _ = run("whole", optimizer=optimizer, **often)
     with pytest.raises(CrashError):
@@ -288,8 +286,7 @@ def test_best_epoch_is_loaded_and_the_latest_of_equals(run, tmp_path, monkeypatc
     monkeypatch.setattr(Classifier, "_evaluate", evaluate)
     classifier, fitting = run(max_epochs=4, num_sanity_val_steps=0)
     assert fit.load_best(fitting, classifier) == 3
-    for name, value in weights(classifier).items():
-        assert torch.equal(value, seen[2][name])
+    assert_equal(weights(classifier), seen[2])
     assert load_archive(tmp_path / "run" / "checkpoints" / "last.ckpt")["epoch"] == 3
 
 
@@ -297,8 +294,7 @@ def test_without_validation_the_last_weights_stay(run):
     classifier, fitting = run(limit_val_batches=0, max_epochs=1)
     before = weights(classifier)
     assert fit.load_best(fitting, classifier) == 1
-    for name, value in weights(classifier).items():
-        assert torch.equal(value, before[name])
+    assert_equal(weights(classifier), before)
 
 
 def test_averaged_weights_are_kept(run, tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.errors import InputError
-from models import LeNet, build_network
+from models import LeNet, build_network, save_checkpoint
 from models.network import check_network, logits_of, network_arguments, network_name
 
 
@@ -74,27 +74,20 @@ def test_wrong_arguments_are_named():
         build_network(ModelConfig("models.LeNet", {"colour": "red"}), 10, 1)
 
 
-@pytest.mark.parametrize("form", ["plain", "nested", "safetensors"])
-def test_weights(tmp_path, form):
-    state = LeNet().state_dict()
+@pytest.mark.parametrize("form", ["plain", "nested", "safetensors", "a checkpoint of ours"])
+def test_weights(tmp_path, form, meta):
+    trained = LeNet()
+    state = trained.state_dict()
     path = tmp_path / ("weights.safetensors" if form == "safetensors" else "weights.pt")
     if form == "safetensors":
         save_file(state, path)
+    elif form == "a checkpoint of ours":
+        save_checkpoint(path, trained, meta)
     else:
         torch.save({"state_dict": state, "epoch": 3} if form == "nested" else state, path)
     network = build_network(ModelConfig(weights=path), 10, 1)
     for name, value in network.state_dict().items():
         assert torch.equal(value, state[name])
-
-
-def test_weights_from_a_checkpoint_of_ours(tmp_path, meta):
-    from models import save_checkpoint
-
-    network = LeNet()
-    save_checkpoint(tmp_path / "model.ckpt", network, meta)
-    found = build_network(ModelConfig(weights=tmp_path / "model.ckpt"), 10, 1)
-    assert isinstance(found, LeNet)
-    assert torch.equal(found.ip1.weight, network.ip1.weight)
 
 
 def test_weights_that_do_not_serve(tmp_path):
