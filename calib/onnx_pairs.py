@@ -32,10 +32,17 @@ _LEAST_IR: Final = 7
 
 @dataclass
 class Activation:
-    """A value that INT8 layers read: its scale, and the names of the ONNX nodes that read it quantized."""
+    """A value that INT8 layers read.
+
+    Attributes:
+        scale: Its scale.
+        readers: Names of the ONNX nodes that read it quantized.
+        put_out: Whether it is put out quantized, too, if it is an output of the network.
+    """
 
     scale: float
     readers: set[str]
+    put_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +75,6 @@ def write_pairs(
     unsigned: bool = False,
     unsigned_weights: bool = False,
     integer_biases: bool = False,
-    float_outputs: bool = False,
 ) -> None:
     """Quantize values and weights of a float network, in place.
 
@@ -83,9 +89,8 @@ def write_pairs(
         unsigned: Whether values are uint8 with zero point 128 instead of int8 with zero point 0.
         unsigned_weights: Likewise for weights.
         integer_biases: Whether the layers' biases become int32, of scale input scale * weight scale.
-        float_outputs: Whether a value that is also an output of the network is put out as it was before its pair.
     """
-    pairs = _Pairs(model, folder or Path(), float_outputs)
+    pairs = _Pairs(model, folder or Path())
     for weight in weights:
         pairs.weight(weight, unsigned_weights)
         if integer_biases and weight.bias is not None:
@@ -98,7 +103,7 @@ def write_pairs(
 class _Pairs:
     """Collects what is written into a graph, and writes it."""
 
-    def __init__(self, model: onnx.ModelProto, folder: Path, float_outputs: bool) -> None:
+    def __init__(self, model: onnx.ModelProto, folder: Path) -> None:
         self._model = model
         self._folder = folder
         self._weights = {weight.name: weight for weight in model.graph.initializer}
@@ -106,7 +111,7 @@ class _Pairs:
         for node in model.graph.node:
             for name in dict.fromkeys(node.input):
                 self._readers.setdefault(name, []).append(node)
-        self._outputs = set() if float_outputs else {value.name for value in model.graph.output}
+        self._outputs = {value.name for value in model.graph.output}
         self._first: list[onnx.NodeProto] = []
         self._after: dict[str, list[onnx.NodeProto]] = {}
         self._renamed: dict[str, str] = {}
@@ -155,7 +160,7 @@ class _Pairs:
             self._store(f"{value}_scale", np.array(activation.scale, np.float32)),
             self._store(f"{value}_zero_point", zero_point),
         ]
-        is_output = value in self._outputs
+        is_output = activation.put_out and value in self._outputs
         source = free_name(f"{value}_QuantizeLinear_Input", self._taken) if is_output else value
         codes = free_name(f"{value}_QuantizeLinear_Output", self._taken)
         pair = [

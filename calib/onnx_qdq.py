@@ -128,7 +128,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         raise InputError(
             f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights"
         )
-    write_pairs(result, activations, list(weights.values()), folder=path.parent, float_outputs=True)
+    write_pairs(result, activations, list(weights.values()), folder=path.parent)
     others = graph.constant | no_floats(model)
     kinds = Counter(graph.nodes[index].op_type for index in chosen)
     rest = Counter(

@@ -87,6 +87,7 @@ _METHODS: Final[Mapping[str, str]] = {
     "permute": "view",
     "transpose": "view",
     "contiguous": "view",
+    "item": "nothing",
     "chunk": "view",
     "split": "view",
     "unbind": "view",

@@ -116,7 +116,7 @@ def _activations(
     for name, (scale, readers) in wanted.items():
         if name not in values:
             continue
-        activation = found.setdefault(values[name], Activation(scale, set()))
+        activation = found.setdefault(values[name], Activation(scale, set(), put_out=name in quantized))
         for reader in readers:
             activation.readers.update(node.name for node in computing(reader))
     return found

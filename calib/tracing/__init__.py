@@ -1,12 +1,11 @@
 """Tracing: from a PyTorch model to a :class:`calib.network.Network`.
 
-``by_fx`` or ``by_export`` gives a graph; ``fold`` and ``inplace`` normalise it; ``check`` compares it with the model;
-``describe`` names its tensors and layers.
+``given`` copies the model; ``by_fx`` or ``by_export`` gives a graph; ``fold`` and ``inplace`` normalise it; ``check``
+compares it with the model; ``describe`` names its tensors and layers.
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Sequence
 
@@ -18,7 +17,8 @@ from calib.tracing.by_export import export_graph, is_exported, plain_execution
 from calib.tracing.by_fx import fx_graph, hidden_products
 from calib.tracing.check import ModelCheck, RefusedError, told
 from calib.tracing.describe import describe
-from calib.tracing.fold import bake_parametrizations, fold_batchnorm, remove_nothing
+from calib.tracing.fold import fold_batchnorm, remove_nothing
+from calib.tracing.given import plain_copy, refuse_unusable, unwrapped
 from calib.tracing.inplace import purify
 from common.errors import InputError, first_line
 
@@ -33,17 +33,18 @@ def trace(model: nn.Module, name: str | None = None, input_shape: tuple[int, int
 
     Args:
         model: From float32 [B, C, H, W] to a tensor, or a tuple, list, dictionary or dataclass of tensors. A module
-            that ``torch.export`` made, too, and an ``ExportedProgram``.
+            that ``torch.export`` made, too, and an ``ExportedProgram``. Weights in half precision become float32.
         name: Name of the network; the class name if None.
         input_shape: (C, H, W) of one image; ``torch.export``, the ONNX export and the ONNX Runtime engine need it.
             What was traced is then checked against ``model`` on random images.
 
     Raises:
-        InputError: neither can trace it, it has more than one input, or it computes something else once traced.
+        InputError: neither can trace it, it is TorchScript or not initialised, it has more than one input, or it
+            computes something else once traced.
     """
+    model = unwrapped(model)
     name = name or type(model).__name__
-    if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+    refuse_unusable(model, name)
     with plain_execution():
         return _Tracing(model, name, input_shape).network()
 
@@ -61,11 +62,10 @@ class _Tracing:
     def _copy(self) -> nn.Module:
         """A copy to work on; a module of ``torch.export``, which has no modes, is always as it was exported."""
         try:
-            root = copy.deepcopy(self._model)
+            root = plain_copy(self._model)
             if not is_exported(root):
                 root.eval()
             root.requires_grad_(False)
-            bake_parametrizations(root)
         except Exception as error:
             raise InputError(f"network {self._name} cannot be copied: {first_line(error)}") from error
         return root
@@ -116,6 +116,7 @@ class _Tracing:
     def _finished(self, module: fx.GraphModule, traced_by: str) -> Network:
         """Normalise what was traced, check it against the model, and describe it."""
         remove_nothing(module)
+        self._distinguish_outputs(module)
         fold_batchnorm(module)
         in_place = purify(module)
         _work_channels_last(module)
@@ -128,6 +129,28 @@ class _Tracing:
             self._check.tell_shapes(module)
         names = self._check.output_names if self._check is not None else None
         return describe(self._name, module, in_place, self._shape, traced_by, names)
+
+    def _distinguish_outputs(self, module: fx.GraphModule) -> None:
+        """Make each output a value of its own where the model gives one twice, or the images.
+
+        Raises:
+            RefusedError: an output is the same whatever the images are.
+        """
+        output = next(node for node in module.graph.nodes if node.op == "output")
+        given = output.args[0] if isinstance(output.args[0], tuple) else (output.args[0],)
+        distinct: list[fx.Node] = []
+        for number, node in enumerate(given, 1):
+            assert isinstance(node, fx.Node)
+            if node.op == "get_attr":
+                raise RefusedError(
+                    f"{self._fault}output {number} of {len(given)} does not depend on the images: leave it out"
+                )
+            if node.op == "placeholder" or node in distinct:
+                with module.graph.inserting_before(output):
+                    distinct.append(module.graph.call_function(torch.clone, (node,)))
+            else:
+                distinct.append(node)
+        output.args = (tuple(distinct) if isinstance(output.args[0], tuple) else distinct[0],)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ SAME: Final[frozenset[Any]] = frozenset(
         _aten.lift_fresh.default,
         _aten.lift_fresh_copy.default,
         _aten.positive.default,
+        _aten.item.default,
+        _aten._local_scalar_dense.default,
         _aten.dropout.default,
         _aten.dropout_.default,
         _aten.feature_dropout.default,
@@ -29,7 +31,10 @@ SAME: Final[frozenset[Any]] = frozenset(
         _aten.feature_alpha_dropout.default,
     }
 )
-"""Operations that give their input, in eval mode and in a graph whose every operation is pure."""
+"""Operations that give their input, in eval mode and in a graph whose every operation is pure.
+
+A number taken out of a tensor (``item``) becomes the tensor, or else it would be that of the example image.
+"""
 FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "add": torch.add,
     "relu": torch.relu,
@@ -56,7 +61,8 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
 """ATen's name -> the function that the tracer's tables know, which takes the same arguments."""
 OF_TORCH: Final = frozenset(
     {
-        *("abs", "addcmul", "amax", "amin", "argmax", "bmm", "ceil", "chunk", "clamp", "clamp_min", "clamp_max"),
+        *("abs", "addcmul", "amax", "amin", "arange", "argmax", "bmm", "ceil", "chunk", "clamp", "clamp_min"),
+        *("clamp_max", "empty", "eye", "full", "linspace", "ones", "zeros"),
         *("cos", "cumsum", "div", "eq", "exp", "flip", "floor", "floor_divide", "gather", "ge", "gt", "le", "log"),
         *("log_softmax", "logical_and", "logical_not", "logical_or", "lt", "masked_fill", "max", "maximum", "mean"),
         *("min", "minimum", "movedim", "mul", "narrow", "ne", "neg", "permute", "pixel_shuffle", "pixel_unshuffle"),

@@ -74,6 +74,8 @@ def _check_ends(module: fx.GraphModule, name: str) -> None:
     results = tuple(item for item in _pytree.tree_leaves(output.args) if isinstance(item, fx.Node))
     if not results:
         raise InputError(f"network {name} gives no tensor that depends on its input")
+    if any(isinstance(item.target, type) for item in results):
+        raise InputError(f"network {name} cannot be traced: it gives an object of a class of its own")
     output.args = (results[0] if len(results) == 1 else results,)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import linecache
 import re
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ class ModelCheck:
         images = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0))
         self.images = images.to(parameter.device)
         result = self._run(model, self.images)
+        _open_dataclasses(result)
         if isinstance(result, list) and len(result) == len(images) and all(isinstance(one, dict) for one in result):
             raise RefusedError(
                 f"network {name} gives a dictionary for each image, as a detector that has picked its boxes does: pass "
@@ -64,9 +66,11 @@ class ModelCheck:
                 f"network {self._name} computes something else once traced: random, or changing a value in place that "
                 "other operations see through a view, or branching on something that tracing fixes"
             )
-        first = [value[:1] if value.dim() and len(value) == len(self.images) else value for value in self._expected]
-        if not self._agree(_pytree.tree_leaves(self._run(module, self.images[:1])), first):
-            raise InputError(f"network {self._name} computes something else for another number of images")
+        count = len(self.images)
+        for i in range(count):
+            alone = [value[i : i + 1] if value.dim() and len(value) == count else value for value in self._expected]
+            if not self._agree(_pytree.tree_leaves(self._run(module, self.images[i : i + 1])), alone):
+                raise InputError(f"network {self._name} computes something else for another number of images")
 
     def tell_shapes(self, module: fx.GraphModule) -> None:
         """Note on each output of ``module`` the shape of one image's value."""
@@ -86,6 +90,14 @@ class ModelCheck:
             if not torch.allclose(value.double(), reference.double(), rtol=0, atol=tolerance, equal_nan=True):
                 return False
         return True
+
+
+def _open_dataclasses(result: Any) -> None:
+    """Let PyTorch see the tensors inside dataclasses, for which it needs to know their classes."""
+    for leaf in _pytree.tree_leaves(result):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            torch.export.register_dataclass(type(leaf))
+            _open_dataclasses(leaf)
 
 
 def _key(path: Sequence[Any]) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 
-from torch import fx
+from torch import Tensor, fx
 
 from calib.network import INPUT, OUTPUT, Layer, Network
 from calib.ops import QUANTIZABLE, gives_tuple, kind_of
 from calib.scales import scale_sources
 from calib.task import find_task
+from calib.tracing.fold import attribute
 
 
 def describe(
@@ -36,6 +38,8 @@ def describe(
     kinds = {node.name: kind_of(node, module) for node in nodes}
     nodes = [node for node in nodes if kinds[node.name] != "shape"]
     outputs = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
+    masked = _masked(nodes, kinds, module)
+    kinds.update(dict.fromkeys(masked, "other"))
     _keep_sums_in_float(nodes, kinds)
 
     # A ReLU that overwrites its input takes its name: "ip1" is the value after the in-place ReLU, as in Caffe.
@@ -59,7 +63,7 @@ def describe(
     holder: dict[str, str] = {}
     for node in nodes:
         tensor = own[node.name]
-        if kinds[node.name] == "view" or gives_tuple(node):
+        if kinds[node.name] == "view" or gives_tuple(node) or node.name in masked:
             continue
         if node.name in takes_name:
             observed.pop(holder[tensor], None)
@@ -69,7 +73,7 @@ def describe(
     tensor_of = {
         node.name: own[node.name]
         for node in nodes
-        if kinds[node.name] == "view" or gives_tuple(node) or node.name in observed
+        if kinds[node.name] == "view" or gives_tuple(node) or node.name in masked or node.name in observed
     }
     kind_by_tensor = {tensor: node for node, tensor in observed.items()}
     layers = tuple(
@@ -108,6 +112,23 @@ def describe(
         task=find_task(outputs, kinds),
         traced_by=traced_by,
     )
+
+
+def _masked(nodes: Sequence[fx.Node], kinds: dict[str, str], module: fx.GraphModule) -> set[str]:
+    """Find the fx nodes in whose values a mask of attention has put minus infinity: they have no range."""
+    found: set[str] = set()
+    for node in nodes:
+        if kinds[node.name] not in ("add", "view", "other") or node.op == "call_module":
+            continue
+        sources = node.all_input_nodes
+        constants = [attribute(module, str(item.target)) for item in sources if item.op == "get_attr"]
+        if (
+            any(isinstance(item, float) and math.isinf(item) for item in node.args)
+            or any(isinstance(item, Tensor) and bool(item.isinf().any()) for item in constants)
+            or (kinds[node.name] in ("add", "view") and any(item.name in found for item in sources))
+        ):
+            found.add(node.name)
+    return found
 
 
 def _keep_sums_in_float(nodes: Sequence[fx.Node], kinds: dict[str, str]) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from calib.ops import kind_of
@@ -78,18 +77,6 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     )
 
 
-def bake_parametrizations(root: nn.Module) -> None:
-    """Make plain parameters of those that are computed (weight normalisation, spectral normalisation, ...)."""
-    for module in list(root.modules()):
-        if parametrize.is_parametrized(module):
-            # Removing them changes the class, which copies share with the original.
-            kind = type(module)
-            module.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-            for name in list(module.parametrizations):  # type: ignore[arg-type]
-                parametrize.remove_parametrizations(module, name, leave_parametrized=True)
-            module.requires_grad_(False)
-
-
 def remove_nothing(module: fx.GraphModule) -> None:
     """Remove dropout and identities: in eval mode they do nothing."""
     for node in list(module.graph.nodes):
@@ -116,6 +103,7 @@ def fold_batchnorm(module: fx.GraphModule) -> None:
         layer, norm = module.get_submodule(str(before.target)), module.get_submodule(str(node.target))
         if not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d) or norm.running_mean is None:
             continue
+        _fill_in(norm)
         fused: nn.Module
         if isinstance(layer, nn.Conv2d):
             fused = fuse_conv_bn_eval(layer, norm)
@@ -126,3 +114,12 @@ def fold_batchnorm(module: fx.GraphModule) -> None:
         module.set_submodule(str(before.target), fused.requires_grad_(False))
         node.replace_all_uses_with(before)
         module.graph.erase_node(node)
+
+
+def _fill_in(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+    """Give batch normalisation without weights (``affine=False``) such that do nothing: PyTorch's fusion needs some."""
+    mean = norm.running_mean
+    assert mean is not None
+    for name, value in (("weight", torch.ones_like(mean)), ("bias", torch.zeros_like(mean))):
+        if getattr(norm, name) is None:
+            setattr(norm, name, nn.Parameter(value, requires_grad=False))

@@ -7,6 +7,7 @@ import operator
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from calib.tracing.aten import SAME
 from common.errors import InputError
@@ -54,10 +55,11 @@ def _purified(node: fx.Node, module: fx.GraphModule) -> bool:
         node.target = operator.add
         return True
     name = getattr(node.target, "__name__", "")
-    pure = getattr(torch, name[:-1], None)
-    if name.endswith("_") and getattr(torch, name, None) is node.target and callable(pure):
-        node.target = pure
-        return True
+    for library in (torch, F):
+        pure = getattr(library, name[:-1], None)
+        if name.endswith("_") and getattr(library, name, None) is node.target and callable(pure):
+            node.target = pure
+            return True
     overwrites = _inplace_argument(node)
     if "inplace" in node.kwargs:
         node.kwargs = {**node.kwargs, "inplace": False}

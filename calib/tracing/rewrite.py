@@ -59,7 +59,6 @@ class Rewriter:
             return self.graph.placeholder(str(node.target))
         if node.op == "output":
             results = [item for item in _pytree.tree_leaves(node.args) if isinstance(item, fx.Node)]
-            results = [item for item in results if item.op != "get_attr"]
             new = tuple(self.env[item] for item in results)
             return self.graph.output(new[0] if len(new) == 1 else new)
         if node.op != "call_function":
@@ -83,6 +82,13 @@ class Rewriter:
                 self._root.register_parameter(name, value)
             else:
                 self._root.register_buffer(name, value)
+        return self.graph.get_attr(name)
+
+    def constant(self, name: str, value: Tensor) -> fx.Node:
+        """A constant that the old graph does not have, in the new one."""
+        while hasattr(self._root, name):
+            name += "_"
+        self._root.register_buffer(name, value)
         return self.graph.get_attr(name)
 
     def _arguments(self, node: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -136,7 +142,7 @@ class Rewriter:
         Args:
             node: What the layer computes.
             layer: Put into the result unless an equal one is there.
-            source: Its input; like ``node`` and ``named_by`` a node of the old graph.
+            source: Its input, a node of the new graph; the others are of the old one.
             named_by: Its weight.
             key: Layers of one kind and equal keys are the same one.
         """
@@ -145,12 +151,12 @@ class Rewriter:
         name, number = path, 0
         while name in self._made or not _is_free(self._root, name):
             if self._made.get(name) == (type(layer), *key):
-                return self.graph.call_module(name, (self.env[source],))
+                return self.graph.call_module(name, (source,))
             number += 1
             name = f"{path}_{number}"
         self._made[name] = (type(layer), *key)
         _add(self._root, name, layer)
-        return self.graph.call_module(name, (self.env[source],))
+        return self.graph.call_module(name, (source,))
 
 
 Writer = Callable[[Rewriter, fx.Node], Any]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from typing import Any, Final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from calib.tracing.rewrite import Rewriter, Writer, layer_path
+from calib.tracing.rewrite_layers import linear
 
 
 def _to(rewriter: Rewriter, node: fx.Node) -> Any:
@@ -43,7 +45,7 @@ def _baddbmm(rewriter: Rewriter, node: fx.Node) -> Any:
 def _scaled_dot_product_attention(rewriter: Rewriter, node: fx.Node) -> Any:
     """softmax(q k^T * scale + mask) v, as PyTorch documents the function."""
     given = rewriter.named(node)
-    if given["is_causal"] or given["enable_gqa"]:
+    if given["enable_gqa"]:
         return None
     query, key, value = (rewriter.env[given[part]] for part in ("query", "key", "value"))
     example = given["query"].meta.get("val")
@@ -52,6 +54,10 @@ def _scaled_dot_product_attention(rewriter: Rewriter, node: fx.Node) -> Any:
     turned = graph.call_method("transpose", (key, -2, -1))
     scores = graph.call_function(torch.matmul, (query, turned))
     scores = graph.call_function(torch.mul, (scores, float(scale)))
+    if given["is_causal"]:
+        shape = [int(given[part].meta["val"].shape[-2]) for part in ("query", "key")]
+        later = rewriter.constant("later", torch.ones(shape, dtype=torch.bool).triu(1))
+        scores = graph.call_function(torch.masked_fill, (scores, later, float("-inf")))
     mask = given["attn_mask"]
     if mask is not None:
         shown = mask.meta.get("val")
@@ -70,9 +76,13 @@ def _scaled_dot_product_attention(rewriter: Rewriter, node: fx.Node) -> Any:
 
 
 def _einsum(rewriter: Rewriter, node: fx.Node) -> Any:
-    """A product of two operands over one index as a matrix product; others stay as they are."""
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if "." in equation or "->" not in equation or len(operands) != 2:  # type: ignore[arg-type]
+    """A product of two operands over one index as a matrix product; others stay as they are.
+
+    Where the second is a matrix of weights, it is a linear layer.
+    """
+    operands: Any = node.args[1]
+    equation = _spelt_out(str(node.args[0]).replace(" ", ""), operands)
+    if equation is None or len(operands) != 2:
         return None
     inputs, _, output = equation.partition("->")
     left, _, right = inputs.partition(",")
@@ -81,13 +91,37 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> Any:
     batch = [index for index in shared if index in output]
     rows, columns = [i for i in left if i not in right], [i for i in right if i not in left]
     whole = all(index in output for index in (*rows, *columns))
+    weight = rewriter.value(operands[1])
+    if weight is not None and whole and len(summed) == len(columns) == len(right) - 1 == 1:
+        first = _permuted(rewriter, rewriter.env[operands[0]], left, [*rows, *summed])
+        matrix = weight if right[0] == columns[0] else weight.t().contiguous()
+        product = linear(rewriter, node, first, operands[1], matrix)
+        return _permuted(rewriter, product, "".join([*rows, *columns]), list(output))
     if not whole or not len(summed) == len(rows) == len(columns) == 1 or len(set(left)) != len(left):
         return None
-    first, second = (rewriter.env[item] for item in operands)  # type: ignore[union-attr,index]
+    first, second = (rewriter.env[item] for item in operands)
     first = _permuted(rewriter, first, left, [*batch, *rows, *summed])
     second = _permuted(rewriter, second, right, [*batch, *summed, *columns])
     product = rewriter.graph.call_function(torch.matmul, (first, second))
     return _permuted(rewriter, product, "".join([*batch, *rows, *columns]), list(output))
+
+
+def _spelt_out(equation: str, operands: Any) -> str | None:
+    """An equation with letters for ``...``; None where its output is left to be guessed, or its sizes are not known."""
+    if "->" not in equation:
+        return None
+    inputs, _, output = equation.partition("->")
+    letters = iter(letter for letter in string.ascii_letters if letter not in equation)
+    sides, hidden = inputs.split(","), ""
+    for number, (side, operand) in enumerate(zip(sides, operands, strict=True)):
+        if "..." not in side:
+            continue
+        value = operand.meta.get("val")
+        if hidden or not isinstance(value, Tensor):
+            return None  # of two operands, they would be broadcast
+        hidden = "".join(next(letters) for _ in range(value.dim() - len(side) + 3))
+        sides[number] = side.replace("...", hidden)
+    return f"{','.join(sides)}->{output.replace('...', hidden)}"
 
 
 def _permuted(rewriter: Rewriter, value: fx.Node, now: str, wanted: list[str]) -> fx.Node:
@@ -143,6 +177,35 @@ def _slice(rewriter: Rewriter, node: fx.Node) -> Any:
     return rewriter.graph.call_function(operator.getitem, (rewriter.env[given["self"]], parts))
 
 
+def _transposed(rewriter: Rewriter, node: fx.Node) -> Any:
+    return rewriter.graph.call_function(torch.transpose, (rewriter.env[node.args[0]], -2, -1))  # type: ignore[index]
+
+
+def _slice_scatter(rewriter: Rewriter, node: fx.Node) -> Any:
+    """What a slice is written into, put together from what is before it, the slice, and what is behind it."""
+    given = rewriter.named(node)
+    whole, part, dim, start, end = (given[name] for name in ("self", "src", "dim", "start", "end"))
+    size = whole.meta["val"].shape[dim]
+    start, end = (bound if bound is None or bound >= 0 else bound + size for bound in (start, end))
+    start, end = min(start or 0, size), size if end is None else min(end, size)
+    if given["step"] != 1 or not isinstance(whole, fx.Node) or not isinstance(part, fx.Node):
+        return None
+    graph, written = rewriter.graph, rewriter.env[part]
+    pieces = [
+        graph.call_function(torch.narrow, (rewriter.env[whole], dim, begin, stop - begin)) if begin < stop else None
+        for begin, stop in ((0, start), (end, size))
+    ]
+    kept = [piece for piece in (pieces[0], written, pieces[1]) if piece is not None]
+    return graph.call_function(torch.cat, (kept, dim)) if len(kept) > 1 else written
+
+
+def _copy(rewriter: Rewriter, node: fx.Node) -> Any:
+    """What is copied over a value of the same shape and type."""
+    shapes = [(item.meta["val"].shape, item.meta["val"].dtype) for item in node.args[:2] if isinstance(item, fx.Node)]
+    same = len(shapes) == 2 and shapes[0] == shapes[1]
+    return rewriter.env[node.args[1]] if same else None  # type: ignore[index]
+
+
 WRITERS: Final[dict[str, Writer]] = {
     "to": _to,
     "_to_copy": _to,
@@ -155,5 +218,8 @@ WRITERS: Final[dict[str, Writer]] = {
     "repeat": _repeat,
     "index": _index,
     "slice": _slice,
+    "slice_scatter": _slice_scatter,
+    "copy": _copy,
+    "mT": _transposed,
 }
 """ATen's name -> what writes the operation in PyTorch's functions."""

@@ -28,7 +28,7 @@ def _conv2d(rewriter: Rewriter, node: fx.Node) -> Any:
         device="meta",
     )
     key = (layer.stride, layer.padding, layer.dilation, layer.groups)
-    return _layer(rewriter, node, layer, given["input"], given["weight"], weight, bias, key)
+    return _layer(rewriter, node, layer, rewriter.env[given["input"]], given["weight"], weight, bias, key)
 
 
 def _linear(rewriter: Rewriter, node: fx.Node) -> Any:
@@ -36,8 +36,7 @@ def _linear(rewriter: Rewriter, node: fx.Node) -> Any:
     weight, bias = rewriter.value(given["weight"]), rewriter.value(given["bias"])
     if weight is None or weight.dim() != 2 or (given["bias"] is not None and bias is None):
         return None
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-    return _layer(rewriter, node, layer, given["input"], given["weight"], weight, bias, ())
+    return linear(rewriter, node, rewriter.env[given["input"]], given["weight"], weight, bias)
 
 
 def _matmul(rewriter: Rewriter, node: fx.Node) -> Any:
@@ -47,8 +46,7 @@ def _matmul(rewriter: Rewriter, node: fx.Node) -> Any:
     weight = rewriter.value(right)
     if weight is None or weight.dim() != 2:
         return None
-    layer = nn.Linear(weight.shape[0], weight.shape[1], False, device="meta")
-    return _layer(rewriter, node, layer, left, right, weight.t().contiguous(), None, ())
+    return linear(rewriter, node, rewriter.env[left], right, weight.t().contiguous())
 
 
 def _addmm(rewriter: Rewriter, node: fx.Node) -> Any:
@@ -56,8 +54,7 @@ def _addmm(rewriter: Rewriter, node: fx.Node) -> Any:
     bias, weight = rewriter.value(given["self"]), rewriter.value(given["mat2"])
     if weight is None or bias is None or bias.dim() != 1 or given["beta"] != 1 or given["alpha"] != 1:
         return None
-    layer = nn.Linear(weight.shape[0], weight.shape[1], True, device="meta")
-    return _layer(rewriter, node, layer, given["mat1"], given["mat2"], weight.t().contiguous(), bias, ())
+    return linear(rewriter, node, rewriter.env[given["mat1"]], given["mat2"], weight.t().contiguous(), bias)
 
 
 def _batch_norm(rewriter: Rewriter, node: fx.Node) -> Any:
@@ -91,7 +88,24 @@ def _norm(
     layer.running_mean, layer.running_var = mean.detach().clone(), var.detach().clone()
     layer.weight = nn.Parameter(torch.ones_like(mean) if weight is None else weight.detach().clone())
     layer.bias = nn.Parameter(torch.zeros_like(mean) if bias is None else bias.detach().clone())
-    return rewriter.call(node, layer, source, named_by, (id(mean), id(var), id(weight), id(bias)))
+    return rewriter.call(node, layer, rewriter.env[source], named_by, (id(mean), id(var), id(weight), id(bias)))
+
+
+def linear(
+    rewriter: Rewriter, node: fx.Node, source: fx.Node, named_by: fx.Node, weight: Tensor, bias: Tensor | None = None
+) -> fx.Node:
+    """Write an operation as a linear layer.
+
+    Args:
+        rewriter: Of the new graph.
+        node: The operation.
+        source: What the layer reads, in the new graph.
+        named_by: The constant that its weight is made of, in the old graph.
+        weight: [outputs, inputs].
+        bias: [outputs].
+    """
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _layer(rewriter, node, layer, source, named_by, weight, bias, ())
 
 
 def _layer(

@@ -24,9 +24,9 @@ def network(weights_as_nodes=False):
     return model(nodes, {"data": ["N", 4]}, {"a": ["N", 4], "out": ["N", 4]}, weights), weight
 
 
-def written(made, weight, readers=None, axis=1, **options):
+def written(made, weight, readers=None, axis=1, put_out=False, **options):
     scales = np.abs(weight).max(axis=0) / np.float32(127) if axis == 1 else np.abs(weight).max() / np.float32(127)
-    activations = {"data": Activation(0.5, {"/a/MatMul"}), "a": Activation(0.25, {"/b/MatMul"})}
+    activations = {"data": Activation(0.5, {"/a/MatMul"}), "a": Activation(0.25, {"/b/MatMul"}, put_out)}
     write_pairs(made, activations, [Weight("w", axis, scales, None, 0.5, readers)], **options)
     onnx.checker.check_model(made, full_check=True)
     return {item.name: item for item in made.graph.node}
@@ -59,7 +59,7 @@ def test_who_else_reads_a_weight_keeps_it_in_float():
 @pytest.mark.parametrize("in_float", [False, True])
 def test_an_output_that_an_int8_layer_reads(in_float):
     made, weight = network()
-    nodes = written(made, weight, float_outputs=in_float)
+    nodes = written(made, weight, put_out=not in_float)
     assert [value.name for value in made.graph.output] == ["a", "out"]
     assert (nodes["/a/MatMul"].output[0] == "a") is in_float
     assert nodes["/b/MatMul"].input[0] == nodes["a_DequantizeLinear"].output[0]

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree
 
 from calib.calibrator import calibrate
 from calib.plan import plan_int8
 from calib.tracing import trace
 from common.errors import InputError
 from engines.integer import IntegerNetwork
+from engines.onnx_float import float_model
 from engines.onnx_int8 import int8_model
+from engines.ort import open_session
 
 SHAPE = (3, 6, 6)
 
@@ -60,6 +64,7 @@ def test_a_single_value_is_no_class_and_stays_as_it_is() -> None:
         statement(lambda x: F.relu(x, True)),
         statement(lambda x: F.hardswish(x, inplace=True)),
         statement(torch.sigmoid_),
+        statement(lambda x: F.leaky_relu_(x, 0.2)),
     ],
 )
 def test_what_works_in_place_is_not_lost(function: Callable[[Tensor], Tensor]) -> None:
@@ -78,6 +83,19 @@ def test_a_value_changed_through_a_view_is_followed_by_torch_export() -> None:
     with torch.no_grad():
         torch.testing.assert_close(network.module(images), model(images))
     assert network.traced_by.startswith("torch.export, since torch.fx cannot: network Body computes something else")
+
+
+def test_a_value_changed_in_a_part_is_put_together_from_its_parts() -> None:
+    def function(x: Tensor) -> Tensor:
+        x[:, 1:3] *= 2
+        return x
+
+    model = Body(function).eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(5, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    assert set(network.unsupported.values()) == {"mul", "narrow"}
 
 
 def test_a_random_network_is_refused() -> None:
@@ -301,3 +319,166 @@ def test_a_convolution_that_computes_its_weight_is_one_in_int8() -> None:
     network = trace(nn.Sequential(Standardized(3, 4, 3), nn.Flatten()), input_shape=SHAPE)
     assert network.traced_by == "torch.export, since torch.fx does not look into 0 (Standardized)"
     assert [layer.kind for layer in network.layers] == ["conv"]
+
+
+def normalised(layer: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """A network with one layer whose weight is computed from others."""
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), norm(layer), nn.ReLU())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: normalised(nn.Linear(64, 5), nn.utils.weight_norm),
+        lambda: normalised(nn.Linear(64, 5), nn.utils.spectral_norm),
+        lambda: normalised(nn.Linear(64, 5), lambda layer: nn.Sequential(layer, nn.BatchNorm1d(5, affine=False))),
+        lambda: nn.DataParallel(Body(F.relu)),
+        lambda: torch.compile(Body(F.relu), backend="eager"),
+    ],
+    ids=["weight_norm", "spectral_norm", "norm_without_weights", "data_parallel", "compile"],
+)
+def test_computed_weights_and_wrappers_are_no_obstacle_and_stay(make: Callable[[], nn.Module]) -> None:
+    model = make().eval()
+    names = list(model.state_dict())
+    images = torch.rand(3, *SHAPE)
+    network = trace(model, input_shape=SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    assert network.traced_by == "torch.fx"
+    assert len(network.layers) == 2
+    assert list(model.state_dict()) == names
+
+
+def test_a_model_in_half_precision_is_taken_in_float32() -> None:
+    model = Body(F.relu).half().eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), Body(F.relu)(images), atol=1e-2, rtol=0)
+    assert model.fc.weight.dtype == torch.float16
+
+
+class Gives(nn.Module):
+    """A network whose result is made by a function of images and classes."""
+
+    def __init__(self, result: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.result = result
+        self.body = Body(F.relu)
+
+    def forward(self, x: Tensor) -> object:
+        return self.result(x, self.body(x))
+
+
+@dataclasses.dataclass
+class Found:
+    """What a model may give."""
+
+    logits: Tensor
+    hidden: Tensor | None = None
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        lambda x, y: (y, y, y.softmax(1)),
+        lambda x, y: {"logits": y, "images": x},
+        lambda x, y: Found(y, y.relu()),
+        lambda x, y: Found(y),
+    ],
+    ids=["twice", "images", "dataclass", "dataclass_of_one"],
+)
+def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], object]) -> None:
+    model = Gives(result).eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(3, *SHAPE)
+    with torch.no_grad():
+        expected = _pytree.tree_leaves(model(images))
+    session, _ = open_session(float_model(network), 1)
+    found = session.run(None, {"data": images.numpy()})
+    assert len(found) == len(expected)
+    for value, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), reference)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(108, 5))), "it is TorchScript; pass the nn"),
+        (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"its module 1 \(LazyLinear\) has no weights yet"),
+        (lambda: Gives(lambda x, y: (y, torch.ones(1))), "output 2 of 2 does not depend on the images"),
+        (lambda: Body(lambda x: x / x.abs().max().item()), "something else for another number of images"),
+    ],
+    ids=["torchscript", "lazy", "constant_output", "number_of_the_batch"],
+)
+def test_what_cannot_be_traced_is_one_line(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(make().eval(), "net", input_shape=SHAPE)
+
+
+def test_masks_of_minus_infinity_are_calibrated_around() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(6, 18)
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = x.flatten(1, 2)
+            query, key, value = self.qkv(tokens).chunk(3, -1)
+            tokens = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+            later = torch.full((18, 18), float("-inf")).triu(1)
+            return self.attention(tokens, tokens, tokens, attn_mask=later)[0].mean(1)
+
+    model = Causal().eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(4, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    plan = plan_int8(network, calibrate(network, [images]))
+    assert [layer.kind for layer in network.layers] == [
+        "linear",
+        "matmul",
+        "matmul",
+        "linear",
+        "matmul",
+        "matmul",
+        "linear",
+    ]
+    assert not plan.kept
+
+
+@pytest.mark.parametrize("equation", ["...c,cd->...d", "bhwc,dc->bdhw"])
+def test_a_product_by_index_with_a_matrix_of_weights_is_a_linear_layer(equation: str) -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, self.weight).flatten(1)
+
+    model = Product().eval()
+    network = trace(model, input_shape=SHAPE)
+    images = torch.rand(4, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    assert [layer.kind for layer in network.layers] == ["linear"]
+
+
+def test_a_state_made_for_each_image_is_one_for_any_number_in_the_file() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gru = nn.GRU(6, 4, batch_first=True)
+            self.fc = nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(self.gru(x.flatten(1, 2))[1][-1])
+
+    model = Recurrent().eval()
+    images = torch.rand(5, *SHAPE)
+    session, _ = open_session(float_model(trace(model, input_shape=SHAPE)), 1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {"data": images.numpy()})[0]), model(images))
