@@ -44,7 +44,7 @@ TENSORRT_SECONDS: Final[Mapping[str, float]] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CalibratorResult:
     """What a calibrator found.
 
     Attributes:
@@ -56,7 +56,7 @@ class Outcome:
     search: float | None = None
 
 
-Calibrator = Callable[[Network, list[Tensor]], Outcome]
+Calibrator = Callable[[Network, list[Tensor]], CalibratorResult]
 
 
 def run(setting: Setting) -> Findings:
@@ -79,7 +79,7 @@ def run(setting: Setting) -> Findings:
         else:
             calibrators[MODELOPT] = modelopt
             slow[MODELOPT] = setting.rounds(2)
-        outcomes: dict[str, list[Outcome]] = {name: [] for name in calibrators}
+        outcomes: dict[str, list[CalibratorResult]] = {name: [] for name in calibrators}
 
         def measured(name: str) -> Callable[[], float]:
             def measure() -> float:
@@ -178,26 +178,26 @@ METHOD = (
 )
 
 
-def ours(network: Network, batches: list[Tensor]) -> Outcome:
+def ours(network: Network, batches: list[Tensor]) -> CalibratorResult:
     """This project's calibrator."""
     calibration = find_thresholds(collect(network, batches))
-    return Outcome({name: one.value for name, one in calibration.thresholds.items()}, calibration.post_seconds)
+    return CalibratorResult({name: one.value for name, one in calibration.thresholds.items()}, calibration.post_seconds)
 
 
-def plain_numpy(network: Network, batches: list[Tensor]) -> Outcome:
+def plain_numpy(network: Network, batches: list[Tensor]) -> CalibratorResult:
     """The definition in NumPy."""
-    histograms: dict[str, plain.Histogram] = {}
+    histograms: dict[str, plain.PlainHistogram] = {}
 
     def observe(name: str, value: Tensor) -> None:
         if network.scale_source[name] == name:
-            histograms.setdefault(name, plain.Histogram()).add(value.numpy())
+            histograms.setdefault(name, plain.PlainHistogram()).add(value.numpy())
 
     for batch in batches:
         network.run(batch, observe)
-    return Outcome({name: plain.threshold(histogram) for name, histogram in histograms.items()})
+    return CalibratorResult({name: plain.threshold(histogram) for name, histogram in histograms.items()})
 
 
-def onnx_runtime(folder: Path, batches: list[Tensor], bins: int) -> Outcome:
+def onnx_runtime(folder: Path, batches: list[Tensor], bins: int) -> CalibratorResult:
     """ONNX Runtime's entropy calibrator on ``float.onnx`` in ``folder``."""
     from onnxruntime.quantization import CalibrationDataReader
     from onnxruntime.quantization.calibrate import EntropyCalibrater
@@ -217,10 +217,10 @@ def onnx_runtime(folder: Path, batches: list[Tensor], bins: int) -> Outcome:
         calibrator.create_inference_session()
         calibrator.collect_data(Reader())
         ranges = calibrator.compute_data()
-    return Outcome({name: float(np.abs(ranges[name].range_value).max()) for name in ranges.keys()})  # noqa: SIM118
+    return CalibratorResult({name: float(np.abs(ranges[name].range_value).max()) for name in ranges.keys()})  # noqa: SIM118
 
 
-def modelopt(network: Network, batches: list[Tensor]) -> Outcome:
+def modelopt(network: Network, batches: list[Tensor]) -> CalibratorResult:
     """NVIDIA ModelOpt's histogram calibrator."""
     from modelopt.torch.quantization.calib import HistogramCalibrator
 
@@ -234,7 +234,9 @@ def modelopt(network: Network, batches: list[Tensor]) -> Outcome:
 
     for batch in batches:
         network.run(batch, observe)
-    return Outcome({name: float(calibrator.compute_amax("entropy")) for name, calibrator in calibrators.items()})
+    return CalibratorResult(
+        {name: float(calibrator.compute_amax("entropy")) for name, calibrator in calibrators.items()}
+    )
 
 
 def _modelopt_problem() -> str | None:

@@ -40,7 +40,7 @@ TENSORRT = ("--engine", "torch-tensorrt")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredRun:
     """What the commands found with one configuration.
 
     Attributes:
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return ExitCode.PASSED
 
 
-def measure(config: str, artifacts: Path, epochs: int | None, others: Sequence[str]) -> Measured:
+def measure(config: str, artifacts: Path, epochs: int | None, others: Sequence[str]) -> MeasuredRun:
     """Run the three commands with one configuration.
 
     Args:
@@ -116,10 +116,10 @@ def measure(config: str, artifacts: Path, epochs: int | None, others: Sequence[s
     command("evaluate", "evaluate.py", *TENSORRT, "--no-analysis", "--report", str(folder / "report"))
     _, log = command("evaluate again", "evaluate.py", *TENSORRT, "--no-analysis", "--json")
     rebuilt = sum(line.startswith("building ") for line in log.splitlines())
-    return Measured(config, seconds, prepared, read_report(folder / "report" / "report.json"), rebuilt)
+    return MeasuredRun(config, seconds, prepared, read_report(folder / "report" / "report.json"), rebuilt)
 
 
-def markdown(found: Sequence[Measured]) -> str:
+def markdown(found: Sequence[MeasuredRun]) -> str:
     """What was measured, as the README and docs/hardware.md show it."""
     return "\n\n".join([_machine(found[0].report), *(part for one in found for part in _section(one))]) + "\n"
 
@@ -135,7 +135,7 @@ def _machine(report: Report) -> str:
     return table(("", ""), rows)
 
 
-def _section(one: Measured) -> list[str]:
+def _section(one: MeasuredRun) -> list[str]:
     report, row = one.report, {row.precision: row for row in one.report.rows if row.role != "baseline"}
     title = f"{report.model.name} on {report.data.title}"
     sizes = sorted({entry.batch_size for item in row.values() for entry in item.latency})
@@ -161,7 +161,7 @@ def _latency(entry: Latency) -> str:
     return graph if call is None else f"{graph} ({milliseconds(call.median)})"
 
 
-def _facts(one: Measured) -> list[str]:
+def _facts(one: MeasuredRun) -> list[str]:
     calibration, tensorrt = one.prepared.get("calibration"), one.prepared.get("tensorrt")
     facts = [f"Verdict: {'PASSED' if one.report.verdict.passed else 'FAILED'}."]
     facts += [f"{row.precision.upper()}: TF32 {row.details['TF32']}." for row in _tensorrt(one.report)[:1]]
@@ -193,7 +193,7 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _plain(one: Measured) -> dict[str, Any]:
+def _plain(one: MeasuredRun) -> dict[str, Any]:
     return {
         "config": one.config,
         "seconds": one.seconds,

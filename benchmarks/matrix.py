@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from benchmarks.one_network import Row
+from benchmarks.one_network import NetworkRow
 from common.cli import ROOT
 from common.command import run_command
 from common.console import start_logging
@@ -159,7 +159,7 @@ def setting() -> dict[str, Any]:
     return {"processor": here.processor, "instructions": here.instructions, "versions": versions}
 
 
-def read(path: Path, here: dict[str, Any]) -> dict[str, Row]:
+def read(path: Path, here: dict[str, Any]) -> dict[str, NetworkRow]:
     """Network -> what became of it, of the results so far; a line that was cut off is left out.
 
     Raises:
@@ -177,14 +177,14 @@ def read(path: Path, here: dict[str, Any]) -> dict[str, Row]:
     rows = {}
     for line in lines:
         try:
-            row = Row(**json.loads(line))
+            row = NetworkRow(**json.loads(line))
         except (ValueError, TypeError):
             continue
         rows[row.network] = row
     return rows
 
 
-def append(path: Path, here: dict[str, Any], row: Row) -> None:
+def append(path: Path, here: dict[str, Any], row: NetworkRow) -> None:
     """Add a result to the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = not path.exists()
@@ -194,10 +194,10 @@ def append(path: Path, here: dict[str, Any], row: Row) -> None:
         file.write(json.dumps(dataclasses.asdict(row)) + "\n")
 
 
-def run_one(network: str, size: int, seconds: int, memory: int) -> Row:
+def run_one(network: str, size: int, seconds: int, memory: int) -> NetworkRow:
     """Run a network in a process of its own; what goes wrong with the process is in the row as well."""
     line = [sys.executable, "-m", "benchmarks.one_network", network, str(size)]
-    row = Row(network, size)
+    row = NetworkRow(network, size)
     try:
         done = subprocess.run(
             line,
@@ -213,7 +213,7 @@ def run_one(network: str, size: int, seconds: int, memory: int) -> Row:
         row.failed = f"not done after {seconds} s"
         return row
     try:
-        return Row(**json.loads(done.stdout.splitlines()[-1]))
+        return NetworkRow(**json.loads(done.stdout.splitlines()[-1]))
     except (ValueError, TypeError, IndexError):
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         row.failed = f"ended with exit code {done.returncode}: {last}"
@@ -230,7 +230,7 @@ _COLUMNS: Final = (
 )
 
 
-def table(rows: Iterable[Row]) -> str:
+def table(rows: Iterable[NetworkRow]) -> str:
     """The rows as a table of Markdown, those that failed with their reason."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "| --- |" + " ---: |" * (len(_COLUMNS) - 1)]
     for row in rows:
@@ -248,7 +248,7 @@ def table(rows: Iterable[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def page(rows: Sequence[Row], missing: Sequence[str], here: dict[str, Any], seconds: int, memory: int) -> str:
+def page(rows: Sequence[NetworkRow], missing: Sequence[str], here: dict[str, Any], seconds: int, memory: int) -> str:
     """The page of Markdown."""
     from benchmarks.one_network import IMAGES
 
@@ -277,7 +277,7 @@ def page(rows: Sequence[Row], missing: Sequence[str], here: dict[str, Any], seco
     return text
 
 
-def _share(row: Row) -> str:
+def _share(row: NetworkRow) -> str:
     return _number(row.executed_share)
 
 

@@ -44,7 +44,7 @@ _SMALL: Final = 0.02
 
 
 @dataclass
-class Row:
+class NetworkRow:
     """What became of a network.
 
     Attributes:
@@ -168,7 +168,7 @@ _SOURCES: Final[dict[str, Callable[[str, int], nn.Module]]] = {
 }
 
 
-def examine(row: Row) -> Row:
+def examine(row: NetworkRow) -> NetworkRow:
     """Fill a row in that names a network and the size of its images, as far as the network goes."""
     try:
         _examine(row)
@@ -177,7 +177,7 @@ def examine(row: Row) -> Row:
     return row
 
 
-def _examine(row: Row) -> None:
+def _examine(row: NetworkRow) -> None:
     name = row.network.partition(":")[2]
     torch.manual_seed(0)
     with row.timed("build"):
@@ -272,7 +272,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    row = examine(Row(sys.argv[1], int(sys.argv[2])))
+    row = examine(NetworkRow(sys.argv[1], int(sys.argv[2])))
     json.dump(dataclasses.asdict(row), sys.stdout)
 
 

@@ -9,7 +9,7 @@ BINS = 2048
 LEVELS = 128
 
 
-class Histogram:
+class PlainHistogram:
     """2048 bins of |x|; the range is the first batch's maximum and doubles when a later batch exceeds it."""
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Histogram:
         self.counts += np.bincount(np.minimum(bins, BINS - 1), minlength=BINS)
 
 
-def threshold(histogram: Histogram) -> float:
+def threshold(histogram: PlainHistogram) -> float:
     """The threshold with the smallest divergence; the largest of those within 1e-10."""
     counts = histogram.counts.astype(np.float64)
     counts[0] = counts[1]

@@ -54,7 +54,7 @@ class Histograms:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationResult:
     """A table and how it came about.
 
     Attributes:
@@ -113,7 +113,9 @@ def calibrate(
     return calibration.table
 
 
-def warn_of_clipping(calibration: Calibration, read: Container[str], remedy: str = "try another algorithm") -> None:
+def warn_of_clipping(
+    calibration: CalibrationResult, read: Container[str], remedy: str = "try another algorithm"
+) -> None:
     """Name the tensors of which a threshold cuts much off.
 
     Args:
@@ -436,7 +438,7 @@ def find_thresholds(
     *,
     tensorrt_version: str = TESTED_TENSORRT,
     options: Mapping[str, float] | None = None,
-) -> Calibration:
+) -> CalibrationResult:
     """Find every tensor's threshold and scale from its histogram (threshold / 127).
 
     Args:
@@ -464,7 +466,7 @@ def find_thresholds(
     given = options or {}
     legacy = Legacy(quantile=given.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
-    return Calibration(table, thresholds, histograms, time.perf_counter() - start)
+    return CalibrationResult(table, thresholds, histograms, time.perf_counter() - start)
 
 
 def algorithm_options(config: CalibrationConfig) -> dict[str, float]:

@@ -54,7 +54,7 @@ _NO_ARITHMETIC: Final = RESHAPES | {
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedModel:
     """A network with explicit quantization.
 
     Attributes:
@@ -70,7 +70,7 @@ class Quantized:
     missing: Mapping[str, str]
 
 
-def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Quantized:
+def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> QuantizedModel:
     """Put the pairs into a float network.
 
     Args:
@@ -136,7 +136,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         for index, node in enumerate(graph.nodes)
         if index not in chosen and node.op_type not in _NO_ARITHMETIC and not others.issuperset(node.output)
     )
-    return Quantized(result, dict(kinds.most_common()), dict(rest.most_common()), missing)
+    return QuantizedModel(result, dict(kinds.most_common()), dict(rest.most_common()), missing)
 
 
 def _name_nodes(model: onnx.ModelProto) -> list[str]:

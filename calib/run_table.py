@@ -15,7 +15,14 @@ from torch import Tensor
 
 from calib import cache
 from calib.cache import Provenance, SubsetRecord
-from calib.calibrator import Calibration, Histograms, algorithm_options, collect, find_thresholds, warn_of_clipping
+from calib.calibrator import (
+    CalibrationResult,
+    Histograms,
+    algorithm_options,
+    collect,
+    find_thresholds,
+    warn_of_clipping,
+)
 from calib.kept import plan_without_scales
 from calib.network import OUTPUT, Network
 from calib.table import TESTED_TENSORRT, CalibrationTable
@@ -41,7 +48,7 @@ class RunTable:
     table: CalibrationTable
     path: Path
     reason: str
-    calibration: Calibration | None
+    calibration: CalibrationResult | None
 
 
 def wanted_provenance(
@@ -79,7 +86,11 @@ def wanted_provenance(
 
 
 def run_table(
-    own: Path, named: Path | None, wanted: Provenance, calibrate: Callable[[], Calibration], recalibrate: bool = False
+    own: Path,
+    named: Path | None,
+    wanted: Provenance,
+    calibrate: Callable[[], CalibrationResult],
+    recalibrate: bool = False,
 ) -> RunTable:
     """The cached table where it serves, else a new one, written in its place.
 
@@ -112,7 +123,7 @@ def calibrate_subset(
     config: Config,
     processes: Processes,
     call: Callable[[], None],
-) -> Calibration:
+) -> CalibrationResult:
     """Run the reference calibrator over the representative subset, logging as sampleINT8 does.
 
     Args:

@@ -14,7 +14,7 @@ from common.command import run_command
 from common.console import print_table
 from common.errors import ExitCode, InputError
 from common.run import Run
-from evaluation.compare import Change, Comparison, Limits, compare
+from evaluation.compare import Change, Comparison, Gates, compare
 from evaluation.results import VERSION, Report, read_report
 
 DESCRIPTION = """\
@@ -44,21 +44,21 @@ def _parser() -> argparse.ArgumentParser:
     gate.add_argument(
         "--max-accuracy-loss",
         type=_limit,
-        default=Limits.accuracy,
+        default=Gates.accuracy,
         metavar="POINTS",
         help="top-1 and top-5 that may be lost, or 'none' (default: %(default)s)",
     )
     gate.add_argument(
         "--max-latency-increase",
         type=_limit,
-        default=Limits.latency,
+        default=Gates.latency,
         metavar="PERCENT",
         help="by which a median latency may rise, or 'none' (default: %(default)s)",
     )
     gate.add_argument(
         "--max-size-increase",
         type=_limit,
-        default=Limits.size,
+        default=Gates.size,
         metavar="PERCENT",
         help="by which a deployed size may rise, or 'none' (default: none)",
     )
@@ -122,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(written)
         return ExitCode.PASSED
     before, after = (_open(name, arguments.artifacts)[0] for name in (arguments.before, arguments.after))
-    limits = Limits(arguments.max_accuracy_loss, arguments.max_latency_increase, arguments.max_size_increase)
+    limits = Gates(arguments.max_accuracy_loss, arguments.max_latency_increase, arguments.max_size_increase)
     comparison = compare(before, after, limits)
     if arguments.json:
         print(json.dumps(asdict(comparison), indent=2, allow_nan=False))

@@ -11,7 +11,7 @@ from evaluation.results import Report
 
 
 @dataclass(frozen=True)
-class Limits:
+class Gates:
     """How much worse the second report may be; None leaves a figure out of the verdict.
 
     Attributes:
@@ -65,7 +65,7 @@ class Comparison:
     notes: list[str] = field(default_factory=list)
 
 
-def compare(before: Report, after: Report, limits: Limits) -> Comparison:
+def compare(before: Report, after: Report, limits: Gates) -> Comparison:
     """Compare two reports of the same images; baselines are left out.
 
     Raises:

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calib.calibrator import Calibration
+from calib.calibrator import CalibrationResult
 from calib.run_table import RunTable
 from common.config import Config
 from common.console import print_table
 from common.macs import MacCount
 from engines.base import Compiled, OwnCalibration
 from engines.tensorrt.match import Pair, compare, made_by, short_name
-from evaluation.subject import Trained
+from evaluation.subject import TrainedRun
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Quantized:
         files: ONNX files that were written.
     """
 
-    trained: Trained
+    trained: TrainedRun
     config: Config
     compiled: Compiled
     reason: str
@@ -122,7 +122,7 @@ def _tensorrt(found: OwnCalibration, pairs: Sequence[Pair]) -> dict[str, Any]:
     }
 
 
-def _calibration(calibration: Calibration) -> dict[str, Any]:
+def _calibration(calibration: CalibrationResult) -> dict[str, Any]:
     histograms = calibration.histograms
     return {
         "images": histograms.images,

@@ -12,7 +12,7 @@ from common.config import AlgorithmName, Config
 from common.console import print_table
 from common.errors import InputError
 from evaluation.studies import Outcome, SweepPoint, compare_algorithms, sweep_images
-from evaluation.subject import Trained
+from evaluation.subject import TrainedRun
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Studied:
             _show_sweep(self.sweep)
 
 
-def study(trained: Trained, config: Config, algorithms: str | None, counts: str | None, seeds: int) -> Studied:
+def study(trained: TrainedRun, config: Config, algorithms: str | None, counts: str | None, seeds: int) -> Studied:
     """Run the studies that were asked for; nothing of the run changes.
 
     Args:

@@ -37,7 +37,7 @@ QUANTIZE = "run quantize.py --precision int8"
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """A trained network, ready to be calibrated.
 
     Attributes:
@@ -139,7 +139,7 @@ class Subject:
         return [*self.info.notes, *self.int8.notes]
 
 
-def open_trained(config: Config, run: Run) -> Trained:
+def open_trained(config: Config, run: Run) -> TrainedRun:
     """Open the run's checkpoint, and trace its network.
 
     Raises:
@@ -151,14 +151,14 @@ def open_trained(config: Config, run: Run) -> Trained:
     network = trace(checkpoint.network, meta.network, meta.dataset.preprocessing.shape)
     asked = config.model.task if config.model.task != "auto" else meta.task
     found = purpose(network, asked, len(meta.dataset.classes), meta.dataset.targets)
-    return Trained(network, meta, weights_fingerprint(checkpoint.network), found)
+    return TrainedRun(network, meta, weights_fingerprint(checkpoint.network), found)
 
 
 def open_collector(config: Config, processes: Processes) -> Callable[[], Histograms]:
     """Open the run's checkpoint and data, for the histograms that the processes make together.
 
     Raises:
-        InputError: as :func:`open_trained`, :meth:`Trained.subset` and ``calib.run_table.collector`` do.
+        InputError: as :func:`open_trained`, :meth:`TrainedRun.subset` and ``calib.run_table.collector`` do.
     """
     trained = open_trained(config, Run(config.run, config.artifacts))
     return collector(trained.network, trained.subset(config), processes, config.engine)

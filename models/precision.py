@@ -33,7 +33,7 @@ _ROUNDS, _WARM_UP, _STEPS = 2, 2, 4
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredPrecision:
     """What was found.
 
     Attributes:
@@ -45,7 +45,9 @@ class Measured:
     reason: str
 
 
-def measure_precision(network: nn.Module, shape: tuple[int, int, int], classes: int, batch_size: int) -> Measured:
+def measure_precision(
+    network: nn.Module, shape: tuple[int, int, int], classes: int, batch_size: int
+) -> MeasuredPrecision:
     """Time matrix products of both precisions and, where bfloat16 is no slower, forward and backward passes.
 
     ``network`` and the random numbers to come stay as they are.
@@ -61,7 +63,9 @@ def measure_precision(network: nn.Module, shape: tuple[int, int, int], classes: 
         half = matrix.bfloat16()
         times = _in_turns(lambda: matrix @ matrix, lambda: half @ half)
         if times[1] > times[0]:
-            return Measured(FLOAT32, f"a matrix product in bfloat16 takes {times[1] / times[0]:.1f} times as long")
+            return MeasuredPrecision(
+                FLOAT32, f"a matrix product in bfloat16 takes {times[1] / times[0]:.1f} times as long"
+            )
         images = min(batch_size, max(_FEWEST, _VALUES // (shape[0] * shape[1] * shape[2])))
         batch, labels = torch.rand(images, *shape), torch.randint(classes, (images,))
         # In the memory format of the training, with statistics of its own for batch normalisation.
@@ -76,9 +80,9 @@ def measure_precision(network: nn.Module, shape: tuple[int, int, int], classes: 
         try:
             times = _in_turns(lambda: step(False), lambda: step(True))
         except (RuntimeError, TypeError) as error:
-            return Measured(FLOAT32, f"the network does not run in bfloat16 ({type(error).__name__})")
+            return MeasuredPrecision(FLOAT32, f"the network does not run in bfloat16 ({type(error).__name__})")
     precision = BFLOAT16 if times[1] <= _MARGIN * times[0] else FLOAT32
-    return Measured(
+    return MeasuredPrecision(
         precision,
         f"forward and backward pass of {images} images take {1000 * times[1]:.1f} ms in bfloat16 and "
         f"{1000 * times[0]:.1f} ms in float32",

@@ -69,7 +69,7 @@ PREPARED = {
 
 
 def test_the_table_shows_graph_and_call_and_why_a_precision_did_not_run():
-    page = hardware.markdown([hardware.Measured("lenet.yaml", {"train": 9.0}, PREPARED, report(), 0)])
+    page = hardware.markdown([hardware.MeasuredRun("lenet.yaml", {"train": 9.0}, PREPARED, report(), 0)])
     assert "| GPU | a GPU, driver 5 |" in page
     assert "torch 2.8.0, TensorRT 10.6.0" in page
     assert "| LeNet on MNIST | top-1 | points | engine | batch 1 | batch 256 |" in page

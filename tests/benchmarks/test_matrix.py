@@ -10,17 +10,19 @@ from torch import nn
 
 from benchmarks import matrix, one_network
 from benchmarks.matrix import SMALL, append, page, read, run_one, setting, table
-from benchmarks.one_network import Row, examine
+from benchmarks.one_network import NetworkRow, examine
 from common.errors import InputError
 
-DONE = Row("torchvision:a", 64, 1.0, "torch.fx", 0.5, 100.0, 96.0, ["x (Conv)"], 20.0, 90.0, 100.0, 99.0, {"export": 1})
+DONE = NetworkRow(
+    "torchvision:a", 64, 1.0, "torch.fx", 0.5, 100.0, 96.0, ["x (Conv)"], 20.0, 90.0, 100.0, 99.0, {"export": 1}
+)
 
 
 @pytest.mark.parametrize("spec", SMALL)
 def test_small_networks_go_through_with_every_form_computing_the_same(spec: str) -> None:
     source = spec.partition(":")[0]
     pytest.importorskip(source, reason=f"needs {source}")
-    row = examine(Row(spec, 64))
+    row = examine(NetworkRow(spec, 64))
 
     assert not row.failed
     assert row.file_share is not None
@@ -37,11 +39,11 @@ def test_what_fails_says_where_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
             return x if float(x.sum()) > 0 else -x
 
     monkeypatch.setitem(one_network._SOURCES, "own", lambda name, size: Branch())
-    row = examine(Row("own:branch", 16))
+    row = examine(NetworkRow("own:branch", 16))
     assert row.failed.startswith("trace: ")
     assert "\n" not in row.failed
-    assert examine(Row("torchvision:nonsense", 64)).failed.startswith("build: ")
-    assert examine(Row("other:x", 64)).failed == "build: no network other:x"
+    assert examine(NetworkRow("torchvision:nonsense", 64)).failed.startswith("build: ")
+    assert examine(NetworkRow("other:x", 64)).failed == "build: no network other:x"
 
 
 def test_a_limit_is_a_result() -> None:
@@ -52,10 +54,10 @@ def test_results_are_kept_and_a_torn_line_is_not(tmp_path: Path) -> None:
     path, here = tmp_path / "sub" / "networks.jsonl", setting()
     assert read(path, here) == {}
     append(path, here, DONE)
-    append(path, here, Row("timm:b", 64, failed="no"))
+    append(path, here, NetworkRow("timm:b", 64, failed="no"))
     with path.open("a") as file:
         file.write('{"network": "timm:c"')
-    assert read(path, here) == {"torchvision:a": DONE, "timm:b": Row("timm:b", 64, failed="no")}
+    assert read(path, here) == {"torchvision:a": DONE, "timm:b": NetworkRow("timm:b", 64, failed="no")}
     with pytest.raises(InputError, match="another processor or other versions"):
         read(path, {**here, "processor": "another"})
     path.write_text("text\n")
@@ -68,9 +70,9 @@ def test_a_run_goes_on_where_it_was_cut_off(
 ) -> None:
     asked = []
 
-    def run(network: str, size: int, seconds: int, memory: int) -> Row:
+    def run(network: str, size: int, seconds: int, memory: int) -> NetworkRow:
         asked.append(network)
-        return Row(network, size, failed="no") if network == "timm:b" else DONE
+        return NetworkRow(network, size, failed="no") if network == "timm:b" else DONE
 
     monkeypatch.setattr(matrix, "run_one", run)
     path, to = tmp_path / "networks.jsonl", tmp_path / "page.md"
@@ -85,8 +87,8 @@ def test_a_run_goes_on_where_it_was_cut_off(
 
 
 def test_the_page_names_what_is_below_and_what_was_not_run() -> None:
-    low = Row(**{**DONE.__dict__, "network": "timm:low", "executed_share": 80.0})
-    text = page([DONE, low, Row("timm:b", 64, failed="a | b")], ["timm:c"], setting(), 60, 4)
+    low = NetworkRow(**{**DONE.__dict__, "network": "timm:low", "executed_share": 80.0})
+    text = page([DONE, low, NetworkRow("timm:b", 64, failed="a | b")], ["timm:c"], setting(), 60, 4)
     assert "- timm:low: 80.0 %; x (Conv)" in text
     assert "Not run for this page: timm:c." in text
     assert {line.count(" |") for line in table([DONE, low]).splitlines()} == {13}

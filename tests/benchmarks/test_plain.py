@@ -15,7 +15,7 @@ from calib.histogram import AbsHistogram
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_same_threshold(seed):
     generator = torch.Generator().manual_seed(seed)
-    ours, loop = AbsHistogram(), plain.Histogram()
+    ours, loop = AbsHistogram(), plain.PlainHistogram()
     for scale in (1.0, 3.0):
         values = torch.randn(20000, generator=generator).relu() * scale
         ours.add(values)
@@ -28,7 +28,7 @@ def test_the_same_threshold(seed):
 
 
 def test_empty_candidates_lose():
-    histogram = plain.Histogram()
+    histogram = plain.PlainHistogram()
     histogram.add(np.array([1.0, -1.0], dtype=np.float32))
     assert plain.divergence(histogram.counts.astype(float), 200) == float("inf")
     assert plain.threshold(histogram) == pytest.approx(2048.5 / 2048)

@@ -12,7 +12,7 @@ import pytest
 from common.errors import ExitCode, InputError
 from common.files import write_json
 from evaluation.__main__ import main
-from evaluation.compare import Limits, compare
+from evaluation.compare import Gates, compare
 from evaluation.measures import Row
 from evaluation.results import Report
 
@@ -42,7 +42,7 @@ def slower(factor: float) -> Callable[[Row], Row]:
 
 
 def test_a_report_against_itself_passes(report: Report) -> None:
-    comparison = compare(report, report, Limits(0, 0, 0))
+    comparison = compare(report, report, Gates(0, 0, 0))
 
     assert comparison.passed
     assert not comparison.notes
@@ -51,7 +51,7 @@ def test_a_report_against_itself_passes(report: Report) -> None:
 
 @pytest.mark.parametrize(("points", "passed"), [(0.05, True), (0.1, True), (0.11, False), (-3, True)])
 def test_accuracy_is_gated(report: Report, points: float, passed: bool) -> None:
-    comparison = compare(report, changed(report, "int8", less_accurate(points)), Limits(accuracy=0.1))
+    comparison = compare(report, changed(report, "int8", less_accurate(points)), Gates(accuracy=0.1))
 
     assert comparison.passed is passed
     worse = [change.figure for change in comparison.changes if change.regressed]
@@ -60,7 +60,7 @@ def test_accuracy_is_gated(report: Report, points: float, passed: bool) -> None:
 
 @pytest.mark.parametrize(("factor", "passed"), [(1.05, True), (1.2, False), (0.1, True)])
 def test_latency_is_gated_where_it_means_something(report: Report, factor: float, passed: bool) -> None:
-    limits = Limits(latency=10)
+    limits = Gates(latency=10)
 
     assert compare(report, changed(report, "fp32", slower(factor)), limits).passed is passed
     # FP16 and INT8 are not representative on the eager engine.
@@ -70,24 +70,24 @@ def test_latency_is_gated_where_it_means_something(report: Report, factor: float
 def test_limits_can_be_left_out(report: Report) -> None:
     worse = changed(changed(report, "fp32", slower(9)), "int8", less_accurate(50))
 
-    assert not compare(report, worse, Limits()).passed
-    assert compare(report, worse, Limits(None, None, None)).passed
+    assert not compare(report, worse, Gates()).passed
+    assert compare(report, worse, Gates(None, None, None)).passed
 
 
 def test_size_is_gated_when_asked(report: Report) -> None:
     larger = changed(report, "int8", lambda row: replace(row, size=2 * (row.size or 1)))
 
-    assert compare(report, larger, Limits()).passed
-    assert not compare(report, larger, Limits(size=5)).passed
+    assert compare(report, larger, Gates()).passed
+    assert not compare(report, larger, Gates(size=5)).passed
 
 
 def test_what_no_longer_runs_fails(report: Report) -> None:
     without = changed(report, "int8", lambda row: Row("int8", row.engine, "compared", skipped="no table"))
     fewer = changed(report, "fp32", lambda row: replace(row, latency=row.latency[:1]))
 
-    assert compare(report, without, Limits()).problems == ["INT8 ran before and did not now: no table"]
-    assert compare(report, fewer, Limits()).problems == ["FP32 was timed at batch 8 before and is not now"]
-    assert compare(without, report, Limits()).passed
+    assert compare(report, without, Gates()).problems == ["INT8 ran before and did not now: no table"]
+    assert compare(report, fewer, Gates()).problems == ["FP32 was timed at batch 8 before and is not now"]
+    assert compare(without, report, Gates()).passed
 
 
 def test_other_images_do_not_compare(report: Report) -> None:
@@ -95,15 +95,15 @@ def test_other_images_do_not_compare(report: Report) -> None:
     part = replace(report, data=replace(report.data, start=1))
 
     with pytest.raises(InputError, match="different images"):
-        compare(report, other, Limits())
+        compare(report, other, Gates())
     with pytest.raises(InputError, match="different parts"):
-        compare(report, part, Limits())
+        compare(report, part, Gates())
 
 
 def test_a_change_of_the_machine_is_noted(report: Report) -> None:
     machine = replace(report.environment, processor="Other", versions={**report.environment.versions, "torch": "9.9"})
 
-    notes = compare(report, replace(report, environment=machine), Limits()).notes
+    notes = compare(report, replace(report, environment=machine), Gates()).notes
 
     assert f"processor changed from {report.environment.processor} to Other" in notes
     assert any(note.startswith("torch changed from") for note in notes)

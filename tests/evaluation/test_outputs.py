@@ -18,8 +18,7 @@ from data import open_data
 from engines.base import Compiled
 from engines.select import select_engine
 from evaluation.accuracy import Classes
-from evaluation.compare import Limits as Gate
-from evaluation.compare import compare
+from evaluation.compare import Gates, compare
 from evaluation.measures import OutputFigures, Row
 from evaluation.outputs import OutputsFound, Values, output_figures, relative_error, target_error
 from evaluation.pipeline import evaluate, explain
@@ -248,7 +247,7 @@ def test_several_outputs_from_checkpoint_to_report(tmp_path: Path, capsys: pytes
     shown = capsys.readouterr().out
     assert "task: detect (2 outputs: boxes, mask)" in shown
     assert "PASSED: FP16 and INT8 are each close to FP32" in shown
-    changes = compare(report, report, Gate()).changes
+    changes = compare(report, report, Gates()).changes
     assert "INT8 mask, mean absolute error against FP32" in [change.figure for change in changes]
 
 
