@@ -321,7 +321,7 @@ class _Listing:
         return paths, torch.tensor(labels, dtype=torch.int64 if self.targets is None else torch.float32)
 
     def _by_class(self, part: Path) -> tuple[list[Path], list[int]]:
-        """In torchvision's order."""
+        """The images of a folder by class and the number of each one's class, in torchvision's order."""
         from torchvision.datasets import ImageFolder
 
         if (found := _classes(part)) != self.classes:

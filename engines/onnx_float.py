@@ -55,16 +55,16 @@ def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.
     if network.input_shape is None:
         raise InputError(f"exporting {network.name} needs the shape of its input: trace(model, input_shape=(C, H, W))")
     example = torch.zeros(2, *network.input_shape)
-    recorder = _Recorder(network.module)
+    tensors = _Tensors(network.module)
     with torch.inference_mode():
-        recorder.run(example)
+        tensors.run(example)
     names = value_names(network)
-    values = {node: names[source] for node, source in recorder.same_as.items() if source in names}
+    values = {node: names[source] for node, source in tensors.same_as.items() if source in names}
     module = copy.deepcopy(network.module)
     nodes = {node.name: node for node in module.graph.nodes}
     if rewrite is not None:
-        rewrite(module, recorder.shapes)
-    asked = [node for node in recorder.same_as if values.get(node) == names.get(node) != INPUT and node in values]
+        rewrite(module, tensors.shapes)
+    asked = [node for node in tensors.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     outputs = [values[node] for node in network.outputs]
     asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
     output = next(node for node in module.graph.nodes if node.op == "output")
@@ -111,8 +111,8 @@ def overwritten_as(network: Network, name: str) -> str:
     return network.observed[name]
 
 
-class _Recorder(fx.Interpreter):
-    """Finds the fx nodes that have a tensor as their value.
+class _Tensors(fx.Interpreter):
+    """What the fx nodes have as their value that have a tensor.
 
     Attributes:
         same_as: Such a node -> itself, or the earlier one whose value it merely passes on (``contiguous``).

@@ -43,7 +43,7 @@ class Quantized:
     files: tuple[Path, ...] = ()
 
     def summary(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """What ``--json`` prints."""
         compiled, network, dataset = self.compiled, self.trained.network, self.trained.meta.dataset
         summary: dict[str, Any] = {
             "run": self.config.run,

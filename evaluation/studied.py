@@ -34,7 +34,7 @@ class Studied:
     sweep: list[SweepPoint] | None
 
     def summary(self) -> dict[str, Any]:
-        """For ``--json``."""
+        """What ``--json`` prints."""
         found: dict[str, Any] = {"run": self.run, "network": self.network, "seed": self.seed, "split": "validation"}
         if self.algorithms is not None:
             found["algorithms"] = {name: asdict(outcome) for name, outcome in self.algorithms.items()}

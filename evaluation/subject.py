@@ -63,7 +63,7 @@ class TrainedRun:
             logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
 
     def metadata(self, seed: int) -> dict[str, str]:
-        """For its ONNX files."""
+        """What its ONNX files say of it, as text by key."""
         return {
             "network": self.network.name,
             "dataset": self.meta.dataset.name,

@@ -35,7 +35,7 @@ from models.progress import EpochProgress
 logger = logging.getLogger(__name__)
 
 EPOCHS = 10
-"""Of a configuration that does not say."""
+"""How long a configuration trains that does not say."""
 _DECISIVE = (
     "max_epochs",
     "max_steps",
