@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.algorithms import threshold
+from calib.algorithms import thresholds
 from calib.histogram import AbsHistogram
 from calib.onnx_histograms import collect
 from calib.onnx_model import read_float_model
@@ -27,7 +26,6 @@ from calib.onnx_rules import Entry, entries
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from common.errors import InputError
-from common.threads import available_cores
 
 if TYPE_CHECKING:
     import onnx
@@ -86,23 +84,17 @@ def calibrate_onnx(
     """
     options = dict(options or {})
     start = time.perf_counter()
-    values = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
+    wanted = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
     heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole is not None}
-    observed = Observed(path, model, values)
+    observed = Observed(path, model, wanted)
     histograms, infinite = collect(observed, batches, progress, heads)
     seconds = time.perf_counter() - start
     arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}
     for name, array in arrays.items():
         histograms[f"{name} "] = AbsHistogram()
         histograms[f"{name} "].add(torch.from_numpy(np.ascontiguousarray(array, np.float32)))
-    with ThreadPoolExecutor(available_cores()) as pool:
-        found = dict(
-            zip(
-                histograms,
-                pool.map(lambda histogram: threshold(histogram, algorithm, **options).value, histograms.values()),
-                strict=True,
-            )
-        )
+    values = thresholds(list(histograms.values()), algorithm, device=None, **options)
+    found = {name: one.value for name, one in zip(histograms, values, strict=True)}
     sources = {entry.name: f"{entry.name} " if entry.name in arrays else entry.value for entry in entries}
     scales = {name: found[source] / LEVELS for name, source in sources.items() if source in found}
     zero = tuple(name for name, scale in scales.items() if scale == 0)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from calib import device_search
 from calib.algorithms.base import Threshold, to_float32
 from calib.device_search import LEVELS
-from calib.histogram import BINS, AbsHistogram
+from calib.histogram import BINS, AbsHistogram, counting_threads
 
 TIE = 1e-10
 """Divergences closer than this are a tie, and the largest candidate wins."""
@@ -33,15 +33,23 @@ _AT_ONCE = 64
 
 
 def search(histograms: Sequence[AbsHistogram], device: torch.device | None) -> Iterator[Threshold]:
-    """The thresholds of histograms that are not all zero; a GPU searches many at once."""
+    """The thresholds of histograms that are not all zero; a GPU searches many at once, a CPU one with each thread."""
     if device is not None and device.type == "cuda":
-        found = _divergences_on(device, histograms)
+        yield from map(_threshold, histograms, _divergences_on(device, histograms))
+    elif len(histograms) == 1:
+        yield _search_one(histograms[0])
     else:
-        found = (_divergences(_without_zeros(histogram)) for histogram in histograms)
-    for histogram, divergences in zip(histograms, found, strict=True):
-        smallest = divergences.min()
-        kept = int(_CANDIDATES[divergences <= smallest + TIE][-1])
-        yield Threshold(to_float32((kept + 0.5) * histogram.range / BINS), kept, divergences)
+        with counting_threads() as pool:
+            yield from (map if pool is None else pool.map)(_search_one, histograms)
+
+
+def _search_one(histogram: AbsHistogram) -> Threshold:
+    return _threshold(histogram, _divergences(_without_zeros(histogram)))
+
+
+def _threshold(histogram: AbsHistogram, divergences: NDArray[np.float64]) -> Threshold:
+    kept = int(_CANDIDATES[divergences <= divergences.min() + TIE][-1])
+    return Threshold(to_float32((kept + 0.5) * histogram.range / BINS), kept, divergences)
 
 
 def _without_zeros(histogram: AbsHistogram) -> NDArray[np.int64]:
