@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -19,8 +19,7 @@ from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.tracing import trace
 from common.config import DataConfig
-from data import ImageData, Splits, open_data
-from data.base import ImageSet
+from data import ImageData, open_data
 from models import LeNet
 
 SHAPE = (3, 12, 12)
@@ -184,25 +183,6 @@ def make_plan(
 def mnist(folder: Path) -> ImageData:
     """MNIST from its files."""
     return open_data(DataConfig(dataset="mnist", dir=folder, download=False), seed=1)
-
-
-def fit(model: LeNet, train: ImageSet, batches: Iterable[Tensor], lr: float) -> None:
-    """Take a step for each batch of positions in ``train``."""
-    optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9, nesterov=True)
-    for index in batches:
-        optimizer.zero_grad()
-        F.cross_entropy(model.logits(train.images(index)), train.labels[index]).backward()
-        optimizer.step()
-
-
-def digits_lenet(data: Splits, steps: int) -> LeNet:
-    """LeNet after some steps on the digits, in their order."""
-    torch.manual_seed(1)
-    model = LeNet()
-    fit(
-        model, data.train, (torch.arange(50 * step, 50 * step + 50) % len(data.train) for step in range(steps)), lr=0.02
-    )
-    return model
 
 
 def padded_unevenly() -> Network:

@@ -15,7 +15,8 @@ import quantize
 from common.errors import InputError
 from evaluate import main
 from evaluation.results import read_report
-from tests.evaluation.conftest import calibrate, train
+from tests.evaluation.conftest import calibrate
+from tests.runs import digits_run
 
 pytestmark = pytest.mark.e2e
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -26,7 +27,7 @@ QUICK = ("--evaluation.latency_seconds", "0.001", "--evaluation.latency_runs", "
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Artifacts of a trained and calibrated run."""
     artifacts = tmp_path_factory.mktemp("artifacts")
-    train(artifacts)
+    digits_run(artifacts, "digits", steps=150, validation=200)
     calibrate(artifacts)
     return artifacts
 

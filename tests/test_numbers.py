@@ -28,7 +28,7 @@ from common.errors import InputError
 from data import open_data
 from models import LeNet, save_checkpoint
 from models.checkpoint import FORMAT, CheckpointMeta, write_torch
-from tests.networks import digits_lenet
+from tests.runs import digits_lenet
 
 QUICK = (
     "--engine=torch",

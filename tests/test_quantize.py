@@ -17,11 +17,10 @@ import torch
 
 from calib.table import CalibrationTable
 from common.cli import run_command
-from common.config import DataConfig
-from data import open_data
-from models import CheckpointMeta, load_checkpoint, save_checkpoint
+from models import load_checkpoint, save_checkpoint
 from quantize import main
-from tests.networks import digits_lenet, without_saturation
+from tests.networks import without_saturation
+from tests.runs import digits_run
 
 pytestmark = pytest.mark.e2e
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -31,12 +30,7 @@ TABLE = "CalibrationTableLeNet"
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of artifacts with a checkpoint of LeNet, briefly trained on the digits."""
-    config = DataConfig(dataset="digits", augment=False)
-    data = open_data(config, seed=1)
-    folder = tmp_path_factory.mktemp("trained")
-    meta = CheckpointMeta("LeNet", "models.LeNet", {}, data.info, config, seed=1, epochs=1)
-    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", digits_lenet(data, steps=40), meta)
-    return folder
+    return digits_run(tmp_path_factory.mktemp("trained")).artifacts
 
 
 @pytest.fixture

@@ -4,30 +4,12 @@ from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from calib.cache import Provenance, SubsetRecord
 from calib.table import CalibrationTable
 from engines.tensorrt.support import Installed
 
 INSTALLED = Installed("2.8.0", "2.8.0", "10.12.0.36")
 TABLE = CalibrationTable({"input_0": 0.01, "output_0": 0.02})
 """What its TensorRT writes."""
-
-
-def provenance(**changes: Any) -> Provenance:
-    """What a calibration of LeNet would record."""
-    values: dict[str, Any] = {
-        "maker": "reference",
-        "network": "LeNet",
-        "algorithm": "entropy2",
-        "options": {},
-        "tensorrt_version": "10.9.9",
-        "subset": SubsetRecord("first", 2, 2, 0, 1),
-        "dataset": "made",
-        "data": "d",
-        "preprocessing": {},
-        "weights": "w",
-    }
-    return Provenance(**{**values, **changes})
 
 
 class Upstream(ModuleType):

@@ -9,8 +9,8 @@ import pytest
 from benchmarks import hardware
 from common.errors import InputError
 from evaluation.measures import Accuracy, Interval, Latency, Paired, Row, Timing
-from evaluation.results import VERSION, Data, Environment, Model, Report
-from evaluation.verdict import Limits, Verdict
+from evaluation.results import Report
+from tests.records import REPORT
 
 EVERYWHERE = Interval(0.0, 0.0)
 
@@ -31,28 +31,13 @@ def row(precision, top1=None, **others) -> Row:
 
 
 def report() -> Report:
-    return Report(
-        version=VERSION,
+    return dataclasses.replace(
+        REPORT,
         run="lenet",
-        created="2026-01-01T00:00:00+00:00",
+        data=dataclasses.replace(REPORT.data, name="mnist", title="MNIST"),
         seconds={"compile": 61.5},
-        verdict=Verdict(True, Limits(1.0, 90.0), "fine", []),
-        model=Model("LeNet", "models.LeNet", 431080, 3, 1, []),
-        data=Data("mnist", "MNIST", "test", 100, 256, 0, None, [], [1, 28, 28], "0"),
-        engine="torch-tensorrt",
-        engine_reason="asked for by name",
         rows=[row("fp32", 99.0), row("fp16", skipped="no fast FP16"), row("int8", 98.5)],
-        calibration=None,
-        tensors=[],
-        analysis=None,
-        macs=None,
-        changed=[],
-        changed_total={},
-        environment=Environment(
-            "A CPU", [], 16, 16, None, "Linux", {"torch": "2.8.0"}, "a GPU", {"driver_version": "5"}
-        ),
-        seed=1,
-        config={},
+        environment=dataclasses.replace(REPORT.environment, gpu="a GPU", gpu_details={"driver_version": "5"}),
     )
 
 

@@ -10,27 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from calib.cache import RULES, Provenance, SubsetRecord, decide, read_provenance, weights_fingerprint, write
+from calib.cache import RULES, SubsetRecord, decide, read_provenance, weights_fingerprint, write
 from calib.record import QuantizationRecord, read_record, write_record
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig
 from common.errors import InputError
 from common.side_file import side_file
 from models import LeNet
+from tests.records import provenance
 
 TABLE = CalibrationTable({"data": 0.0078125, "conv1": 0.25})
-WANTED = Provenance(
-    maker="reference",
-    network="LeNet",
-    algorithm="entropy2",
-    options={},
-    tensorrt_version="10.12.0",
-    subset=SubsetRecord("stratified", 10, 50, 0, 1),
-    dataset="mnist",
-    data="abc",
-    preprocessing={"height": 28, "mean": (0.5,)},
-    weights="def",
-)
+WANTED = provenance()
 
 
 @pytest.fixture

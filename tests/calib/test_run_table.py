@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from calib.cache import Provenance, SubsetRecord, read_provenance
+from calib.cache import read_provenance
 from calib.calibrator import calibrate, collect, find_thresholds
 from calib.kept import check_layers
 from calib.run_table import collector, run_table
@@ -17,6 +17,7 @@ from common.config import EngineConfig, QuantizationConfig
 from common.errors import InputError
 from common.processes import ALONE
 from models import LeNet
+from tests.records import provenance
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +33,7 @@ def images():
 
 @pytest.fixture
 def wanted():
-    subset = SubsetRecord("first", 2, 4, 0, 1)
-    return Provenance("reference", "LeNet", "entropy2", {}, "10.12.0", subset, "digits", "abc", {}, "def")
+    return provenance()
 
 
 @pytest.fixture

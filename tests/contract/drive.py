@@ -42,7 +42,7 @@ from engines.tensorrt.build import Build, build_engine, compile_arguments, to_to
 from engines.tensorrt.calibrator import CalibratorRun, data_calibrator, table_calibrator  # noqa: E402
 from engines.tensorrt.support import Installed, TensorRTError  # noqa: E402
 from models import LeNet  # noqa: E402
-from tests.upstream import provenance  # noqa: E402
+from tests.records import provenance  # noqa: E402
 
 CPU = torch.device("cpu")
 SHAPE = (2, 1, 28, 28)

@@ -20,13 +20,11 @@ from common.config import (
     QuantizationConfig,
 )
 from common.run import Run
-from data import open_data
 from engines.select import select_engine
 from evaluation.pipeline import Measured, evaluate, explain
 from evaluation.results import Report
 from evaluation.subject import Subject, open_subject
-from models import CheckpointMeta, save_checkpoint
-from tests.networks import digits_lenet
+from tests.runs import digits_run
 
 DATA = DataConfig(dataset="digits", validation=200, augment=False)
 
@@ -60,16 +58,6 @@ def make_config(artifacts: Path, **evaluation: object) -> Config:
     )
 
 
-def train(artifacts: Path) -> Run:
-    """Train LeNet on the digits for a moment and save the run's checkpoint."""
-    data = open_data(DATA, seed=1)
-    model = digits_lenet(data, steps=150)
-    run = Run("digits", artifacts)
-    meta = CheckpointMeta("LeNet", "models.LeNet", {"num_classes": 10}, data.info, DATA, seed=1, epochs=3)
-    save_checkpoint(run.checkpoint, model, meta)
-    return run
-
-
 def calibrate(artifacts: Path, *arguments: str) -> None:
     """Run quantize.py on the run."""
     flags = ["--run", "digits", "--artifacts", str(artifacts), "--engine", "torch", "--batches", "4", *arguments]
@@ -80,7 +68,7 @@ def calibrate(artifacts: Path, *arguments: str) -> None:
 def shared_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained and calibrated run; not to be changed."""
     artifacts = tmp_path_factory.mktemp("artifacts")
-    run = train(artifacts)
+    run = digits_run(artifacts, "digits", steps=150, validation=DATA.validation)
     calibrate(artifacts)
     return run
 

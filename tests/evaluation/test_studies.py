@@ -15,7 +15,7 @@ from data import Splits, open_splits
 from evaluation.accuracy import Classes
 from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
 from evaluation.verdict import Limits
-from tests.networks import digits_lenet
+from tests.runs import digits_lenet
 
 CONFIG = CalibrationConfig(batches=4, batch_size=50)
 MEASURE = Classes(10)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from calib.cache import Provenance, SubsetRecord, read_provenance, write
+from calib.cache import read_provenance, write
 from calib.record import QuantizationRecord, read_record, write_record
 from calib.table import CalibrationTable, formats, parse
 from common.cli import check_config_file, config_parser
@@ -29,51 +29,13 @@ from common.config import DataConfig, QuantizationConfig
 from common.errors import InputError
 from data.base import DatasetInfo, Preprocessing
 from data.idx import read_idx
-from evaluation import measures, results
-from evaluation.verdict import Limits, Verdict
+from evaluation.results import read_report
 from models import LeNet, load_checkpoint, save_checkpoint
 from models.checkpoint import CheckpointMeta
 from models.network import load_state, read_weights
+from tests.records import REPORT, provenance
 
 TABLE = CalibrationTable({"data": 0.0078, "conv 1: [a]": 0.5, "prob": 1e-38, "dead": 0.0}, "entropy2", "10.12.0")
-PROVENANCE = Provenance(
-    maker="reference",
-    network="LeNet",
-    algorithm="entropy2",
-    options={"percentile": 99.9},
-    tensorrt_version="10.12.0",
-    subset=SubsetRecord("stratified", 10, 50, 0, 1),
-    dataset="digits",
-    data="0" * 64,
-    preprocessing={"channels": 1},
-    weights="1" * 64,
-)
-REPORT = results.Report(
-    version=results.VERSION,
-    run="x",
-    created="2026-01-02T03:04:05+00:00",
-    seconds={"accuracy": 1.0},
-    verdict=Verdict(False, Limits(0.5, 99.0), "INT8 did not run", []),
-    model=results.Model("LeNet", "models.LeNet", 431080, 1, 1, ["conv1"], {"mul": "mul"}),
-    data=results.Data("digits", "digits", "test", 5, 2, 0, None, ["0", "1"], [1, 28, 28], "0" * 64),
-    engine="torch",
-    engine_reason="asked for",
-    rows=[
-        measures.Row(
-            "fp32", "torch", "reference", latency=[measures.Latency(1, measures.Timing(5, 2.0, 3, 4, 2, 500))]
-        ),
-        measures.Row("int8", "torch", "compared", skipped="no table"),
-    ],
-    calibration=results.Calibration("entropy2", "10.12.0", {"made by": "reference"}, {"data": 0.0078}),
-    tensors=[results.TensorFigures("data", results.Histogram(1.0, [3, 2], 0.99), True, 0.0078, 0.99)],
-    macs=None,
-    analysis=None,
-    changed=[results.ChangedImage(3, 1, "int8", "lost", 1, 0.75, 0, 0.5, "data:image/png;base64,AA==")],
-    changed_total={"int8": 1},
-    environment=results.Environment("CPU", ["avx2"], 2, 2, None, "Linux", {"torch": "2.8.0"}),
-    seed=1,
-    config={"run": "x"},
-)
 
 
 @cache
@@ -109,7 +71,7 @@ def record(content: bytes) -> None:
 
 
 def report(content: bytes) -> None:
-    results.read_report(file("report.json", content))
+    read_report(file("report.json", content))
 
 
 def idx_images(content: bytes) -> None:
@@ -193,7 +155,7 @@ def seeds() -> Mapping[str, bytes]:
     """A valid input for each target."""
     place = folder() / "seeds"
     place.mkdir(exist_ok=True)
-    write(place / "table", TABLE, PROVENANCE)
+    write(place / "table", TABLE, provenance(options={"percentile": 99.9}))
     write_record(place, QuantizationRecord(Path("table"), "1" * 64, QuantizationConfig()))
     torch.manual_seed(0)
     info = DatasetInfo("digits", "digits", tuple("0123456789"), Preprocessing(1, 28, 28), "0" * 64)

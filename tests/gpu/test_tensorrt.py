@@ -17,7 +17,7 @@ from engines.tensorrt.match import compare, made_by
 from engines.tensorrt.support import TensorRTError, has_calibrator, usable
 from evaluation.latency import measure_latency
 from models import LeNet
-from tests.upstream import provenance
+from tests.records import provenance
 
 pytestmark = pytest.mark.gpu
 

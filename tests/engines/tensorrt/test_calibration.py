@@ -9,7 +9,8 @@ from calib.table import CalibrationTable
 from common.config import EngineConfig
 from engines.tensorrt import calibration, support
 from engines.tensorrt.support import TensorRTError
-from tests.upstream import TABLE, Upstream, provenance
+from tests.records import provenance
+from tests.upstream import TABLE, Upstream
 
 SHAPE = (2, 1, 28, 28)
 

@@ -18,7 +18,8 @@ from engines.tensorrt.calibration import own_provenance, store
 from engines.tensorrt.engine import TorchTensorRTEngine
 from engines.tensorrt.support import Installed
 from models import LeNet
-from tests.upstream import INSTALLED, TABLE, provenance
+from tests.records import provenance
+from tests.upstream import INSTALLED, TABLE
 
 OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
 

@@ -2,18 +2,17 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import pytest
-import torch
 
 from calib.table import CalibrationTable
-from common.config import DataConfig
 from common.errors import InputError
-from data import open_data
 from engines.tensorrt.support import Installed
 from evaluate import main as evaluate
-from models import CheckpointMeta, LeNet, save_checkpoint
 from quantize import main
+from tests.runs import digits_run
 from tests.upstream import Upstream
 
 THEIRS = CalibrationTable(
@@ -29,20 +28,12 @@ THEIRS = CalibrationTable(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    config = DataConfig(dataset="digits", augment=False)
-    data = open_data(config, seed=1)
-    torch.manual_seed(1)
-    folder = tmp_path_factory.mktemp("trained")
-    meta = CheckpointMeta("LeNet", "models.LeNet", {}, data.info, config, seed=1, epochs=1)
-    save_checkpoint(folder / "lenet_mnist" / "model.ckpt", LeNet(), meta)
-    return folder
+    return digits_run(tmp_path_factory.mktemp("trained"), steps=0).artifacts
 
 
 @pytest.fixture
 def artifacts(trained, tmp_path):
-    (tmp_path / "lenet_mnist").mkdir()
-    (tmp_path / "lenet_mnist" / "model.ckpt").write_bytes((trained / "lenet_mnist" / "model.ckpt").read_bytes())
-    return tmp_path
+    return Path(shutil.copytree(trained, tmp_path, dirs_exist_ok=True))
 
 
 @pytest.fixture
