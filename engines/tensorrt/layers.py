@@ -26,6 +26,7 @@ _NODE = re.compile(
     r"%(?P<value>\S+) : [^%]*? = aten::(?P<operation>\w+)\([^)]*\)"
     r"(?:, scope: (?:\S*/)?__module\.(?P<scope>\S+))?(?: # \S+?:(?P<line>\d+):\d+)?"
 )
+_UNNAMED = re.compile(r"\(Unnamed Layer\* (\d+)\) \[(Convolution|Matrix Multiply)\]")
 _PRODUCTS = {
     "_convolution": "conv",
     "convolution": "conv",
@@ -33,8 +34,10 @@ _PRODUCTS = {
     "matmul": "linear",
     "linear": "linear",
     "addmm": "linear",
+    "Convolution": "conv",
+    "Matrix Multiply": "linear",
 }
-"""TorchScript operations that multiply by weights -> kind of layer."""
+"""Operations that multiply by weights, of TorchScript and of TensorRT -> kind of layer."""
 _NO_ARITHMETIC = frozenset({"Reformat", "NoOp", "Constant", "Shuffle"})
 _OPERATORS = {"conv": "Conv", "linear": "Gemm", "matmul": "MatMul"}
 _REASON = "is computed in float: TensorRT chose that kernel, by speed"
@@ -74,7 +77,8 @@ def executed_macs(network: Network, layers: Sequence[EngineLayer], source: str) 
     """Count a network's multiply-accumulates by the types that the layers of its engine read.
 
     A convolution or linear layer is found by the module that its TorchScript node names; where the node names none,
-    by its place among the nodes of its kind. Those that cannot be told, such as inside a block that TensorRT compiled
+    or TensorRT has only a number for it, as for convolutions of quantized weights, by its place among those of its
+    kind. Those that cannot be told, such as inside a block that TensorRT compiled
     as one, are listed as not counted.
 
     Args:
@@ -122,6 +126,8 @@ def _reads(network: Network, layers: Sequence[EngineLayer]) -> dict[str, list[st
                 number = re.search(r"\d+", node["value"])
                 place = (int(node["line"] or 0), int(number[0]) if number else 0)
                 without[kind][place] = one.reads
+        for unnamed, operation in _UNNAMED.findall(one.name):
+            without[_PRODUCTS[operation]][(0, int(unnamed))] = one.reads
     for kind, nodes in without.items():
         rest = [layer for layer in network.layers if layer.kind == kind and layer.name not in found]
         if len(rest) == len(nodes):

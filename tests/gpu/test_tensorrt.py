@@ -104,6 +104,7 @@ def test_explicit_int8(network, ours, folder):
     compiled = engine.compile(network, "int8", ours)
     batch = Source().images(torch.arange(8))
     torch.testing.assert_close(compiled.run(batch), network.module(batch), atol=0.05, rtol=0)
+    assert [layer.layer for layer in compiled.macs.layers if layer.int8] == list(LAYERS)
 
 
 def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
