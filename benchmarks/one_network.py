@@ -42,6 +42,9 @@ IMAGES: Final = 16
 
 _SMALL: Final = 0.02
 
+_STIRRED: Final = 1e-6
+"""What float32 rounds in a few operations, of the value."""
+
 
 @dataclass
 class NetworkRow:
@@ -58,6 +61,7 @@ class NetworkRow:
         in_float: The layers that it computes in float, the largest first.
         sqnr: Of the integer simulation to FP32, dB.
         fp32_agreement: Percent of the images with the same largest output in FP32 and in the simulation.
+        stirred_agreement: Percent with the same in the simulation of images changed by a millionth of their values.
         file_agreement: Percent with the same in the Q/DQ file, run as it is written, and its simulation.
         cpu_agreement: Percent with the same in ONNX Runtime's kernels and their simulation.
         seconds: Step -> seconds.
@@ -74,6 +78,7 @@ class NetworkRow:
     in_float: list[str] = field(default_factory=list)
     sqnr: float | None = None
     fp32_agreement: float | None = None
+    stirred_agreement: float | None = None
     file_agreement: float | None = None
     cpu_agreement: float | None = None
     seconds: dict[str, float] = field(default_factory=dict)
@@ -202,8 +207,10 @@ def _examine(row: NetworkRow) -> None:
         row.gmacs, row.file_share = round(found.total / 1e9, 4), found.share
     with row.timed("simulate"), torch.inference_mode():
         expected = _first(network.module(judged))
-        simulated = _first(IntegerNetwork(plan)(judged))
+        simulation = IntegerNetwork(plan)
+        simulated = _first(simulation(judged))
         row.sqnr, row.fp32_agreement = sqnr(expected, simulated), agreement(expected, simulated)
+        row.stirred_agreement = agreement(simulated, _first(simulation(judged * (1 + _STIRRED))))
     with row.timed("run"):
         session, optimized = open_session(cpu, 1)
         executed = executed_macs(network, cpu, optimized)

@@ -14,7 +14,7 @@ from benchmarks.one_network import NetworkRow, examine
 from common.errors import InputError
 
 DONE = NetworkRow(
-    "torchvision:a", 64, 1.0, "torch.fx", 0.5, 100.0, 96.0, ["x (Conv)"], 20.0, 90.0, 100.0, 99.0, {"export": 1}
+    "torchvision:a", 64, 1.0, "torch.fx", 0.5, 100.0, 96.0, ["x (Conv)"], 20.0, 90.0, 97.0, 100.0, 99.0, {"export": 1}
 )
 
 
@@ -52,12 +52,14 @@ def test_a_limit_is_a_result() -> None:
 
 def test_results_are_kept_and_a_torn_line_is_not(tmp_path: Path) -> None:
     path, here = tmp_path / "sub" / "networks.jsonl", setting()
-    assert read(path, here) == {}
+    assert read(path, here) == (here, {})
     append(path, here, DONE)
     append(path, here, NetworkRow("timm:b", 64, failed="no"))
     with path.open("a") as file:
         file.write('{"network": "timm:c"')
-    assert read(path, here) == {"torchvision:a": DONE, "timm:b": NetworkRow("timm:b", 64, failed="no")}
+    assert read(path, here) == (here, {"torchvision:a": DONE, "timm:b": NetworkRow("timm:b", 64, failed="no")})
+    append(tmp_path / "other.jsonl", {"processor": "another"}, DONE)
+    assert read(tmp_path / "other.jsonl", None)[0] == {"processor": "another"}
     with pytest.raises(InputError, match="another processor or other versions"):
         read(path, {**here, "processor": "another"})
     path.write_text("text\n")
@@ -76,7 +78,7 @@ def test_a_run_goes_on_where_it_was_cut_off(
 
     monkeypatch.setattr(matrix, "run_one", run)
     path, to = tmp_path / "networks.jsonl", tmp_path / "page.md"
-    arguments = ["torchvision:a", "timm:b", "--results", str(path), "--json"]
+    arguments = ["torchvision:a", "timm:b", "--results", str(path), "--json", "--jobs", "2"]
     assert matrix.main(arguments) == 0
     assert matrix.main([*arguments, "--page", str(to)]) == 0
     assert matrix.main([*arguments, "--again"]) == 0
@@ -91,5 +93,5 @@ def test_the_page_names_what_is_below_and_what_was_not_run() -> None:
     text = page([DONE, low, NetworkRow("timm:b", 64, failed="a | b")], ["timm:c"], setting(), 60, 4)
     assert "- timm:low: 80.0 %; x (Conv)" in text
     assert "Not run for this page: timm:c." in text
-    assert {line.count(" |") for line in table([DONE, low]).splitlines()} == {13}
+    assert {line.count(" |") for line in table([DONE, low]).splitlines()} == {14}
     assert "a \\| b" in text
