@@ -70,7 +70,8 @@ def run(setting: Setting) -> Findings:
         if problem:
             skipped |= {ORT: problem, ORT_DEFAULT: problem}
         else:
-            calibrators[ORT] = lambda network, batches: onnx_runtime(Path(folder), batches, 2048)
+            bins = 256 if setting.quick else 2048  # the search takes the square of them
+            calibrators[ORT] = lambda network, batches: onnx_runtime(Path(folder), batches, bins)
             calibrators[ORT_DEFAULT] = lambda network, batches: onnx_runtime(Path(folder), batches, 128)
             slow |= {ORT: setting.rounds(3), ORT_DEFAULT: setting.rounds(3)}
         problem = _modelopt_problem()

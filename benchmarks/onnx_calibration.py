@@ -42,13 +42,13 @@ def run(setting: Setting) -> Findings:
     """See the module."""
     from torchvision.models import resnet18
 
-    images = 4 if setting.quick else 500
+    images, size = (4, 64) if setting.quick else (500, 224)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         path = folder / "float.onnx"
         torch.manual_seed(0)
-        export_fp32(trace(resnet18().eval(), name="ResNet18", input_shape=(3, 224, 224)), path)
-        values = np.random.default_rng(0).standard_normal((images, 3, 224, 224), dtype=np.float32)
+        export_fp32(trace(resnet18().eval(), name="ResNet18", input_shape=(3, size, size)), path)
+        values = np.random.default_rng(0).standard_normal((images, 3, size, size), dtype=np.float32)
         np.save(folder / "images.npy", values)
         contestants: dict[str, Callable[[], float]] = {
             PLAIN: timed(partial(_plain, _opened(path), values)),
