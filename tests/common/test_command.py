@@ -53,6 +53,11 @@ def end(body: str, **options) -> subprocess.CompletedProcess[str]:
             2,
             "error: not enough memory: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes\n",
         ),
+        (
+            "raise RuntimeError('CUDA error: out of memory\\nCUDA kernel errors might be reported elsewhere')",
+            2,
+            "error: not enough memory: CUDA error: out of memory\n",
+        ),
         ("raise KeyboardInterrupt", 130, "interrupted; finished files are kept\n"),
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "interrupted; finished files are kept\n"),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, ""),
