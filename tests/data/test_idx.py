@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from common.errors import InputError
 from data import idx
 from data.idx import read_idx
+from tests.data.sets import idx_bytes
 
 PIXELS = torch.arange(2 * 3 * 5, dtype=torch.uint8).view(2, 3, 5)
 
@@ -34,13 +35,13 @@ def write(tmp_path: Path):
     return write_file
 
 
-def test_gzip_is_told_by_content_not_by_name(write, as_idx):
-    assert torch.equal(read_idx(write(gzip.compress(as_idx(PIXELS)), "plain"), 3).values, PIXELS)
-    assert torch.equal(read_idx(write(as_idx(PIXELS), "named.gz"), 3).values, PIXELS)
+def test_gzip_is_told_by_content_not_by_name(write):
+    assert torch.equal(read_idx(write(gzip.compress(idx_bytes(PIXELS)), "plain"), 3).values, PIXELS)
+    assert torch.equal(read_idx(write(idx_bytes(PIXELS), "named.gz"), 3).values, PIXELS)
 
 
-def test_several_gzip_members_are_one_file(write, as_idx):
-    content = as_idx(PIXELS)
+def test_several_gzip_members_are_one_file(write):
+    content = idx_bytes(PIXELS)
     assert torch.equal(read_idx(write(gzip.compress(content[:9]) + gzip.compress(content[9:])), 3).values, PIXELS)
 
 
@@ -73,8 +74,8 @@ def test_wrong_content_is_named(write, compress, content, message):
     assert "\n" not in str(caught.value)
 
 
-def test_gzip_with_a_wrong_crc_is_found(write, as_idx):
-    content = bytearray(gzip.compress(as_idx(PIXELS)))
+def test_gzip_with_a_wrong_crc_is_found(write):
+    content = bytearray(gzip.compress(idx_bytes(PIXELS)))
     content[-8] ^= 1
     with pytest.raises(InputError, match="truncated or corrupt gzip file"):
         read_idx(write(bytes(content)), 3)
@@ -106,10 +107,10 @@ def test_neither_a_gzip_bomb_nor_a_promise_takes_memory(write, content, message)
     assert peak < 8 << 20
 
 
-def test_limit_holds_for_what_the_header_promises(write, monkeypatch, as_idx):
+def test_limit_holds_for_what_the_header_promises(write, monkeypatch):
     monkeypatch.setattr(idx, "MAX_BYTES", 29)
     with pytest.raises(InputError, match="promises 30 bytes"):
-        read_idx(write(as_idx(PIXELS)), 3)
+        read_idx(write(idx_bytes(PIXELS)), 3)
 
 
 def test_missing_file_folder_and_pipe(tmp_path):
@@ -128,11 +129,11 @@ def test_missing_file_folder_and_pipe(tmp_path):
     seed=st.integers(0, 1000),
     compress=st.sampled_from([bytes, gzip.compress]),
 )
-def test_round_trip_of_any_shape(tmp_path_factory, as_idx, shape, seed, compress):
+def test_round_trip_of_any_shape(tmp_path_factory, shape, seed, compress):
     values = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     path = tmp_path_factory.getbasetemp() / "round-trip"
-    path.write_bytes(compress(as_idx(values)))
+    path.write_bytes(compress(idx_bytes(values)))
     file = read_idx(path, len(shape))
     assert torch.equal(file.values, values)
     assert file.values.dtype == torch.uint8
-    assert file.sha256 == hashlib.sha256(as_idx(values)).hexdigest()
+    assert file.sha256 == hashlib.sha256(idx_bytes(values)).hexdigest()

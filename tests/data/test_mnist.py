@@ -12,12 +12,13 @@ from common.errors import InputError
 from data import mnist
 from data.locate import NotAvailableError
 from data.mnist import DIMENSIONS, FASHION_MNIST, MNIST, find_or_download, load
+from tests.data.sets import idx_bytes, write_set
 
 
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("separator", ["-", "."])
 @pytest.mark.parametrize("subfolder", [".", "MNIST/raw"])
-def test_every_accepted_layout(tmp_path, write_set, suffix, separator, subfolder):
+def test_every_accepted_layout(tmp_path, suffix, separator, subfolder):
     write_set(tmp_path / subfolder, suffix=suffix, separator=separator)
     assert find_or_download(MNIST, tmp_path, download=False) == tmp_path
     loaded = load(MNIST, tmp_path)
@@ -28,12 +29,12 @@ def test_every_accepted_layout(tmp_path, write_set, suffix, separator, subfolder
     assert "not the published MNIST: they hold 60 + 20 images" in loaded.notes[0]
 
 
-def test_fashion_is_found_where_torchvision_puts_it(tmp_path, write_set):
+def test_fashion_is_found_where_torchvision_puts_it(tmp_path):
     write_set(tmp_path / "FashionMNIST" / "raw")
     assert len(load(FASHION_MNIST, tmp_path).train.labels) == 60
 
 
-def test_what_is_missing_is_named(tmp_path, write_set):
+def test_what_is_missing_is_named(tmp_path):
     write_set(tmp_path)
     (tmp_path / "t10k-labels-idx1-ubyte").unlink()
     with pytest.raises(InputError, match=r"lacks t10k-labels-idx1-ubyte\[\.gz\]"):
@@ -42,7 +43,7 @@ def test_what_is_missing_is_named(tmp_path, write_set):
         find_or_download(MNIST, tmp_path, download=True)
 
 
-def test_folder_of_nvidias_samples(tmp_path, isolated, write_set, monkeypatch):
+def test_folder_of_nvidias_samples(tmp_path, isolated, monkeypatch):
     write_set(tmp_path / "samples" / "mnist")
     monkeypatch.setenv("TRT_DATADIR", str(tmp_path / "samples"))
     assert find_or_download(MNIST, None, download=False) == tmp_path / "samples" / "mnist"
@@ -50,7 +51,7 @@ def test_folder_of_nvidias_samples(tmp_path, isolated, write_set, monkeypatch):
         find_or_download(FASHION_MNIST, None, download=False)
 
 
-def test_variable_and_default_folder(tmp_path, isolated, write_set, monkeypatch):
+def test_variable_and_default_folder(tmp_path, isolated, monkeypatch):
     with pytest.raises(NotAvailableError, match=r"MNIST was not found, .*data\.dir or MNIST_DIR"):
         find_or_download(MNIST, None, download=False)
     default = write_set(isolated / "int8-workflow" / "mnist")
@@ -72,29 +73,29 @@ def swap(folder: Path, one: str, other: str) -> None:
         ("t10k-labels-idx1-ubyte", r"train-images.* holds 60 images but .*train-labels.* 20 labels"),
     ],
 )
-def test_swapped_files(tmp_path, write_set, other, message):
+def test_swapped_files(tmp_path, other, message):
     write_set(tmp_path)
     swap(tmp_path, "train-labels-idx1-ubyte", other)
     with pytest.raises(InputError, match=message):
         load(MNIST, tmp_path)
 
 
-def test_images_of_another_size(tmp_path, write_set):
+def test_images_of_another_size(tmp_path):
     with pytest.raises(InputError, match=r"train-images.* 32 x 32 pixels, not 28 x 28"):
         load(MNIST, write_set(tmp_path, size=32))
 
 
-def test_label_out_of_range(tmp_path, write_set, as_idx):
+def test_label_out_of_range(tmp_path):
     write_set(tmp_path)
     labels = torch.arange(20, dtype=torch.uint8) % 10
     labels[13] = 10
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(as_idx(labels))
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
     with pytest.raises(InputError, match=r"t10k-labels.* the label 10, outside 0 to 9 \(first at position 13\)"):
         load(MNIST, tmp_path)
 
 
 @pytest.fixture
-def published(tmp_path, write_set, monkeypatch) -> Path:
+def published(tmp_path, monkeypatch) -> Path:
     """A small set whose digests and counts count as the published ones."""
     folder: Path = write_set(tmp_path / "published")
     digests = dict(zip(DIMENSIONS, load(MNIST, folder).digests, strict=True))

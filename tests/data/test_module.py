@@ -17,10 +17,11 @@ from common.errors import InputError
 from data import ImageData, open_data
 from data.splits import hold_out
 from data.tensor import Selection
+from tests.data.sets import write_set
 
 
 @pytest.fixture
-def small(tmp_path, write_set) -> DataConfig:
+def small(tmp_path) -> DataConfig:
     return DataConfig(dataset="mnist", dir=write_set(tmp_path / "set", train=600), validation=100, batch_size=50)
 
 
@@ -34,7 +35,7 @@ def test_parts_fit_together(small):
     assert data.info.classes == tuple("0123456789")
 
 
-def test_fingerprint_tells_the_data(small, tmp_path, write_set):
+def test_fingerprint_tells_the_data(small, tmp_path):
     one = open_data(small, seed=1).info.fingerprint
     assert open_data(small, seed=2).info.fingerprint == one
     small.dir = write_set(tmp_path / "packed", train=600, suffix=".gz")
