@@ -29,7 +29,7 @@ def layers_of(node: onnx.NodeProto, names: Sequence[str], kind: int = _FLOAT) ->
         parser does not name.
     """
     divide = _OPERATORS.get(node.op_type)
-    if divide is None or not node.name or node.domain not in ("", "ai.onnx"):
+    if divide is None or node.domain not in ("", "ai.onnx"):
         return [node]
     layers = _Layers(node, names, kind)
     divide(layers, *node.input)
@@ -80,12 +80,11 @@ class _Layers:
     def _add(self, operator: str, inputs: Sequence[str], output: str, attributes: Mapping[str, Any]) -> str:
         from onnx import helper
 
-        name = f"{self._node.name}/{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], name, **attributes))
+        self.nodes.append(helper.make_node(operator, inputs, [output], self._private(), **attributes))
         return output
 
     def _private(self) -> str:
-        return f"{self._node.name}/{len(self.nodes)}/value"
+        return f"{self._node.name or self._node.output[0]}/layer{len(self.nodes)}"
 
 
 def _combined(operator: str) -> Callable[..., None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.onnx_model import no_floats, read_float_model
+from calib.onnx_parser_names import layer_name
 from calib.onnx_rules import Graph
 
 if TYPE_CHECKING:
@@ -47,8 +48,11 @@ _FUSED = frozenset({"BatchNormalization", "Clip", "LeakyRelu", "Relu"})
 
 _WEIGHTED = frozenset({"Conv", "Gemm", "MatMul"})
 
-_PARSER = re.compile(r"ONNXTRT_.*|\(Unnamed Layer\* [0-9]+\) .*", re.DOTALL)
+_PARSER = re.compile(r"(ONNXTRT_|\(Unnamed Layer\* [0-9]+\) |tmp_weight).*", re.DOTALL)
 """Names that TensorRT's parser makes of nothing that the file names."""
+
+_NUMBER = re.compile(r"_[0-9]+(?=_output$)")
+"""What tells several layers apart that have the name of one operator."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ class NetworkNames:
 
     Attributes:
         needs: Tensor, in the network's order -> whether the table should have it.
-        made: Names that TensorRT's parser makes for this network: products, constants, a softmax before it is reshaped.
+        made: Names that TensorRT's parser makes for this network, without numbers: layers inside of operators,
+            products, constants, a softmax before it is reshaped.
         same: Tensor -> the name under which it may stand in the table instead.
         layers: Tensor -> the operators that write or read it.
     """
@@ -69,7 +74,9 @@ class NetworkNames:
 
     def knows(self, name: str) -> bool:
         """Whether TensorRT can ask for an entry of that name."""
-        return name in self.needs or name in self.made or _PARSER.fullmatch(name) is not None
+        if name in self.needs or name in self.made or _PARSER.fullmatch(name) is not None:
+            return True
+        return _NUMBER.sub("", name) in self.made
 
 
 def network_names(path: Path) -> NetworkNames:
@@ -84,10 +91,8 @@ def network_names(path: Path) -> NetworkNames:
     around = {name: [graph.producer.get(name), *graph.readers.get(name, ())] for name in needs}
     return NetworkNames(
         needs,
-        made=frozenset(
-            [f"{node.name}_output" for node in graph.nodes if node.name] + [f"{name}_output" for name in graph.constant]
-        ),
-        same={node.output[0]: f"{node.name}_output" for node in graph.nodes if node.op_type == "Softmax"},
+        made=frozenset(f"{name}_output" for name in (*map(layer_name, graph.nodes), *graph.constant)),
+        same={node.output[0]: f"{layer_name(node)}_output" for node in graph.nodes if node.op_type == "Softmax"},
         layers={name: tuple(node.name or node.op_type for node in nodes if node) for name, nodes in around.items()},
     )
 

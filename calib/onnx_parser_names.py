@@ -39,6 +39,11 @@ _LAYERS = {
 """Layers that an operator becomes under one name, where they are not one."""
 
 
+def layer_name(node: onnx.NodeProto) -> str:
+    """The name that the parser asks for, for each layer of an operator."""
+    return node.name or f"node_of_{node.output[0]}"
+
+
 class ParserNames:
     """The parser's counter, driven by the network's nodes in order.
 
@@ -74,7 +79,7 @@ class ParserNames:
         """Count the layers of the next node; names of its inputs' broadcasts, by position."""
         import onnx
 
-        name = self._node = node.name or f"node_of_{node.output[0]}"
+        name = self._node = layer_name(node)
         kind = node.op_type
         found: dict[int, str] = {}
         self.layers, self.made = [], []

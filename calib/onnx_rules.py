@@ -155,8 +155,8 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[
             if name:
                 pooled = node.op_type in WINDOW_POOLING and not index
                 source[name] = source.get(node.input[0], node.input[0]) if pooled else name
-                if node.op_type in RESHAPED_AFTERWARDS and node.name:
-                    found.append(Entry(f"{node.name}_output", name))
+                if node.op_type in RESHAPED_AFTERWARDS:
+                    found.append(Entry(f"{names.layers[0]}_output", name))
                 if graph.used(name):
                     found.append(Entry(name, source[name]))
     divided = model

@@ -13,6 +13,7 @@ import onnx
 import pytest
 
 from calib.__main__ import main
+from calib.onnx_names import network_names
 from calib.onnx_parser_names import ParserNames
 from calib.onnx_rules import Graph
 from calib.table import CalibrationTable, scale_from_hex
@@ -71,6 +72,9 @@ def test_tables_of_tensorrt(name, networks, tmp_path):
     assert main(["calibrate", files[0], "--images", files[1], "--output", files[2]]) == 0
     found = CalibrationTable.read(Path(files[2])).scales
     wanted = {entry: scale_from_hex(digits.zfill(8)) for entry, digits in TABLES[name].items()}
+
+    known = network_names(tmp_path / "network.onnx")
+    assert [entry for entry in found if not known.knows(entry)] == []
 
     numbered = re.compile(r"ONNXTRT_Broadcast(_\d+)?_output")
     if name in NOT_COUNTED:
