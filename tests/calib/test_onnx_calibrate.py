@@ -63,6 +63,17 @@ def images():
     return np.random.default_rng(3).random((40, 3, 16, 16), dtype=np.float32)
 
 
+@pytest.fixture
+def source(images, tmp_path):
+    np.save(tmp_path / "images.npy", images)
+    return tmp_path / "images.npy"
+
+
+@pytest.fixture
+def network(tmp_path):
+    return save(classifier(), tmp_path / "network.onnx")
+
+
 def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_observe, "_BUDGET", 1)
     wanted = CalibrationTable.read(TENSORRT / "tables" / "concat.entropy.cache")
@@ -71,8 +82,7 @@ def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, mon
     assert found.scales["mul"] == pytest.approx(wanted.scales["mul"], rel=1e-4)
 
 
-def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch, network):
     images[7] *= 3
     np.save(tmp_path / "images.npy", images)
     whole = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
@@ -81,19 +91,17 @@ def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch):
     assert dict(parts.scales) == pytest.approx(dict(whole.scales), rel=1e-5)
 
 
-def test_torch_has_its_threads_again(images, tmp_path):
-    np.save(tmp_path / "images.npy", images)
+def test_torch_has_its_threads_again(tmp_path, source, network):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        table_of(save(classifier(), tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+        table_of(network, source, tmp_path)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
 
 
-def test_an_array_with_batches_is_that_of_its_images(images, tmp_path):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_an_array_with_batches_is_that_of_its_images(images, tmp_path, network):
     np.save(tmp_path / "flat.npy", images)
     np.save(tmp_path / "batches.npy", images.reshape(4, 10, 3, 16, 16))
     np.savez(tmp_path / "named.npz", data=images)
@@ -103,10 +111,8 @@ def test_an_array_with_batches_is_that_of_its_images(images, tmp_path):
     assert table_of(network, tmp_path / "batches.npy", tmp_path, "--batches", "2") != flat
 
 
-def test_every_value_has_the_threshold_of_its_histogram(images, tmp_path):
-    network = save(classifier(), tmp_path / "network.onnx")
-    np.save(tmp_path / "images.npy", images)
-    table = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "40")
+def test_every_value_has_the_threshold_of_its_histogram(images, tmp_path, source, network):
+    table = table_of(network, source, tmp_path, "--batch-size", "40")
     import onnxruntime
     import torch
 
@@ -192,25 +198,22 @@ def test_operator_sets_and_fixed_batches(images, tmp_path, opset):
         table_of(network, tmp_path / "few.npy", tmp_path)
 
 
-def test_external_weights(images, tmp_path):
-    np.save(tmp_path / "images.npy", images)
-    inside = table_of(save(classifier(), tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+def test_external_weights(tmp_path, source):
+    inside = table_of(save(classifier(), tmp_path / "network.onnx"), source, tmp_path)
     network = tmp_path / "external.onnx"
     onnx.save(classifier(), network, save_as_external_data=True, location="weights.bin", size_threshold=0)
-    assert table_of(network, tmp_path / "images.npy", tmp_path) == inside
+    assert table_of(network, source, tmp_path) == inside
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(InputError, match=r"weights.bin, which holds weights of external.onnx, is missing"):
-        table_of(network, tmp_path / "images.npy", tmp_path)
+        table_of(network, source, tmp_path)
 
 
-def test_nothing_that_is_read_is_overwritten(images, tmp_path):
-    network = save(classifier(), tmp_path / "network.onnx")
-    np.save(tmp_path / "images.npy", images)
+def test_nothing_that_is_read_is_overwritten(tmp_path, source, network):
     before = network.read_bytes()
     new = tmp_path / "new"
-    for outputs in ([network], [tmp_path / "images.npy"], [new, "--qdq", network], [new, "--qdq", new]):
+    for outputs in ([network], [source], [new, "--qdq", network], [new, "--qdq", new]):
         with pytest.raises(InputError, match="give the result another name"):
-            run("calibrate", network, "--images", tmp_path / "images.npy", "--output", *outputs)
+            run("calibrate", network, "--images", source, "--output", *outputs)
     assert network.read_bytes() == before
 
 
@@ -239,7 +242,7 @@ def test_a_network_above_2_gib(tmp_path, capsys):
     assert "operators in INT8: 1 MatMul" in capsys.readouterr().out
 
 
-def test_what_subgraphs_hold_stays_in_float(images, tmp_path, capsys):
+def test_what_subgraphs_hold_stays_in_float(tmp_path, capsys, source):
     branches = {}
     for name, kind in (("then_branch", "Relu"), ("else_branch", "Neg")):
         output = helper.make_tensor_value_info(f"{name}/out", TensorProto.FLOAT, None)
@@ -253,25 +256,23 @@ def test_what_subgraphs_hold_stays_in_float(images, tmp_path, capsys):
     ]
     weights = {"w": weight(np.random.default_rng(6), 4, 3, 3, 3), "zero": np.float32(0).reshape(())}
     made = model(nodes, {"data": ["N", 3, 16, 16]}, {"prob": ["N", 4, 14, 14]}, weights)
-    np.save(tmp_path / "images.npy", images)
-    table = table_of(save(made, tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+    table = table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
     assert {"data", "c", "prob"} <= table.scales.keys()
     assert not any("branch" in name or name == "positive" for name in table.scales)
     assert "warning: what If, Loop and Scan hold stays in float: /chosen/If" in capsys.readouterr().err
 
 
-def test_custom_operators_are_named_in_one_line(images, tmp_path):
+def test_custom_operators_are_named_in_one_line(tmp_path, source):
     made = classifier()
     made.graph.node.append(helper.make_node("EfficientNMS_TRT", ["prob"], ["boxes"], domain="plugins"))
     made.graph.output[0].name = "boxes"
     made.opset_import.append(helper.make_opsetid("plugins", 1))
-    np.save(tmp_path / "images.npy", images)
     with pytest.raises(InputError, match=r"does not have: EfficientNMS_TRT \(domain plugins\)") as error:
-        table_of(save(made, tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+        table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
     assert "\n" not in str(error.value)
 
 
-def test_dead_and_infinite_values_are_named(images, tmp_path, capsys):
+def test_dead_and_infinite_values_are_named(tmp_path, capsys, source):
     nodes = [
         node("Sub", ["data", "data"], ["dead"]),
         node("Log", ["dead"], ["infinite"]),
@@ -279,8 +280,7 @@ def test_dead_and_infinite_values_are_named(images, tmp_path, capsys):
         node("Add", ["back", "data"], ["prob"]),
     ]
     made = model(nodes, {"data": ["N", 3, 16, 16]}, {"prob": ["N", 3, 16, 16]}, {})
-    np.save(tmp_path / "images.npy", images)
-    table = table_of(save(made, tmp_path / "network.onnx"), tmp_path / "images.npy", tmp_path)
+    table = table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
     captured = capsys.readouterr().err
     assert "all values were zero: tensors 'dead', 'back'" in captured
     assert "values were infinite: tensor 'infinite'" in captured
@@ -314,8 +314,7 @@ def folder(tmp_path):
         (["--resize", "32"], 1.0),
     ],
 )
-def test_how_an_image_becomes_the_input(folder, tmp_path, arguments, expected):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_how_an_image_becomes_the_input(folder, tmp_path, arguments, expected, network):
     table = table_of(network, folder, tmp_path, "--algorithm", "minmax", *arguments)
     assert table.dynamic_ranges["data"] == pytest.approx(expected, rel=1e-5)
 
@@ -333,8 +332,7 @@ def test_how_an_image_becomes_the_input(folder, tmp_path, arguments, expected):
         (["--algorithm", "legacy", "--quantile", "2"], "--quantile"),
     ],
 )
-def test_options_that_do_not_fit(folder, tmp_path, arguments, complaint):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_options_that_do_not_fit(folder, tmp_path, arguments, complaint, network):
     with pytest.raises(InputError, match=complaint):
         table_of(network, folder, tmp_path, *arguments)
 
@@ -358,8 +356,7 @@ def refused(tmp_path):
     return refused
 
 
-def test_arrays_that_do_not_fit(images, tmp_path, refused):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_arrays_that_do_not_fit(images, tmp_path, refused, network):
     path = tmp_path / "images.npy"
     nan, infinite = images.copy(), images.copy()
     nan[3, 0, 0, 0], infinite[3, 0, 0, 0] = np.nan, np.inf
@@ -396,8 +393,7 @@ def test_a_single_number_as_input(images, tmp_path, refused):
     refused(save(made, tmp_path / "network.onnx"), tmp_path / "inputs.npz", "input 'factor' of the network is a single")
 
 
-def test_folders_that_do_not_fit(folder, tmp_path, refused):
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_folders_that_do_not_fit(folder, tmp_path, refused, network):
     empty = tmp_path / "empty"
     empty.mkdir()
     refused(network, empty, "holds no image")
@@ -405,16 +401,14 @@ def test_folders_that_do_not_fit(folder, tmp_path, refused):
     refused(network, folder, "broken.jpg is not a readable image")
 
 
-def test_broken_networks(images, tmp_path, refused):
-    np.save(tmp_path / "images.npy", images)
-    network = save(classifier(), tmp_path / "network.onnx")
+def test_broken_networks(tmp_path, refused, source, network):
     content = network.read_bytes()
     for length in {0, 1, 10, len(content) // 2, len(content) - 1, *range(100, len(content), 997)}:
         network.write_bytes(content[:length])
-        refused(network, tmp_path / "images.npy", r"network\.onnx")
+        refused(network, source, r"network\.onnx")
     made = classifier()
     made.graph.node[0].input[0] = "nowhere"
-    refused(save(made, network), tmp_path / "images.npy", "ONNX Runtime does not take")
+    refused(save(made, network), source, "ONNX Runtime does not take")
     made = model([node("QuantizeLinear", ["data", "s"], ["q"])], {"data": [1]}, {"q": [1]}, {"s": np.float32(1)})
-    refused(save(made, network), tmp_path / "images.npy", "takes no table")
-    refused(tmp_path / "missing.onnx", tmp_path / "images.npy", "cannot read")
+    refused(save(made, network), source, "takes no table")
+    refused(tmp_path / "missing.onnx", source, "cannot read")

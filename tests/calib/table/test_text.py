@@ -257,25 +257,19 @@ def test_constructor_keeps_what_a_file_can_hold(scale):
     assert list(CalibrationTable({"x": scale}).unusable) == ["x"]
 
 
-@pytest.mark.parametrize("scale", [3.5e38, 1e300], ids=lambda value: f"{value:g}")
-def test_constructor_refuses_scales(scale):
-    with pytest.raises(InputError, match="tensor 'x': the scale"):
-        CalibrationTable({"x": scale})
-
-
-@pytest.mark.parametrize("name", ["", "a\nb", "a\rb", "a\0b", "\ud800"])
-def test_constructor_refuses_names(name):
-    with pytest.raises(InputError, match="name"):
-        CalibrationTable({name: 1.0})
-
-
-def test_constructor_refuses_the_rest():
-    with pytest.raises(InputError, match="at least one tensor"):
-        CalibrationTable({})
-    with pytest.raises(InputError, match="unknown algorithm 'entropy3'"):
-        CalibrationTable({"x": 1.0}, "entropy3")
-    with pytest.raises(InputError, match="not a TensorRT version"):
-        CalibrationTable({"x": 1.0}, tensorrt_version="latest")
+@pytest.mark.parametrize(
+    ("scales", "options", "message"),
+    [
+        *(({"x": scale}, {}, "tensor 'x': the scale") for scale in (3.5e38, 1e300)),
+        *(({name: 1.0}, {}, "name") for name in ("", "a\nb", "a\rb", "a\0b", "\ud800")),
+        ({}, {}, "at least one tensor"),
+        ({"x": 1.0}, {"algorithm": "entropy3"}, "unknown algorithm 'entropy3'"),
+        ({"x": 1.0}, {"tensorrt_version": "latest"}, "not a TensorRT version"),
+    ],
+)
+def test_what_the_constructor_refuses(scales, options, message):
+    with pytest.raises(InputError, match=message):
+        CalibrationTable(scales, **options)
 
 
 LEGACY = "0 3ff0000000000000 3fefffeb074a771d\ninput: 3d97aca7\nConv_0__output: 3eb2bbb9\n"

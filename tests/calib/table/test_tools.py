@@ -58,13 +58,6 @@ def test_show_json_reads_back(table, tmp_path, capsys):
     assert formats.read(copy) == TABLE
 
 
-def test_show_names_what_cannot_be_quantized(tmp_path, capsys):
-    path = tmp_path / "table"
-    CalibrationTable({"x": 1.0, "dead": 0.0}).write(path)
-    assert run("show", path) == 0
-    assert "tensor 'dead' cannot be quantized: scale 0" in capsys.readouterr().out
-
-
 # diff
 
 
@@ -253,15 +246,6 @@ def test_convert_rewrites_line_1_in_place(table, capsys):
     assert run("convert", table, table, "--tensorrt-version", "10.12.0.36", "--algorithm", "minmax") == 0
     assert table.read_text() == "TRT-101200-MinMaxCalibration\n" + body
     assert "TRT-101200-MinMaxCalibration" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("name", ["table.json", "table.flatbuffers", "other"])
-def test_convert_there_and_back(table, tmp_path, name):
-    assert run("convert", table, tmp_path / name) == 0
-    back = tmp_path / "back"
-    arguments = ["--algorithm", "entropy2", "--tensorrt-version", "8.6.1"] if name == "table.flatbuffers" else []
-    assert run("convert", tmp_path / name, back, *arguments) == 0
-    assert CalibrationTable.read(back) == TABLE
 
 
 def test_convert_to_asked_format_whatever_the_suffix(table, tmp_path):
@@ -455,20 +439,10 @@ def test_exit_codes(table, tmp_path, capsys, arguments, code):
     assert err.count("\n") == (code == 2)
 
 
-def test_command_starts_without_heavy_imports(root, table):
-    script = (
-        "import sys; from calib.__main__ import main; code = main(sys.argv[1:]); "
-        "print([name for name in ('torch', 'numpy', 'onnx', 'rich', 'jsonargparse') if name in sys.modules]); "
-        "raise SystemExit(code)"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", script, "show", str(table)], cwd=root, capture_output=True, text=True, check=False
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.splitlines()[-1] == "[]"
-
-
-def test_module_runs(command, table):
-    result = command("calib", "show", str(table))
-    assert (result.returncode, result.stderr) == (0, "")
+def test_the_module_starts_without_heavy_imports(root, table):
+    program = [sys.executable, "-X", "importtime", "-m", "calib", "show", str(table)]
+    result = subprocess.run(program, cwd=root, capture_output=True, text=True, check=True)
     assert "conv1" in result.stdout
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines()}
+    assert "calib.table" in imported
+    assert not {"torch", "numpy", "onnx", "rich", "jsonargparse"} & imported
