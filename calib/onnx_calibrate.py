@@ -25,6 +25,7 @@ from calib.onnx_observe import Observed
 from calib.onnx_rules import Entry, entries
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
+from calib.table.text import name_problem
 from common.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class OnnxCalibration:
         batches: Batches seen.
         zero: Entries whose values were zero throughout.
         infinite: Values that were infinite, and so have no entry.
+        unnamed: Values whose names the table cannot hold, and which so have no entry.
         seconds: Time of the network and the histograms.
         provider: What ONNX Runtime computed with, such as ``CUDAExecutionProvider``.
     """
@@ -52,6 +54,7 @@ class OnnxCalibration:
     batches: int
     zero: tuple[str, ...]
     infinite: tuple[str, ...]
+    unnamed: tuple[str, ...]
     seconds: float
     provider: str
 
@@ -97,13 +100,16 @@ def calibrate_onnx(
     found = {name: one.value for name, one in zip(histograms, values, strict=True)}
     sources = {entry.name: f"{entry.name} " if entry.name in arrays else entry.value for entry in entries}
     scales = {name: found[source] / LEVELS for name, source in sources.items() if source in found}
+    unnamed = tuple(name for name in scales if name_problem(name) is not None)
+    for name in unnamed:
+        del scales[name]
     zero = tuple(name for name, scale in scales.items() if scale == 0)
     for value in model.graph.input:
         if scales.get(value.name) == 0:
             raise InputError(f"input {value.name!r} is zero in all calibration batches: there is nothing to calibrate")
     legacy = Legacy(quantile=options.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
-    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, seconds, observed.provider)
+    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, unnamed, seconds, observed.provider)
 
 
 def complete_table(

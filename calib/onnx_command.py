@@ -124,7 +124,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     )
     table = calibration.table
     inner = [node.name or node.op_type for node in subgraph_nodes(model)]
-    for line in _warnings(calibration, inner):
+    for line in _warnings(calibration, inner, batches.left_over):
         print(f"warning: {line}", file=sys.stderr)
     # The table first: it is whole, whatever becomes of the other file.
     if arguments.json:
@@ -194,6 +194,8 @@ def _write_quantized(
 
 def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
     print(f"wrote {path}")
+    if not quantized["sqnr_db"]:
+        print("SQNR: the network has no output of floats")
     for name, decibels in quantized["sqnr_db"].items():
         print(f"SQNR of {name}: " + ("no error" if decibels is None else f"{decibels:.1f} dB"))
     for kind, what in (("int8", "in INT8"), ("float", "in float")):
@@ -238,12 +240,17 @@ def _pixels(arguments: argparse.Namespace) -> Pixels:
     )
 
 
-def _warnings(calibration: OnnxCalibration, subgraphs: list[str]) -> list[str]:
+def _warnings(calibration: OnnxCalibration, subgraphs: list[str], left_over: int) -> list[str]:
     lines = []
+    if left_over:
+        images = "image is" if left_over == 1 else f"{left_over} images are"
+        lines.append(f"the last {images} left out: they do not fill the batch that the network takes")
     if subgraphs:
         lines.append(f"what If, Loop and Scan hold stays in float: {', '.join(subgraphs[:5])}")
     if calibration.zero:
         lines.append(f"no usable range, all values were zero: {named(calibration.zero)}")
+    if calibration.unnamed:
+        lines.append(f"no entry, since the table cannot hold such a name: {named(calibration.unnamed)}")
     if calibration.infinite:
         lines.append(f"no entry, since values were infinite: {named(calibration.infinite)}")
     return lines

@@ -19,6 +19,9 @@ QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 _LARGEST_FILE = 2**31
 """Protocol buffers end here; larger networks keep their weights in other files."""
 
+_MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+"""Operators behind which exporters leave weights."""
+
 _SMALL = 1024
 """Values of a constant that may hold sizes."""
 
@@ -127,7 +130,7 @@ def network_inputs(model: onnx.ModelProto) -> list[NetworkInput]:
 
 
 def no_floats(model: onnx.ModelProto) -> set[str]:
-    """Values of the main graph that are integers, booleans or text, as far as types can be inferred."""
+    """Values of the main graph that are integers, booleans, text or sequences, as far as types can be inferred."""
     import onnx
 
     try:
@@ -136,7 +139,11 @@ def no_floats(model: onnx.ModelProto) -> set[str]:
         graph = model.graph
     floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
     values = [*graph.input, *graph.value_info, *graph.output]
-    return {value.name for value in values if value.type.tensor_type.elem_type not in floats}
+    return {
+        value.name
+        for value in values
+        if value.type.WhichOneof("value") not in (None, "tensor_type") or value.type.tensor_type.elem_type not in floats
+    }
 
 
 def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -221,16 +228,32 @@ def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | None:
-    """The value of an initializer or a Constant node's output, or None if ``name`` is neither."""
+    """The value of an initializer, a Constant node's output, or one of them moved by operators such as Transpose.
+
+    None if ``name`` is none of these.
+    """
     from onnx import numpy_helper
 
     for weight in model.graph.initializer:
         if weight.name == name:
             return numpy_helper.to_array(weight, base_dir=str(folder))
-    for node in model.graph.node:
-        if node.op_type == "Constant" and name in node.output:
-            return constant_value(node)
-    return None
+    node = next((node for node in model.graph.node if name in node.output), None)
+    if node is None or node.op_type not in (*_MOVES, "Constant"):
+        return None
+    return constant_value(node) if node.op_type == "Constant" else _moved(model, node, folder)
+
+
+def _moved(model: onnx.ModelProto, node: onnx.NodeProto, folder: Path) -> NDArray[Any] | None:
+    """What a node that moves values makes of constants, or None where it reads others."""
+    from onnx.reference import ReferenceEvaluator
+
+    inputs = {name: constant(model, name, folder) for name in filter(None, node.input)}
+    if any(value is None for value in inputs.values()):
+        return None
+    versions = {item.domain: item.version for item in model.opset_import}
+    evaluator: Any = ReferenceEvaluator(node, opsets=versions)
+    moved: NDArray[Any] = evaluator.run(None, inputs)[0]
+    return moved
 
 
 def constant_value(node: onnx.NodeProto) -> NDArray[Any] | None:

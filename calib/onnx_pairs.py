@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
 from calib.onnx_model import constant, free_name, replace_items
-from calib.onnx_rules import Graph
+from calib.onnx_rules import Graph, values_read
 
 if TYPE_CHECKING:
     import onnx
@@ -118,9 +118,14 @@ class _Pairs:
         self._made: list[onnx.TensorProto] = []
         self._taken = {name for node in model.graph.node for name in (*node.input, *node.output)}
         self._taken.update(self._weights)
+        self._node_names = {node.name for node in model.graph.node}
 
     def weight(self, weight: Weight, unsigned: bool) -> None:
-        """Store a weight as codes: rint(weight / scale) in [-127, 127]."""
+        """Store a weight as codes: rint(weight / scale) in [-127, 127].
+
+        Signed codes that several layers read are stored for each of them: ONNX Runtime's ``session.x64quantprecision``
+        makes them unsigned layer by layer, and fails where another one did so before.
+        """
         values = self._constant(weight.name)
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
         codes = values / (weight.scales if weight.axis is None else weight.scales.reshape(shape))
@@ -131,12 +136,15 @@ class _Pairs:
         stored = codes.astype(np.uint8 if unsigned else np.int8)
         zero_points = np.full(weight.scales.shape, _MIDDLE if unsigned else 0, stored.dtype)
         name = weight.name
-        inputs = [
-            self._store(f"{name}_quantized", stored),
-            self._store(f"{name}_scale", weight.scales),
-            self._store(f"{name}_zero_point", zero_points),
-        ]
-        self._dequantized_constant(name, inputs, weight.axis, weight.readers)
+        named = [node.name for node in self._readers.get(name, ())]
+        readers = [node for node in named if weight.readers is None or node in weight.readers]
+        for group in [set(readers)] if unsigned else [{reader} for reader in readers]:
+            inputs = [
+                self._store(f"{name}_quantized", stored),
+                self._store(f"{name}_scale", weight.scales),
+                self._store(f"{name}_zero_point", zero_points),
+            ]
+            self._dequantized_constant(name, inputs, weight.axis, group)
 
     def bias(self, weight: Weight, bias: str) -> None:
         """Store a bias as int32."""
@@ -164,7 +172,9 @@ class _Pairs:
         source = free_name(f"{value}_QuantizeLinear_Input", self._taken) if is_output else value
         codes = free_name(f"{value}_QuantizeLinear_Output", self._taken)
         pair = [
-            onnx.helper.make_node("QuantizeLinear", [source, *parameters], [codes], f"{value}_QuantizeLinear"),
+            onnx.helper.make_node(
+                "QuantizeLinear", [source, *parameters], [codes], self._named(value, "QuantizeLinear")
+            ),
             self._dequantize(value, [codes, *parameters]),
         ]
         self._after[value] = pair
@@ -176,7 +186,7 @@ class _Pairs:
             self._let_read(activation.readers, value, pair[1].output[0])
 
     def finish(self) -> None:
-        """Write the new nodes and initializers, and drop the weights that nothing reads any more."""
+        """Write the new nodes and initializers, and drop the constants that nothing reads any more."""
         graph = self._model.graph
         nodes = [*self._first]
         for item in graph.input:
@@ -188,9 +198,13 @@ class _Pairs:
             node.output[:] = [self._renamed.get(name, name) for name in node.output]
         replace_items(graph.node, nodes)
         written = Graph(self._model)
-        read = {*written.readers, *written.outputs}
+        read, kept = set(written.outputs), []
+        for node in reversed(written.nodes):
+            if not (written.constant.issuperset(node.output) and read.isdisjoint(node.output)):
+                kept.append(node)
+                read.update(values_read(node))
+        replace_items(graph.node, reversed(kept))
         weights = [*graph.initializer, *self._made]
-        replace_items(graph.node, [node for node in graph.node if node.op_type != "Constant" or node.output[0] in read])
         # In old files all weights must be inputs as well; in others those are, which a user may replace.
         old = self._model.ir_version < _WEIGHTS_ALONE
         dropped = {weight.name for weight in weights if old or weight.name not in read}
@@ -224,7 +238,13 @@ class _Pairs:
         import onnx
 
         output = free_name(f"{name}_DequantizeLinear_Output", self._taken)
-        return onnx.helper.make_node("DequantizeLinear", inputs, [output], f"{name}_DequantizeLinear", axis=axis)
+        return onnx.helper.make_node(
+            "DequantizeLinear", inputs, [output], self._named(name, "DequantizeLinear"), axis=axis
+        )
+
+    def _named(self, value: str, operator: str) -> str:
+        """A name for a node, which no other one has."""
+        return free_name(f"{value}_{operator}", self._node_names)
 
     def _store(self, name: str, array: NDArray[Any]) -> str:
         import onnx

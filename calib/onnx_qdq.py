@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
 from calib.onnx_form import linear_as_convolution
-from calib.onnx_model import constant_value, free_name, no_floats
+from calib.onnx_model import constant, free_name, no_floats
 from calib.onnx_pairs import Activation, Weight, write_pairs
 from calib.onnx_rules import RESHAPES, WEIGHTED, Graph
 from calib.table import CalibrationTable
@@ -36,7 +36,8 @@ PER_CHANNEL_OPSET: Final = 13
 """First operator set whose DequantizeLinear takes a scale for each channel."""
 
 _NEWEST_OPSET: Final = 20
-"""From 21 on, ONNX Runtime (1.32) refuses pairs around pooling on x86: it mixes up the types of those that it adds."""
+"""From 21 on, ONNX Runtime (1.32) mixes up the types of the pairs that it adds itself on x86, and refuses the network:
+behind a pooling, and behind the reshape that it puts in front of a matrix product with a bias."""
 
 _POOLING: Final = frozenset({"AveragePool", "GlobalAveragePool", "MaxPool"})
 _NO_ARITHMETIC: Final = RESHAPES | {
@@ -101,9 +102,10 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         chosen.add(index)
         activations.setdefault(name, Activation(usable[name], set())).readers.add(names[index])
 
+    newest = _opset(model) > _NEWEST_OPSET
     for index, node in enumerate(graph.nodes):
-        weight = _weight(node, graph, path)
-        if weight is None:
+        weight = _weight(node, model, graph, path)
+        if weight is None or (newest and _has_bias_behind(graph, node)):
             continue
         if node.input[0] not in usable:
             missing[node.name or node.op_type] = node.input[0]
@@ -117,6 +119,8 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         readers.add(names[index])
         weights[node.input[1], axis] = Weight(node.input[1], axis, scales, None, usable[node.input[0]], readers)
     for index, slot in _others(graph, chosen):
+        if newest and graph.nodes[index].op_type in _POOLING:
+            continue
         name = graph.nodes[index].input[slot]
         if name in usable:
             quantize_value(name, index)
@@ -150,11 +154,15 @@ def _name_nodes(model: onnx.ModelProto) -> list[str]:
     return [node.name for node in model.graph.node]
 
 
+def _opset(model: onnx.ModelProto) -> int:
+    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 1)
+
+
 def _with_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """The model in an operator set that knows a scale for each channel, and that ONNX Runtime loads with pairs."""
     import onnx
 
-    version = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 1)
+    version = _opset(model)
     if PER_CHANNEL_OPSET <= version <= _NEWEST_OPSET:
         return model
     try:
@@ -168,25 +176,22 @@ def _with_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         ) from error
 
 
-def _weight(node: onnx.NodeProto, graph: Graph, path: Path) -> NDArray[np.float32] | None:
+def _weight(node: onnx.NodeProto, model: onnx.ModelProto, graph: Graph, path: Path) -> NDArray[np.float32] | None:
     """The constant weight of a layer that can compute in INT8, or None."""
-    from onnx import numpy_helper
-
     if node.op_type not in WEIGHTED or len(node.input) < 2 or node.input[0] in graph.constant:
         return None
     if node.op_type == "Gemm" and any(attribute.name == "transA" and attribute.i for attribute in node.attribute):
         return None
-    name = node.input[1]
-    if name in graph.weights:
-        array = numpy_helper.to_array(graph.weights[name], base_dir=str(path.parent))
-    elif name in graph.producer and graph.producer[name].op_type == "Constant":
-        found = constant_value(graph.producer[name])
-        if found is None:
-            return None
-        array = found
-    else:
+    array = constant(model, node.input[1], path.parent) if node.input[1] in graph.constant else None
+    if array is None or array.dtype != np.float32 or array.ndim < 2 or not np.isfinite(array).all():
         return None
-    return array if array.dtype == np.float32 and array.ndim >= 2 and np.isfinite(array).all() else None
+    return array
+
+
+def _has_bias_behind(graph: Graph, node: onnx.NodeProto) -> bool:
+    """Whether ONNX Runtime makes one operator of a matrix product and the sum behind it."""
+    reader = graph.sole_reader(node.output[0])
+    return node.op_type == "MatMul" and reader is not None and reader.op_type == "Add"
 
 
 def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int | None:

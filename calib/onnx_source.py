@@ -63,11 +63,13 @@ class Batches:
         images: Number of images.
         sizes: Images of each batch.
         load: A batch, from its first image and the one after its last.
+        left_over: Images behind the last batch, which fill no batch of the fixed size that the network takes.
     """
 
     images: int
     sizes: tuple[int, ...]
     load: Callable[[int, int], Batch]
+    left_over: int = 0
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -118,13 +120,12 @@ def open_source(
     size = batch_size or given or max(DEFAULT_BATCH // least * least if least else DEFAULT_BATCH, least or 1)
     if least and size % least:
         raise InputError(f"the network takes batches of {least}: --batch-size {size} is no multiple of it")
-    sizes = [min(size, images - begin) for begin in range(0, images, size)]
-    if least and sizes[-1] % least:
-        sizes[-1] -= sizes[-1] % least
-    sizes = [size for size in sizes if size][:batches]
+    left_over = images % least if least else 0
+    sizes = [min(size, images - left_over - begin) for begin in range(0, images - left_over, size)]
     if not sizes:
         raise InputError(f"{source} has {images} images, and the network takes batches of {least}")
-    return Batches(sum(sizes), tuple(sizes), load)
+    kept = sizes[:batches]
+    return Batches(sum(kept), tuple(kept), load, left_over if len(kept) == len(sizes) else 0)
 
 
 _Opened = tuple[int, int | None, Callable[[int, int], Batch]]
@@ -146,11 +147,15 @@ def _arrays(source: Path, inputs: Sequence[NetworkInput]) -> _Opened:
             raise InputError(f"{source} has no array {missing[0]!r}: the inputs of the network are {needed}")
         raise InputError(f"the network has the inputs {needed}: give a .npz file with an array of each name")
     flat: dict[str, NDArray[Any]] = {}
+    types = {item.name: item.dtype for item in inputs}
     given: set[int | None] = set()
     for item in inputs:
         array = arrays[item.name]
         what = f"{source}" + (f", array {item.name!r}" if named else "")
-        if str(array.dtype) != item.dtype:
+        if item.dtype == "object":
+            raise InputError(f"input {item.name!r} of the network is text, which is not calibrated: cut it off")
+        # float16 networks are given what others are given.
+        if str(array.dtype) not in (item.dtype, "float32" if item.dtype == "float16" else item.dtype):
             raise InputError(f"{what} is {array.dtype}, and the network takes {item.text()}: convert it first")
         rank = array.ndim if item.shape is None else len(item.shape)
         if not rank:
@@ -168,7 +173,7 @@ def _arrays(source: Path, inputs: Sequence[NetworkInput]) -> _Opened:
         raise InputError(f"the arrays of {source} have different numbers of images or batches")
 
     def load(begin: int, end: int) -> Batch:
-        return {name: np.array(array[begin:end]) for name, array in flat.items()}
+        return {name: np.array(array[begin:end], types[name]) for name, array in flat.items()}
 
     return counts.pop(), given.pop(), load
 

@@ -125,7 +125,7 @@ class CalibrationTable:
             raise InputError("a calibration table needs at least one tensor")
         rounded = {}
         for name, scale in self.scales.items():
-            if problem := _name_problem(name):
+            if problem := name_problem(name):
                 raise InputError(f"tensor {name!r}: {problem}")
             try:
                 rounded[name] = scale_from_hex(scale_to_hex(scale))
@@ -324,7 +324,7 @@ def scan(text: str) -> Scan:
             problems.append(Problem(number, f"tensor {_quote(name)} already appeared in line {first_seen[name]}"))
             continue
         first_seen[name] = number
-        if problem := _name_problem(name):
+        if problem := name_problem(name):
             problems.append(Problem(number, f"tensor {_quote(name)}: {problem}"))
             continue
         scales[name] = scale_from_hex(digits)
@@ -390,7 +390,8 @@ def _no_header(line: str) -> dict[str, Any]:
     }
 
 
-def _name_problem(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
+    """Why a table cannot hold a tensor of that name, or None."""
     if not name:
         return "the tensor has no name"
     if _ILLEGAL_IN_NAME.search(name):

@@ -142,8 +142,8 @@ def _show(arguments: argparse.Namespace) -> int:
         for name, scale in table.scales.items()
     ]
     print_rows(("tensor", "hex", "scale", "dynamic range"), rows)
-    for name, reason in table.unusable.items():
-        print(f"tensor {name!r} cannot be quantized: {reason}")
+    for line in _by_reason(table.unusable, " cannot be quantized:"):
+        print(line)
     return ExitCode.PASSED
 
 
@@ -220,7 +220,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if found.scales:
         scales = table.scales if table else found.scales
         unusable = CalibrationTable(scales, "minmax").unusable
-        warnings += [f"tensor {name!r}: {reason}" for name, reason in unusable.items()]
+        warnings += _by_reason(unusable, ":")
         if arguments.onnx:
             usable = {name: scale for name, scale in scales.items() if name not in unusable}
             differences, advice = _compare_with_network(scales, usable, arguments.onnx)
@@ -271,13 +271,21 @@ def named(names: Sequence[str]) -> str:
     return f"{'tensor' if len(names) == 1 else 'tensors'} {first}{more}"
 
 
+def _by_reason(unusable: Mapping[str, str], verb: str) -> list[str]:
+    """A line for each reason: the tensors that it holds for, ``verb``, and the reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in unusable.items():
+        names.setdefault(reason, []).append(name)
+    return [f"{named(found)}{verb} {reason}" for reason, found in names.items()]
+
+
 def _convert(arguments: argparse.Namespace) -> int:
     table = _read_any(arguments)
     suffixes: dict[str, formats.Format] = {".json": "json", ".flatbuffers": "onnxruntime"}
     to: formats.Format = arguments.to or suffixes.get(arguments.output.suffix, "table")
     write_table(arguments.output, table, to)
-    for name, reason in table.unusable.items():
-        print(f"warning: {arguments.table}: tensor {name!r} cannot be quantized: {reason}", file=sys.stderr)
+    for line in _by_reason(table.unusable, " cannot be quantized:"):
+        print(f"warning: {arguments.table}: {line}", file=sys.stderr)
     return ExitCode.PASSED
 
 

@@ -184,18 +184,40 @@ def test_integers_as_inputs_have_no_entry(tmp_path):
 
 
 @pytest.mark.parametrize("opset", [11, 13, 17, 21])
-def test_operator_sets_and_fixed_batches(images, tmp_path, opset):
+def test_operator_sets_and_fixed_batches(images, tmp_path, capsys, opset):
     made = classifier(opset)
     for value in (*made.graph.input, *made.graph.output):
         value.type.tensor_type.shape.dim[0].dim_value = 4
     network = save(made, tmp_path / "network.onnx")
     np.save(tmp_path / "images.npy", images[:10])
     assert len(table_of(network, tmp_path / "images.npy", tmp_path).scales) == 12
+    assert "the last 2 images are left out" in capsys.readouterr().err
     with pytest.raises(InputError, match="batches of 4: --batch-size 6 is no multiple"):
         table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "6")
     np.save(tmp_path / "few.npy", images[:3])
     with pytest.raises(InputError, match="3 images, and the network takes batches of 4"):
         table_of(network, tmp_path / "few.npy", tmp_path)
+
+
+def test_a_float16_network_takes_float32_images(images, tmp_path):
+    nodes = [node("Conv", ["data", "w"], ["c"]), node("Relu", ["c"], ["out"])]
+    kinds = dict.fromkeys(("data", "out"), TensorProto.FLOAT16)
+    weights = {"w": weight(np.random.default_rng(0), 4, 3, 3, 3).astype(np.float16)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 4, 14, 14]}, weights, **kinds)
+    network, tables = save(made, tmp_path / "network.onnx"), []
+    for kind in (np.float32, np.float16):
+        np.save(tmp_path / "images.npy", images.astype(kind))
+        tables.append(table_of(network, tmp_path / "images.npy", tmp_path))
+    assert tables[0] == tables[1]
+
+
+def test_a_name_that_the_table_cannot_hold_has_no_entry(tmp_path, source, capsys):
+    nodes = [node("Conv", ["data", "w"], ["two\nlines: 1"]), node("Relu", ["two\nlines: 1"], ["out"])]
+    weights = {"w": weight(np.random.default_rng(0), 4, 3, 3, 3)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 4, 14, 14]}, weights)
+    table = table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
+    assert list(table.scales) == ["data", "out"]
+    assert "cannot hold such a name: tensor 'two\\nlines: 1'" in capsys.readouterr().err
 
 
 def test_external_weights(tmp_path, source):
@@ -391,6 +413,13 @@ def test_a_single_number_as_input(images, tmp_path, refused):
     made = model(nodes, {"data": ["N", 3, 16, 16], "factor": []}, {"out": ["N", 3, 16, 16]}, {})
     np.savez(tmp_path / "inputs.npz", data=images, factor=np.float32(2))
     refused(save(made, tmp_path / "network.onnx"), tmp_path / "inputs.npz", "input 'factor' of the network is a single")
+
+
+def test_text_as_input(images, tmp_path, refused):
+    made = classifier()
+    made.graph.input.append(onnx.helper.make_tensor_value_info("text", TensorProto.STRING, ["N"]))
+    np.savez(tmp_path / "inputs.npz", data=images, text=np.array(["a"] * len(images)))
+    refused(save(made, tmp_path / "network.onnx"), tmp_path / "inputs.npz", "input 'text' of the network is text")
 
 
 def test_folders_that_do_not_fit(folder, tmp_path, refused, network):

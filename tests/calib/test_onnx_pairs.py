@@ -42,7 +42,13 @@ def test_names_that_the_network_has_stay_its_own(as_node, axis):
     back = nodes["w_DequantizeLinear"]
     codes, scales = (constants[name] for name in back.input[:2])
     np.testing.assert_allclose(codes * scales, weight, atol=scales.max() * 0.501)
-    assert nodes["/a/MatMul"].input[1] == nodes["/b/MatMul"].input[1] == back.output[0]
+    assert nodes["/a/MatMul"].input[1] == back.output[0]
+    # Each layer has its own, of the same numbers.
+    other = nodes["w_DequantizeLinear_"]
+    assert nodes["/b/MatMul"].input[1] == other.output[0]
+    for name, same in zip(back.input, other.input, strict=True):
+        assert name != same
+        np.testing.assert_array_equal(constants[name], constants[same])
     # The float weight is gone.
     assert "w" not in constants
     assert not [item for item in made.graph.node if item.op_type == "Constant"]
