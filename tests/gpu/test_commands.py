@@ -5,26 +5,15 @@ import re
 
 import pytest
 
-from engines.tensorrt.support import TensorRTError, has_calibrator, usable
 from evaluate import main as evaluate
 from quantize import main as quantize
 from train import main as train
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("calibrator")]
 
 SMALL = ("--engine.timing_iterations", "1", "--evaluation.batch_size", "32", "--evaluation.latency_batch_sizes", "[32]")
 QUICK = ("--no-analysis", "--evaluation.latency_seconds", "0.05", "--evaluation.agreement", "0")
 TENSORRT = ("--engine", "torch-tensorrt")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed():
-    try:
-        found = usable(0)[1]
-    except TensorRTError as error:
-        pytest.skip(f"needs TensorRT: {error}")
-    if not has_calibrator(found.torch_tensorrt):
-        pytest.skip(f"torch_tensorrt {found.torch_tensorrt} has no DataLoaderCalibrator")
 
 
 def test_lenet_on_digits(tmp_path, capsys):

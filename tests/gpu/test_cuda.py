@@ -3,22 +3,14 @@
 import pytest
 import torch
 
-from calib.tracing import trace
 from common.config import EngineConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.base import EngineError
 from engines.cuda import CudaEngine, CudaGraphs, baselines
 from engines.gpu import GpuError, find_gpu
-from models import LeNet
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(1)
-    return trace(LeNet(), "LeNet", (1, 28, 28))
 
 
 def images(count):

@@ -6,7 +6,6 @@ import torch
 from engines.integer import IntegerNetwork
 from engines.onnx_int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
-from engines.tensorrt.support import TensorRTError, usable
 from tests.networks import NETWORKS, images, make_network, make_plan
 
 pytestmark = pytest.mark.gpu
@@ -15,11 +14,7 @@ BATCH = 100
 
 
 @pytest.fixture(scope="module")
-def trt():
-    try:
-        usable(0)
-    except TensorRTError as error:
-        pytest.skip(f"needs TensorRT: {error}")
+def trt(installed):
     import tensorrt
 
     return tensorrt

@@ -7,37 +7,20 @@ import torch
 
 from calib.calibrator import calibrate as reference
 from calib.subset import Subset
-from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.tensorrt.calibration import calibrate
 from engines.tensorrt.engine import TorchTensorRTEngine
 from engines.tensorrt.match import compare, made_by
-from engines.tensorrt.support import TensorRTError, has_calibrator, usable
 from evaluation.latency import measure_latency
-from models import LeNet
 from tests.records import provenance
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("installed")]
 
 CONFIG = EngineConfig(timing_iterations=1)  # what is built here need not be the fastest
 LAYERS = ("conv1", "conv2", "ip1", "ip2")
 SUBSET = Subset(torch.randperm(200, generator=torch.Generator().manual_seed(1))[:100], 10)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def installed():
-    try:
-        return usable(0)[1]
-    except TensorRTError as error:
-        pytest.skip(f"needs TensorRT: {error}")
-
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(1)
-    return trace(LeNet(), "LeNet", (1, 28, 28))
 
 
 @pytest.fixture(scope="module")
@@ -107,9 +90,8 @@ def test_explicit_int8(network, ours, folder):
     assert [layer.layer for layer in compiled.macs.layers if layer.int8] == list(LAYERS)
 
 
-def test_implicit_int8_and_the_two_tables(installed, network, ours, tmp_path):
-    if not has_calibrator(installed.torch_tensorrt):
-        pytest.skip(f"torch_tensorrt {installed.torch_tensorrt} has no DataLoaderCalibrator")
+@pytest.mark.usefixtures("calibrator")
+def test_implicit_int8_and_the_two_tables(network, ours, tmp_path):
     path = tmp_path / "tensorrt" / "CalibrationTableLeNet"
     theirs = calibrate(network, lambda: (Source(), SUBSET), path, provenance(), CONFIG)
     assert theirs.calibrated

@@ -18,6 +18,7 @@ from models.archive import load_archive
 from tests.models.small import Auxiliary, Lively, Scores, ToNaN
 
 OPTIMIZER = OptimizerConfig(lr=0.05, schedule="onecycle", label_smoothing=0.0)
+DDP = "lightning.pytorch.strategies.DDPStrategy"
 QUICK = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 5}
 
 
@@ -299,15 +300,11 @@ def test_without_validation_the_last_weights_stay(run):
 
 def test_averaged_weights_are_kept(run, tmp_path):
     """Those of the exponential moving average, not the last ones."""
-    kept = {}
-
-    class Last(Callback):
-        def on_train_batch_end(self, trainer, module, *_) -> None:
-            kept["last"] = weights(module)
-
-    classifier, fitting = run(optimizer=dataclasses.replace(OPTIMIZER, average=0.9), callbacks=(Last(),), max_epochs=1)
+    steps = Steps()
+    classifier, fitting = run(optimizer=dataclasses.replace(OPTIMIZER, average=0.9), callbacks=(steps,), max_epochs=1)
     fit.load_best(fitting, classifier)
-    assert not torch.equal(weights(classifier)["1.weight"], kept["last"]["1.weight"])
+    _, _, last = steps.steps[-1]
+    assert not torch.equal(weights(classifier)["1.weight"], last["1.weight"])
 
 
 @pytest.mark.parametrize("when", ["between looks", "at a look"])
@@ -350,15 +347,11 @@ def test_biases_have_their_own_weight_decay(run):
 def test_gradients_are_clipped(run, precision, algorithm):
     """With a fused optimiser in either precision: a step moves the weights by the rate times the clip, no more."""
     plain = OptimizerConfig(lr=1.0, schedule="constant", momentum=0.0, weight_decay=0.0, label_smoothing=0.0)
-    before = {}
-
-    class Start(Callback):
-        def on_train_start(self, trainer, module) -> None:
-            before.update(weights(module))
-
     clip = {"gradient_clip_val": 0.001, "gradient_clip_algorithm": algorithm, "precision": precision}
-    classifier, _ = run(optimizer=plain, callbacks=(Start(),), limit_train_batches=1, max_epochs=1, **clip)
-    moved = torch.cat([(value - before[name]).flatten() for name, value in weights(classifier).items()])
+    steps = Steps()
+    run(optimizer=plain, callbacks=(steps,), limit_train_batches=1, max_epochs=1, **clip)
+    ((before, _, after),) = steps.steps
+    moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
     size = moved.norm() if algorithm == "norm" else moved.abs().max()
     assert 0.0009 < size < 0.0011
 
@@ -399,13 +392,8 @@ def test_signals_come_through(run, error, raised):
         ({"strategy": "ddp_fork_find_unused_parameters_true"}, "take ddp"),
         ({"strategy": "ddp_notebook"}, "take ddp"),
         (
-            {
-                "strategy": {
-                    "class_path": "lightning.pytorch.strategies.DDPStrategy",
-                    "init_args": {"start_method": "spawn"},
-                }
-            },
-            r"trainer\.strategy DDPStrategy .*: take ddp",
+            {"strategy": {"class_path": DDP, "init_args": {"start_method": "spawn"}}},
+            "strategy DDPStrategy .*: take ddp",
         ),
         ({"max_steps": -5}, "trainer: .*max_steps"),
         ({"limit_train_batches": 1.5}, "trainer: .*limit_train_batches"),
@@ -418,7 +406,7 @@ def test_wrong_trainer_arguments(tmp_path, wrong, message):
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("strategy", ["ddp", {"class_path": "lightning.pytorch.strategies.DDPStrategy"}])
+@pytest.mark.parametrize("strategy", ["ddp", {"class_path": DDP}])
 def test_strategies_whose_processes_begin_with_the_command(strategy):
     assert fit.check_trainer({"strategy": strategy}).values.trainer.strategy
 
@@ -453,15 +441,9 @@ def test_a_checkpoint_knows_its_precision(run, precision):
 
 
 def test_users_callbacks_and_loggers_come_on_top(tmp_path):
-    options = fit.check_trainer(
-        {
-            "accelerator": "cpu",
-            "callbacks": [{"class_path": "lightning.pytorch.callbacks.Timer"}],
-            "logger": False,
-            "profiler": "simple",
-        }
-    )
-    trainer = fit.make_trainer(options, tmp_path, 0.0, resume=False).trainer
+    timer = {"class_path": "lightning.pytorch.callbacks.Timer"}
+    given = {"accelerator": "cpu", "callbacks": [timer], "logger": False, "profiler": "simple"}
+    trainer = fit.make_trainer(fit.check_trainer(given), tmp_path, 0.0, resume=False).trainer
     names = [type(callback).__name__ for callback in trainer.callbacks]
     assert {"Timer", "EpochProgress", "Checkpoints"} <= set(names)
     assert trainer.loggers == []
