@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pickle
-import sys
 import zipfile
 
 import pytest
@@ -145,15 +144,17 @@ def test_named_class_is_not_called(path, meta, tmp_path, monkeypatch, class_path
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("width", ["width", "int(torch.ones(width).sum().item())"], ids=["plain", "computing"])
-def test_users_own_class_is_trusted_by_configuration(tmp_path, meta, monkeypatch, width):
-    monkeypatch.delitem(sys.modules, "mine_for_checkpoint", raising=False)
-    (tmp_path / "mine_for_checkpoint.py").write_text(
+@pytest.mark.parametrize(
+    ("module", "width"), [("mine_for_checkpoint", "width"), ("computing", "int(torch.ones(width).sum().item())")]
+)
+def test_users_own_class_is_trusted_by_configuration(tmp_path, meta, monkeypatch, module, width):
+    """Also one that computes with values while it is made."""
+    (tmp_path / f"{module}.py").write_text(
         "import torch\nfrom torch import nn\n"
         f"class Net(nn.Linear):\n    def __init__(self, width): super().__init__({width}, 2)\n"
     )
     monkeypatch.chdir(tmp_path)
-    name = "mine_for_checkpoint:Net"
+    name = f"{module}:Net"
     meta = dataclasses.replace(meta, network="Net", class_path=name, init_args={"width": 3})
     save_checkpoint(tmp_path / "model.ckpt", nn.Linear(3, 2), meta)
     with pytest.raises(InputError, match="--model.class_path"):
