@@ -76,8 +76,8 @@ BREAKS = (
         "ties",
         "of equal divergences the largest candidate wins",
         "calib/algorithms/search.py",
-        "_CANDIDATES[divergences <= smallest + TIE][-1]",
-        "_CANDIDATES[divergences <= smallest + TIE][0]",
+        "_CANDIDATES[divergences <= divergences.min() + TIE][-1]",
+        "_CANDIDATES[divergences <= divergences.min() + TIE][0]",
         "tests/calib/test_algorithms.py::test_largest_of_equal_divergences_wins",
     ),
     Break(
