@@ -27,15 +27,6 @@ def images(batches: int = 2, size: int = 20) -> list[Tensor]:
     return [torch.rand(size, 1, 28, 28, generator=generator) for _ in range(batches)]
 
 
-def test_the_table_names_caffes_blobs_in_order_and_shares_pooled_scales(model: LeNet) -> None:
-    table = calibrate(model, images())
-    assert list(table.scales) == ["data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"]
-    assert table.scales["pool1"] == table.scales["conv1"]
-    assert table.scales["pool2"] == table.scales["conv2"]
-    assert table.algorithm == "entropy2"
-    assert table.tensorrt_version == "10.12.0"
-
-
 def test_minmax_is_the_absolute_maximum_of_all_batches(model: LeNet) -> None:
     data = images()
     data[1][0, 0, 0, 0] = 3.5

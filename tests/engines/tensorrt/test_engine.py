@@ -24,6 +24,10 @@ from tests.upstream import INSTALLED, TABLE
 OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
 
 
+NEWER = Installed("2.8.0", "2.8.0", "10.13.0.1")
+TYPED = Installed("2.13.0", "2.13.0", "11.0.0")
+
+
 def engine(folder, batch_sizes=(1,), quantization=None, **config):
     return TorchTensorRTEngine(EngineConfig(**config), quantization or QuantizationConfig(), folder, batch_sizes)
 
@@ -83,7 +87,7 @@ class TestCompiling:
         assert compiled.run(images(2)).shape == (2, 10)
 
     def test_fp16_where_types_decide_goes_in_and_out_as_float32(self, machine, network, tmp_path):
-        machine(installed=Installed("2.13.0", "2.13.0", "11.0.0"))
+        machine(installed=TYPED)
         compiled = engine(tmp_path, (2,)).compile(network, "fp16", None)
         probabilities = compiled.run(images(2))
         assert probabilities.dtype is torch.float
@@ -219,34 +223,33 @@ class TestInt8:
         compiled = engine(tmp_path, (2,)).compile(network, "int8", table)
         assert "no percentile calibration" in compiled.details["quantization"]
 
-    def test_without_a_table(self, machine, network, tmp_path):
-        machine()
-        with pytest.raises(EngineError, match=r"run quantize\.py"):
-            engine(tmp_path).compile(network, "int8", None)
+    @pytest.mark.parametrize(
+        ("theirs", "installed", "ours", "message"),
+        [
+            (TABLE.dumps(), INSTALLED, None, r"run quantize\.py"),
+            (None, INSTALLED, OURS, r"has not calibrated LeNet yet: run quantize\.py"),
+            ("no table", INSTALLED, OURS, "line 1"),
+            (TABLE.dumps(), NEWER, OURS, r"of TensorRT 10\.12\.0, and 10\.13\.0 is installed"),
+        ],
+    )
+    def test_tables_that_do_not_serve(self, machine, network, tmp_path, theirs, installed, ours, message):
+        machine(installed=installed)
+        if theirs is not None:
+            calibrated(tmp_path, network).write_text(theirs)
+        with pytest.raises(EngineError, match=message):
+            engine(tmp_path).compile(network, "int8", ours)
 
-    def test_not_calibrated_by_tensorrt(self, machine, network, tmp_path):
-        machine()
-        with pytest.raises(EngineError, match=r"has not calibrated LeNet yet: run quantize\.py"):
-            engine(tmp_path).compile(network, "int8", OURS)
-
-    def test_calibrated_with_other_weights(self, machine, network, tmp_path):
+    def test_a_table_of_other_weights_does_not_serve(self, machine, network, tmp_path):
         machine()
         calibrated(tmp_path, network)
         torch.nn.init.ones_(network.module.get_parameter("ip2.bias"))
         with pytest.raises(EngineError, match="of other weights"):
             engine(tmp_path).compile(network, "int8", OURS)
 
-    def test_calibrated_by_another_tensorrt(self, machine, network, tmp_path):
-        machine(installed=Installed("2.8.0", "2.8.0", "10.13.0.1"))
-        calibrated(tmp_path, network)
-        with pytest.raises(EngineError, match=r"of TensorRT 10\.12\.0, and 10\.13\.0 is installed"):
-            engine(tmp_path).compile(network, "int8", OURS)
-
-    def test_a_table_that_is_none(self, machine, network, tmp_path):
-        machine()
-        calibrated(tmp_path, network).write_text("no table")
-        with pytest.raises(EngineError, match="line 1"):
-            engine(tmp_path).compile(network, "int8", OURS)
+    def test_fp16_layers_need_the_flag(self, machine, network, tmp_path):
+        machine(installed=TYPED)
+        with pytest.raises(EngineError, match="no flag for FP16 layers"):
+            engine(tmp_path, int8_fp16=True).compile(network, "int8", OURS)
 
     def test_a_table_that_tensorrt_does_not_accept(self, machine, network, tmp_path):
         upstream = machine()
@@ -260,11 +263,6 @@ class TestInt8:
         with pytest.raises(EngineError, match="did not accept the calibration table"):
             engine(tmp_path).compile(network, "int8", OURS)
         assert not (tmp_path / "engines").exists()
-
-    def test_fp16_layers_need_the_flag(self, machine, network, tmp_path):
-        machine(installed=Installed("2.13.0", "2.13.0", "11.0.0"))
-        with pytest.raises(EngineError, match="no flag for FP16 layers"):
-            engine(tmp_path, int8_fp16=True).compile(network, "int8", OURS)
 
 
 class TestRefusing:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
 import torchvision
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,7 +111,8 @@ def test_the_tables_that_tensorrt_wrote_for_residual_networks(name, model, shape
     """
     ours = CalibrationTable.read(TABLES / f"{name}.reference.cache")
     theirs = CalibrationTable.read(TABLES / f"{name}.torch_tensorrt.cache")
-    pairs = compare(ours, theirs, made_by(trace(model(), name, shape)))
+    network = trace(model(), name, shape)
+    pairs = compare(ours, theirs, made_by(network))
     assert [pair.reference for pair in pairs if pair.reference] == list(ours.scales)
     assert [pair.reference for pair in pairs if pair.reference and pair.tensorrt is None] == []
     assert [short_name(pair.tensorrt) for pair in pairs if pair.reference is None and not pair.note] == []
@@ -120,49 +120,12 @@ def test_the_tables_that_tensorrt_wrote_for_residual_networks(name, model, shape
         if pair.reference:
             expected = apart.get(pair.reference, 1)
             assert pair.ratio == pytest.approx(expected, rel=1e-3 if pair.reference in apart else 2e-5), pair
-
-
-def as_torch_tensorrt_names_them(network, shape):
-    """The nodes of the traced network as Torch-TensorRT 2.8 has them: as text, a linear layer as three."""
-    graph = torch.jit.trace(network.module, torch.zeros(1, *shape), check_trace=False).inlined_graph
-    names, number = ["input_0"], 0
-    for node in graph.nodes():
-        kind = node.kind()
-        if not kind.startswith("aten::") or not node.output().type().isSubtypeOf(torch._C.TensorType.get()):
-            continue
-        scope = f", scope: {node.scopeName()}" if node.scopeName() else ""
-        place = "# /site/torch/nn/functional.py:1:0_output"
-        if kind == "aten::linear":
-            names += [f"[Freeze Tensor 0x{number:x} ]_output", f"%{number} : Tensor = aten::t(%w)_output"]
-            names += [f"%{number + 1} : Tensor = aten::matmul(%x, %{number})_output"]
-            names += [f"[Freeze Tensor %{number} : Tensor = trt::const(%b) ]_output"]
-            names += [f"(Unnamed Layer* {number}) [Shuffle]_output"]
-            names += [f"%{number + 2} : Tensor = aten::add(%b, %{number + 1}, %c)_output_1"]
-        else:
-            names.append(f"%x.{number} : Tensor = {kind}(%a, %b){scope} {place}")
-        number += 3
-    names[-1] = "output_0"
-    return names
-
-
-@pytest.mark.parametrize(
-    ("model", "shape"),
-    [(LeNet, (1, 28, 28)), (SmallResNet, (1, 28, 28)), (torchvision.models.resnet18, (3, 64, 64))],
-)
-def test_every_tensor_of_ours_has_its_counterpart(model, shape):
-    network = trace(model().eval(), "network")
-    ours = CalibrationTable({name: 0.01 * (index + 1) for index, name in enumerate(network.tensors)})
-    names = as_torch_tensorrt_names_them(network, shape)
-    theirs = CalibrationTable(dict.fromkeys(names, 0.01))
-    pairs = compare(ours, theirs, made_by(network))
-    assert {pair.reference for pair in pairs} - {None} == set(network.tensors)
-    assert all(pair.tensorrt for pair in pairs)
-    assert all(pair.note for pair in pairs if pair.reference is None)
     modules = {node.name: node.target for node in network.module.graph.nodes if node.op == "call_module"}
-    for node, tensor in network.observed.items():
-        (pair,) = [pair for pair in pairs if pair.reference == tensor]
-        if "scope: " in pair.tensorrt:
-            assert short_name(pair.tensorrt).split()[0] == modules[node]
+    theirs_of = {pair.reference: pair.tensorrt for pair in pairs if pair.tensorrt and "scope: " in pair.tensorrt}
+    scoped = [(node, tensor) for node, tensor in network.observed.items() if node in modules and tensor in theirs_of]
+    assert len(scoped) > 10
+    for node, tensor in scoped:
+        assert short_name(theirs_of[tensor]).split()[0] == modules[node]
 
 
 def test_the_numbers_in_the_names_give_the_order_not_the_file():
