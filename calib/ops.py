@@ -67,6 +67,7 @@ _FUNCTIONS: Final[Mapping[Callable[..., Any], str]] = {
     torch.split: "view",
     torch.unbind: "view",
     torch.select: "view",
+    torch.narrow: "view",
     torch.unflatten: "view",
     F.dropout: "nothing",
     getattr: "shape",

@@ -48,6 +48,7 @@ FUNCTIONS: Final[Mapping[str, Callable[..., Any]]] = {
     "adaptive_max_pool2d": F.adaptive_max_pool2d,
     "softmax": torch.softmax,
     "cat": torch.cat,
+    "split_with_sizes": torch.split,
     "flatten": torch.flatten,
     "reshape": torch.reshape,
     "view": torch.reshape,

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from calib.ops import kind_of
+from calib.tracing.aten import SAME
 from calib.tracing.inplace import writes
 
 
@@ -72,9 +73,9 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
         return False
     if not node.all_input_nodes and node.op != "call_function":
         return False
-    return all(item in values for item in node.all_input_nodes) and (
-        torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ())
-    )
+    # Dropout is called random, and does nothing here.
+    random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and node.target not in SAME
+    return not random and all(item in values for item in node.all_input_nodes)
 
 
 def remove_nothing(module: fx.GraphModule) -> None:
