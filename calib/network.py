@@ -6,6 +6,7 @@ so that none of them can disagree about a name or about where a value is quantiz
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -148,6 +149,12 @@ class Network:
         names = dict(code.globals)
         exec(code.src, names)  # noqa: S102 - as fx.GraphModule makes its forward
         return names["forward"]  # type: ignore[no-any-return]
+
+
+def copy_sharing_weights(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose layers and graph can be replaced, and whose parameters and buffers are those of ``module``."""
+    shared = {id(value): value for value in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, shared)
 
 
 def _observe(observe: Callable[[str, Tensor], None], name: str, value: Any) -> None:

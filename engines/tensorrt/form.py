@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import skip_init
 
-from calib.network import Layer
+from calib.network import Layer, copy_sharing_weights
 from calib.plan import Int8Plan
 
 _ELEMENTWISE = frozenset({"relu", "activation"})
@@ -66,7 +66,7 @@ def linear_as_convolution(plan: Int8Plan) -> Int8Plan:
     """
     if plan.network.input_shape is None:
         return plan
-    module = copy.deepcopy(plan.network.module)
+    module = copy_sharing_weights(plan.network.module)
     rewriting = _Rewriting(plan, module, plan.network.value_shapes(2))
     for node in list(module.graph.nodes):
         rewriting.visit(node)
