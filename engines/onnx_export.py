@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import onnx
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from calib.network import INPUT, Network
 from calib.onnx_model import without_weights
@@ -27,6 +31,10 @@ from engines.onnx_float import float_model, overwritten_as, value_names
 from engines.onnx_int8 import int8_model
 
 _PROJECT: Final = "int8-workflow"
+_LONGEST_REASON: Final = 200
+
+_TOLERANCE: Final = 1e-2
+"""Of the largest output: far more than float32 rounds, far less than another operation would change."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ def export(
     """
     fp32 = run.onnx(network.name, "fp32")
     model = float_model(network)
-    _write(model, fp32, provenance)
+    _write(model, fp32, provenance, network.module)
     if plan is None or table is None:
         return Exported(fp32)
     beside = run.onnx_table(network.name)
@@ -96,7 +104,7 @@ def export_fp32(network: Network, path: str | Path, provenance: Mapping[str, str
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
     """
-    _write(float_model(network), Path(path), provenance or {})
+    _write(float_model(network), Path(path), provenance or {}, network.module)
 
 
 def export_int8(
@@ -116,33 +124,71 @@ def export_int8(
     _write(int8_model(plan, for_cpu), Path(path), provenance or {})
 
 
-def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str]) -> None:
-    """Write a model that the checker accepts and that, where ONNX Runtime is installed, runs."""
+def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str], module: nn.Module | None = None) -> None:
+    """Write a model that the checker accepts and that, where ONNX Runtime is installed, runs.
+
+    Args:
+        model: The network.
+        path: The file.
+        provenance: Stored as the model's metadata.
+        module: What the model must compute, within what float32 rounds; None where nothing in float says.
+    """
     onnx.helper.set_model_props(model, dict(provenance))
     model.producer_name = _PROJECT
     with contextlib.suppress(PackageNotFoundError):
         model.producer_version = version(_PROJECT)
-    onnx.checker.check_model(without_weights(model), full_check=True)
-    content = model.SerializeToString()
-    shape = [size.dim_value or 1 for size in model.graph.input[0].type.tensor_type.shape.dim]
     try:
-        _run_once(content, shape)
+        onnx.checker.check_model(without_weights(model), full_check=True)
+    except Exception as error:  # those of the checker and of shape inference have no base class of their own
+        raise InputError(f"{path} is not written: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
+    content = model.SerializeToString()
+    # Two, since some exports fix that there is one.
+    shape = [size.dim_value or 2 for size in model.graph.input[0].type.tensor_type.shape.dim]
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    try:
+        found = _run_once(content, images.numpy())
     except Exception as error:  # what ONNX Runtime raises has no base class of its own
         raise InputError(f"{path} is not written, since ONNX Runtime does not run it: {first_line(error)}") from error
+    if module is not None and found and not _agree(found, module, images):
+        raise InputError(
+            f"{path} is not written, since it computes something else than the network: PyTorch's exporter gets one of "
+            "the operations wrong; quantize a part of the network without it"
+        )
     write_bytes(path, content)
 
 
-def _run_once(content: bytes, shape: list[int]) -> None:
-    """Run a model on one image: an operator that no kernel takes as it is shows neither before nor while loading."""
+def _run_once(content: bytes, images: NDArray[np.float32]) -> list[Any]:
+    """Run a model: an operator that no kernel takes as it is shows neither before nor while loading.
+
+    Returns:
+        Its outputs; none where ONNX Runtime is not installed.
+    """
     try:
         import onnxruntime
     except ImportError:
-        return
+        return []
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 4  # errors are raised as well
+    # A second copy of the weights, in the order that the kernels like, takes longer than one run gains.
+    options.add_session_config_entry("session.disable_prepacking", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    session.run(None, {INPUT: np.zeros(shape, np.float32)})
+    return list(session.run(None, {INPUT: images}))
+
+
+def _agree(found: list[Any], module: nn.Module, images: Tensor) -> bool:
+    """Whether a file's outputs are a network's, but for what rounding makes of them."""
+    with torch.inference_mode():
+        expected = module(images)
+    for value, reference in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+        if value.shape != tuple(reference.shape):
+            return False
+        if not reference.is_floating_point() or not reference.numel():
+            continue
+        largest = float(reference.abs().max())
+        if math.isfinite(largest) and np.abs(value - reference.numpy()).max() > _TOLERANCE * max(largest, 1):
+            return False
+    return True
 
 
 def onnx_table(

@@ -9,7 +9,6 @@ convolutions, take longer in INT8 than in float for small networks, so that line
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 

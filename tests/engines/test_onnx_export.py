@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from calib.__main__ import main as check
 from calib.int8 import quantize_weight
@@ -324,7 +324,7 @@ def test_a_failed_export_leaves_the_old_file(tmp_path, monkeypatch):
         raise onnx.checker.ValidationError("refused")
 
     monkeypatch.setattr(onnx.checker, "check_model", refuse)
-    with pytest.raises(onnx.checker.ValidationError):
+    with pytest.raises(InputError, match="is not written: refused"):
         export_fp32(make_network("lenet"), path, {})
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
@@ -341,6 +341,35 @@ def test_a_file_that_does_not_run_is_not_written(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     export_fp32(network, path, {})
     assert path.exists()
+
+
+class Miswritten(torch.autograd.Function):
+    """A function whose ONNX operator is another one."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def symbolic(g, x):
+        return g.op("Identity", x)
+
+
+@fx.wrap
+def miswritten(x: Tensor) -> Tensor:
+    return Miswritten.apply(x)
+
+
+class Wrong(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return miswritten(x).flatten(1)
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path):
+    path = tmp_path / "network.onnx"
+    with pytest.raises(InputError, match="computes something else than the network"):
+        export_fp32(trace(Wrong(), input_shape=(1, 2, 2)), path)
+    assert not path.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
