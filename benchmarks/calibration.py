@@ -22,7 +22,8 @@ from benchmarks import plain
 from benchmarks.results import Entry, Findings, Spread, Table, Target
 from benchmarks.setting import BATCH, BATCHES, Setting, top1
 from benchmarks.timing import in_turns, ratio, spread, timed
-from calib.calibrator import collect, find_thresholds
+from calib.calibrator import find_thresholds
+from calib.collect import collect
 from calib.network import INPUT, Network
 from calib.plan import plan_int8
 from calib.table import LEVELS, CalibrationTable

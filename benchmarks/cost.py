@@ -15,7 +15,8 @@ from benchmarks.process import run_process
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import BATCH, Setting
 from benchmarks.timing import in_turns, spread, timed
-from calib.calibrator import collect, find_thresholds
+from calib.calibrator import find_thresholds
+from calib.collect import collect
 from calib.network import Network
 from calib.tracing import trace
 from data.base import ImageSet

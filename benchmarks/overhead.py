@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import BATCH, BATCHES, Setting
 from benchmarks.timing import in_turns, ratio, spread
-from calib.calibrator import as_calibrated, collect, find_thresholds
+from calib.calibrator import find_thresholds
+from calib.collect import as_calibrated, collect
 from calib.histogram import AbsHistogram
 from calib.network import Network
 from calib.tracing import trace

@@ -15,14 +15,8 @@ from torch import Tensor
 
 from calib import cache
 from calib.cache import Provenance, SubsetRecord
-from calib.calibrator import (
-    CalibrationResult,
-    Histograms,
-    algorithm_options,
-    collect,
-    find_thresholds,
-    warn_of_clipping,
-)
+from calib.calibrator import CalibrationResult, algorithm_options, find_thresholds, warn_of_clipping
+from calib.collect import Histograms, collect
 from calib.kept import plan_without_scales
 from calib.network import OUTPUT, Network
 from calib.table import TESTED_TENSORRT, CalibrationTable

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from calib.calibrator import Histograms, algorithm_options, collect, collect_prefixes, find_thresholds
+from calib.calibrator import algorithm_options, find_thresholds
+from calib.collect import Histograms, collect, collect_prefixes
 from calib.network import Network
 from calib.plan import plan_int8
 from calib.subset import draw

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.cache import Provenance, changed_since, read_provenance, weights_fingerprint
-from calib.calibrator import Histograms
+from calib.collect import Histograms
 from calib.network import Network
 from calib.record import read_record
 from calib.run_table import collector, wanted_provenance

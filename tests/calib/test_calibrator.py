@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from calib import calibrate
-from calib.calibrator import collect, find_thresholds
+from calib.calibrator import find_thresholds
+from calib.collect import collect
 from calib.table import Legacy
 from calib.tracing import trace
 from common.errors import InputError

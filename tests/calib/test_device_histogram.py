@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 
 from calib import cuda_histogram, device_histogram
-from calib.calibrator import calibrate, collect
+from calib.calibrator import calibrate
+from calib.collect import collect
 from calib.cuda_histogram import COUNT, ENTER, CudaCounter
 from calib.device_counter import Counter, CpuCounter, Tallies, TorchCounter
 from calib.device_histogram import DeviceHistograms

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from calib.cache import read_provenance
-from calib.calibrator import calibrate, collect, find_thresholds
+from calib.calibrator import calibrate, find_thresholds
+from calib.collect import collect
 from calib.kept import check_layers
 from calib.run_table import collector, run_table
 from calib.tracing import trace
