@@ -17,6 +17,7 @@ from torch import Tensor
 from calib.histogram import AbsHistogram, Counted, count, refuse_infinite
 from calib.onnx_observe import Observed
 from calib.onnx_source import Batch, Batches
+from calib.rectified import count_rectified
 from common.errors import InputError
 from common.threads import available_cores
 
@@ -99,6 +100,7 @@ class _Histograms:
     def __init__(self, observed: Observed, heads: Mapping[str, str]) -> None:
         self._observed = observed
         self._heads = heads
+        self._rectified = {name: relu for name, relu in observed.rectified.items() if not {name, relu} & heads.keys()}
         self._of = {name: AbsHistogram() for name in observed.values}
         self.infinite: dict[str, None] = {}
 
@@ -121,9 +123,15 @@ class _Histograms:
         """What was counted of each value of a part, and the value itself where it exceeds the range."""
         found: dict[str, tuple[Counted, Tensor | None]] = {}
         for name, value in self._values(part).items():
-            if name not in self.infinite:
-                counted = count(value, self._of[name].range)
-                found[name] = counted, None if counted.fits else value
+            if name in self.infinite or name in found:
+                continue
+            limit, relu = self._of[name].range, self._rectified.get(name)
+            # So it is where the largest value is positive, as in most sums with the output of a ReLU.
+            if relu is not None and self._of[relu].range == limit and (both := count_rectified(value, limit)):
+                found[name], found[relu] = (both[0], None), (both[1], None)
+                continue
+            counted = count(value, limit)
+            found[name] = counted, None if counted.fits else value
         return found
 
     def again(self, item: tuple[str, Tensor]) -> tuple[str, Counted]:

@@ -47,6 +47,7 @@ class Observed:
 
     Attributes:
         values: The float ones of them.
+        rectified: Those of them of which a ReLU makes another one of them -> that one.
         provider: What ONNX Runtime computes with, such as ``CPUExecutionProvider``.
 
     Raises:
@@ -66,6 +67,11 @@ class Observed:
         floats = {name for name, kind in kinds.items() if kind in _FLOATS}
         self._asked = [name for name in asked if name in floats]
         self.values = [*self._passed, *self._asked]
+        self.rectified = {
+            node.input[0]: node.output[0]
+            for node in model.graph.node
+            if node.op_type == "Relu" and {node.input[0], node.output[0]} <= {*self.values}
+        }
         self.provider: str = self._session.get_providers()[0]
         self._fixed = next((item.shape[0] for item in self._session.get_inputs() if _is_fixed(item)), None)
         self._images = self._at_a_time = 0
