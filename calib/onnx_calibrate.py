@@ -22,7 +22,7 @@ from calib.histogram import AbsHistogram
 from calib.onnx_histograms import collect
 from calib.onnx_model import read_float_model
 from calib.onnx_observe import Observed
-from calib.onnx_rules import Entry, entries
+from calib.onnx_rules import TableEntry, entries
 from calib.onnx_source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.table.text import name_problem
@@ -62,7 +62,7 @@ class OnnxCalibration:
 def calibrate_onnx(
     path: Path,
     model: onnx.ModelProto,
-    entries: list[Entry],
+    entries: list[TableEntry],
     batches: Batches,
     algorithm: str = "entropy2",
     *,

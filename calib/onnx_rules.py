@@ -37,7 +37,7 @@ RESHAPES: Final = frozenset({"Flatten", "Identity", "Reshape", "Squeeze", "Unsqu
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """An entry of the calibration table.
 
     Attributes:
@@ -107,7 +107,7 @@ def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
             yield from (output.name for output in graph.output)
 
 
-def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[Entry], onnx.ModelProto]:
+def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[TableEntry], onnx.ModelProto]:
     """The entries of the table, and the network that has their values.
 
     Args:
@@ -124,9 +124,9 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[
     graph = Graph(model)
     if algorithm in FUSED_ALGORITHMS:
         wholes = _wholes(graph, folder)
-        return [Entry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]], model
+        return [TableEntry(name, name, whole=wholes.get(name)) for name in [*graph.inputs, *_fused(graph)]], model
     source = {name: name for name in graph.inputs}
-    found = [Entry(name, name) for name in graph.inputs]
+    found = [TableEntry(name, name) for name in graph.inputs]
     names = ParserNames(model, frozenset(graph.constant))
     nodes = []
     for node in graph.nodes:
@@ -143,22 +143,22 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[
             layers, inside = [node], []
         nodes += layers
         found += before
-        found += [Entry(f"{name}_output", array=array) for name, array in names.made]
+        found += [TableEntry(f"{name}_output", array=array) for name, array in names.made]
         found += [
-            Entry(f"{name}_output", node.input[index])
+            TableEntry(f"{name}_output", node.input[index])
             for index, name in broadcasts.items()
             if node.input[index] not in graph.constant
         ]
-        found += [Entry(name, name) for name in inside]
+        found += [TableEntry(name, name) for name in inside]
         found += after
         for index, name in enumerate(node.output):
             if name:
                 pooled = node.op_type in WINDOW_POOLING and not index
                 source[name] = source.get(node.input[0], node.input[0]) if pooled else name
                 if node.op_type in RESHAPED_AFTERWARDS:
-                    found.append(Entry(f"{names.layers[0]}_output", name))
+                    found.append(TableEntry(f"{names.layers[0]}_output", name))
                 if graph.used(name):
-                    found.append(Entry(name, source[name]))
+                    found.append(TableEntry(name, source[name]))
     divided = model
     if len(nodes) > len(graph.nodes):
         divided = onnx.ModelProto()
@@ -169,7 +169,7 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[
 
 def _constants(
     graph: Graph, node: onnx.NodeProto, folder: Path, broadcasts: Mapping[int, str]
-) -> tuple[list[Entry], list[Entry]]:
+) -> tuple[list[TableEntry], list[TableEntry]]:
     """Entries of the constants that a node reads: those before a product's own entry, and those behind it.
 
     Args:
@@ -180,19 +180,19 @@ def _constants(
     """
     if node.op_type not in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"} and not (node.op_type == "Clip" and broadcasts):
         return [], []
-    before: list[Entry] = []
-    after: list[Entry] = []
+    before: list[TableEntry] = []
+    after: list[TableEntry] = []
     for index, name in enumerate(node.input):
         entry = _entry(graph, name, folder) if name in graph.constant else None
         if entry is not None:
             entries = after if node.op_type == "Gemm" and index == 2 else before
             entries.append(entry)
             if index in broadcasts:
-                entries.append(Entry(f"{broadcasts[index]}_output", array=entry.array))
+                entries.append(TableEntry(f"{broadcasts[index]}_output", array=entry.array))
     return before, after
 
 
-def _entry(graph: Graph, name: str, folder: Path) -> Entry | None:
+def _entry(graph: Graph, name: str, folder: Path) -> TableEntry | None:
     """The entry of a constant, or None where it is computed or no float."""
     import numpy as np
     from onnx import numpy_helper
@@ -204,7 +204,7 @@ def _entry(graph: Graph, name: str, folder: Path) -> Entry | None:
         array = constant_value(graph.producer[name])
     if array is None or array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
         return None
-    return Entry(f"{name}_output", array=array.astype(np.float32))
+    return TableEntry(f"{name}_output", array=array.astype(np.float32))
 
 
 def _fused(graph: Graph) -> Iterator[str]:
