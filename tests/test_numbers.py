@@ -210,22 +210,6 @@ def test_scales_that_cannot_quantize(commands, scale):
     assert "conv2" not in int8["details"]["int8 layers"].split(", ")
 
 
-def test_a_table_of_other_weights(commands):
-    """Trained again since: the recorded table is not used, and a named one is refused."""
-    commands.save()
-    commands.quantize()
-    with torch.no_grad():
-        commands.network.ip2.bias[0] += 1
-    commands.save()
-    code, report, _ = commands.evaluate()
-    assert code == 1
-    assert "of other weights" in next(row["skipped"] for row in report["rows"] if row["precision"] == "int8")
-    with pytest.raises(InputError, match="was made for other weights"):
-        commands.evaluate(f"--cache={commands.run / TABLE}")
-    _, summary, _ = commands.quantize()
-    assert summary["table"]["reason"] == "the weights changed"
-
-
 def test_a_table_that_another_run_replaced(commands):
     """Two runs that share a file: whoever wrote it last has it, and the other one notices."""
     commands.save()

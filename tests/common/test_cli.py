@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from common import cli, options
 from common.cli import DEFAULT_CONFIG, ROOT, SECTIONS, check_config_file, config_parser, parse
-from common.config import Config, DataConfig, DatasetName, EvaluationConfig
+from common.config import DataConfig, DatasetName, EvaluationConfig
 from common.errors import InputError
 
 COMMANDS = ("train", "quantize", "evaluate")
@@ -62,12 +62,6 @@ def test_defaults_are_those_of_the_shipped_configuration(parser):
     assert config.data == DataConfig()
     assert config.evaluation == EvaluationConfig()
     assert config.trainer == (yaml.safe_load(DEFAULT_CONFIG.read_text()).get("trainer") or {})
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configurations_parse(parser, path):
-    config, _ = parse(parser, ["--config", str(path)])
-    assert isinstance(config, Config)
 
 
 def test_flags_go_over_the_file(tmp_path):

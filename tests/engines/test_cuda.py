@@ -1,5 +1,7 @@
 """PyTorch's own baselines, on a machine without a GPU; with one: tests/gpu."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,24 +9,17 @@ from calib.tracing import trace
 from common.config import EngineConfig
 from engines import cuda
 from engines.base import EngineError
-from engines.gpu import Gpu, GpuError
+from engines.gpu import Gpu
 from models import LeNet
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
-    def missing(index):
-        raise GpuError("no NVIDIA GPU can be used: no driver")
-
-    monkeypatch.setattr(cuda, "find_gpu", missing)
-
-
-@pytest.mark.usefixtures("no_gpu")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_a_gpu_there_are_no_baselines():
     network = trace(LeNet())
     assert cuda.baselines(network, EngineConfig(), ("fp32", "fp16")) == []
-    assert cuda.CudaEngine(EngineConfig()).unavailable() == "no NVIDIA GPU can be used: no driver"
-    with pytest.raises(EngineError, match="no driver"):
+    reason = str(cuda.CudaEngine(EngineConfig()).unavailable())
+    assert "GPU" in reason
+    with pytest.raises(EngineError, match=re.escape(reason)):
         cuda.CudaEngine(EngineConfig()).compile(network, "fp32")
 
 

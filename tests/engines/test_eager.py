@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,6 @@ from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError
-from engines import select
 from engines.base import EngineError
 from engines.eager import TorchEngine
 from engines.select import make_engine, select_engine
@@ -81,36 +80,15 @@ def test_an_engine_is_made_by_name(tmp_path: Path) -> None:
         assert make_engine(name, EngineConfig(), QuantizationConfig(), tmp_path).name == name  # type: ignore[arg-type]
 
 
-class _Fake:
-    def __init__(self, name: str, reason: str | None) -> None:
-        self.name = name
-        self._reason = reason
-
-    def unavailable(self) -> str | None:
-        return self._reason
-
-
-@pytest.mark.parametrize(
-    ("missing", "chosen", "why"),
-    [
-        ({}, "torch-tensorrt", "the first that can run here"),
-        ({"torch-tensorrt": "no GPU"}, "onnxruntime", "not torch-tensorrt: no GPU"),
-        ({"torch-tensorrt": "no GPU", "onnxruntime": "not installed"}, "torch", "not onnxruntime: not installed"),
-    ],
-)
-def test_auto_takes_the_first_that_can_run_and_says_why(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: dict[str, str], chosen: str, why: str
-) -> None:
-    def make(name: str, *_: Any) -> _Fake:
-        return _Fake(name, missing.get(name))
-
-    monkeypatch.setattr(select, "make_engine", make)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_auto_takes_the_first_that_can_run_and_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is a GPU: tests/engines/tensorrt/test_quantize.py."""
     selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
-    assert selection.engine.name == chosen
-    assert why in selection.reason
-
-
-def test_an_engine_asked_for_by_name_must_be_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(select, "make_engine", lambda name, *_: _Fake(name, "there is no NVIDIA GPU"))
-    with pytest.raises(InputError, match="engine torch-tensorrt cannot be used here: there is no NVIDIA GPU"):
+    assert selection.engine.name == "onnxruntime"
+    assert "not torch-tensorrt: " in selection.reason
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # an import of it fails
+    selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
+    assert selection.engine.name == "torch"
+    assert "not onnxruntime: " in selection.reason
+    with pytest.raises(InputError, match="engine torch-tensorrt cannot be used here: "):
         select_engine(EngineConfig(name="torch-tensorrt"), QuantizationConfig(), tmp_path)
