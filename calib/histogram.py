@@ -20,14 +20,15 @@ BINS = 2048
 SMALLEST = float(np.finfo(np.float32).tiny)
 """Smallest normal float32: what lies below counts as zero."""
 
-# Values are binned in pieces that stay in the CPU's cache, and that PyTorch (above 32,768 values) does not divide among
-# threads: the threads of so short an operation would wait for each other longer than it takes, and far longer where
-# other programs use the cores.
 PIECE = 32768
-# NumPy has no threads of its own, and takes pieces that are worth a call.
-_ROW = 4 * PIECE
-SHARE = 8 * PIECE
-"""Values that a thread takes at once, where several count."""
+"""Values that PyTorch does not divide among threads, which would wait for each other longer than these take."""
+
+ROW = 8 * PIECE
+"""Values that NumPy, which has no threads of its own, takes at once: worth a call, and still in the CPU's cache."""
+
+_LANES = 4
+# Added to four bins of 16 bits at a time.
+_TO_LANES = np.int64(sum(lane * (BINS + 1) << 16 * lane for lane in range(_LANES)))
 
 
 class AbsHistogram:
@@ -143,8 +144,11 @@ def counting_threads() -> Iterator[Executor | None]:
     if threads == 1:
         yield None
         return
-    with ThreadPoolExecutor(threads) as pool:
-        yield pool
+    try:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(threads)  # for threads that are started later
 
 
 def count(batch: Tensor, limit: float, pool: Executor | None = None) -> Counted:
@@ -153,7 +157,7 @@ def count(batch: Tensor, limit: float, pool: Executor | None = None) -> Counted:
     Args:
         batch: As :meth:`AbsHistogram.add` takes it.
         limit: Upper end of the last bin; 0 where only zeros were seen before.
-        pool: Threads that share the counting; none of them may wait for this call.
+        pool: As many threads as PyTorch computes with, which share the counting; none of them may wait for this call.
 
     Raises:
         TypeError: another dtype.
@@ -161,26 +165,31 @@ def count(batch: Tensor, limit: float, pool: Executor | None = None) -> Counted:
     if batch.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise TypeError(f"AbsHistogram counts float32 values, not {batch.dtype}")
     values = flat(batch.detach())
-    if pool is None or values.numel() <= SHARE:
+    if pool is None or values.numel() <= ROW:
         return _count(values, limit)
-    parts = list(pool.map(lambda part: _count(part, limit), values.split(SHARE)))
+    share = max(ROW, -(-values.numel() // torch.get_num_threads()))
+    parts = list(pool.map(lambda part: _count(part, limit), values.split(share)))
     largest = float(np.max([part.largest for part in parts]))  # NaN stays
     counts = np.sum([part.counts for part in parts], axis=0)
     return Counted(counts if all(part.fits for part in parts) else np.zeros_like(counts), limit, largest)
 
 
 def _count(values: Tensor, limit: float) -> Counted:
-    """:func:`count` for flat values, in one thread."""
-    counts = torch.zeros(BINS + 1, dtype=torch.int64)
+    """:func:`count` for flat values, in one thread.
+
+    Where many values are zeros, each counter would wait for its last increment: values take turns between four sets of
+    counters then, which takes half the time.
+    """
+    counts = torch.zeros(_LANES * (BINS + 1), dtype=torch.int64)
     nothing = np.zeros(BINS + 1, dtype=np.int64)
     # 2048 / range would overflow here, or give a bin to values that are zeros.
     small = limit < BINS * SMALLEST
     scale = np.float32(2.0**64 if small else 1.0)
     factor = np.float32(BINS / (limit * float(scale)) if limit else 0.0)
-    bins = np.empty(min(values.numel(), _ROW), np.int16)
-    step = _ROW if torch.get_num_threads() == 1 else PIECE
+    bins = np.empty(min(values.numel(), ROW), np.int16)
+    step = ROW if torch.get_num_threads() == 1 else PIECE
     largest = 0.0
-    for piece in values.split(_ROW) if values.numel() else ():
+    for piece in values.split(ROW) if values.numel() else ():
         exact = piece.to(torch.float32).numpy()
         low, high = float(exact.min()), float(exact.max())
         largest = max(largest, -low, high) if low == low else math.nan
@@ -193,9 +202,13 @@ def _count(values: Tensor, limit: float) -> Counted:
         np.multiply(exact, factor, out=row, casting="unsafe")  # truncates, in float32 before
         if low < 0:
             np.abs(row, out=row)
+        lanes = _LANES if low == 0 else 1
+        if lanes > 1:
+            row[: len(row) // _LANES * _LANES].view(np.int64)[:] += _TO_LANES
+        size = lanes * (BINS + 1)
         for part in torch.from_numpy(row).split(step):
-            counts += torch.bincount(part, minlength=BINS + 1)
-    return Counted(counts.numpy(), limit, largest)
+            counts[:size] += torch.bincount(part, minlength=size)
+    return Counted(counts.numpy().reshape(_LANES, -1).sum(axis=0), limit, largest)
 
 
 def _halved(counts: NDArray[np.int64]) -> NDArray[np.int64]:

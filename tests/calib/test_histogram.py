@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from calib.histogram import BINS, SHARE, SMALLEST, AbsHistogram, count
+from calib.histogram import BINS, ROW, SMALLEST, AbsHistogram, count
 from common.errors import InputError
 from tests.calib import oracle
 
@@ -85,7 +85,7 @@ def test_values_below_the_smallest_normal_one_are_zeros(limit):
 @pytest.mark.parametrize("last", [0.5, 3.0, -1e-39, float("nan"), float("inf")])
 @pytest.mark.parametrize("limit", [0.0, 2.5, 1e-36])
 def test_threads_count_as_one_does(limit, last):
-    values = torch.randn(3 * SHARE + 5, generator=torch.Generator().manual_seed(0)).clamp(-2.5, 2.5) * (limit or 1.0)
+    values = torch.randn(3 * ROW + 5, generator=torch.Generator().manual_seed(0)).clamp(-2.5, 2.5) * (limit or 1.0)
     values[-1] = last
     alone = count(values, limit)
     with ThreadPoolExecutor(3) as pool:
