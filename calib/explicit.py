@@ -20,7 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
-from calib.ops import MOVES_VALUES
+from calib.ops import MOVES_VALUES, clamps_at_6
 from calib.plan import Int8Plan
 
 
@@ -116,11 +116,9 @@ def clamps_codes_at_zero(node: fx.Node, module: fx.GraphModule, scale: float | N
 
     ReLU6 does not where the code of 6 is the largest: what exceeds 6 gets that code by saturation.
     """
-    if node.op == "call_module":
-        clamps_at_6 = not isinstance(module.get_submodule(str(node.target)), nn.ReLU)
-    else:
-        clamps_at_6 = node.target is F.relu6
-    return not clamps_at_6 or (scale is not None and float(quantize(torch.tensor(6.0), scale)) == ACTIVATION_MAX)
+    if not clamps_at_6(node, module):
+        return True
+    return scale is not None and float(quantize(torch.tensor(6.0), scale)) == ACTIVATION_MAX
 
 
 def _is_tuple(node: fx.Node) -> bool:

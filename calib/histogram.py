@@ -180,8 +180,7 @@ def _count(values: Tensor, limit: float) -> Counted:
     Where many values are zeros, each counter would wait for its last increment: values take turns between four sets of
     counters then, which takes half the time.
     """
-    counts = torch.zeros(_LANES * (BINS + 1), dtype=torch.int64)
-    nothing = np.zeros(BINS + 1, dtype=np.int64)
+    counts = np.zeros(_LANES * (BINS + 1), dtype=np.int64)
     # 2048 / range would overflow here, or give a bin to values that are zeros.
     small = limit < BINS * SMALLEST
     scale = np.float32(2.0**64 if small else 1.0)
@@ -189,13 +188,13 @@ def _count(values: Tensor, limit: float) -> Counted:
     bins = np.empty(min(values.numel(), ROW), np.int16)
     step = ROW if torch.get_num_threads() == 1 else PIECE
     largest = 0.0
-    for piece in values.split(ROW) if values.numel() else ():
-        exact = piece.to(torch.float32).numpy()
+    for start in range(0, values.numel(), ROW):
+        exact = _float32(values, slice(start, start + ROW))
         low, high = float(exact.min()), float(exact.max())
         largest = max(largest, -low, high) if low == low else math.nan
         if not (largest <= limit or largest < SMALLEST):
             low, high = (extreme.item() for extreme in torch.aminmax(values))
-            return Counted(nothing, limit, max(-low, high))
+            return Counted(np.zeros(BINS + 1, dtype=np.int64), limit, max(-low, high))
         if small:
             exact = np.where(np.abs(exact) < SMALLEST, np.float32(0), exact) * scale
         row = bins[: len(exact)]
@@ -206,9 +205,15 @@ def _count(values: Tensor, limit: float) -> Counted:
         if lanes > 1:
             row[: len(row) // _LANES * _LANES].view(np.int64)[:] += _TO_LANES
         size = lanes * (BINS + 1)
-        for part in torch.from_numpy(row).split(step):
-            counts[:size] += torch.bincount(part, minlength=size)
-    return Counted(counts.numpy().reshape(_LANES, -1).sum(axis=0), limit, largest)
+        for begin in range(0, len(row), step):
+            counts[:size] += torch.bincount(torch.from_numpy(row[begin : begin + step]), minlength=size).numpy()
+    return Counted(counts.reshape(_LANES, -1).sum(axis=0), limit, largest)
+
+
+def _float32(values: Tensor, part: slice) -> NDArray[np.float32]:
+    """A part of the values, which are flat, as float32; a copy if they are not."""
+    found: NDArray[np.float32] = (values if values.dtype == torch.float32 else values[part].float()).numpy()
+    return found[part] if values.dtype == torch.float32 else found
 
 
 def _halved(counts: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -14,7 +14,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
 
+from calib.ops import clamps_at_6
 from common.config import Task
 from common.errors import InputError, first_line
 
@@ -141,6 +143,11 @@ class Network:
         with graph.inserting_after(image):
             observe = graph.placeholder("observe")
         for node, copied in copies.items():
+            if self.kinds.get(node.name) == "relu" and self._is_free(node.all_input_nodes[0]):
+                overwrite = F.relu6 if clamps_at_6(node, self.module) else F.relu
+                copied.op, copied.target, copied.args = "call_function", overwrite, (copied.all_input_nodes[0],)
+                copied.kwargs = {"inplace": True}
+        for node, copied in copies.items():
             if node.name in self.observed:
                 with graph.inserting_after(observe if copied is image else copied):
                     graph.call_function(_observe, (observe, self.observed[node.name], copied))
@@ -149,6 +156,14 @@ class Network:
         names = dict(code.globals)
         exec(code.src, names)  # noqa: S102 - as fx.GraphModule makes its forward
         return names["forward"]  # type: ignore[no-any-return]
+
+    def _is_free(self, node: fx.Node) -> bool:
+        """Whether a value that nobody observes has memory of its own, which its one reader may overwrite."""
+        return (
+            self.kinds.get(node.name) in ("conv", "linear", "add")
+            and len(node.users) == 1
+            and node.name not in self.observed
+        )
 
 
 def copy_sharing_weights(module: fx.GraphModule) -> fx.GraphModule:

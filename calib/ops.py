@@ -148,6 +148,13 @@ def _kind_of_module(module: nn.Module) -> str:
     return MODULES[base]
 
 
+def clamps_at_6(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node of kind ``relu`` is a ReLU6."""
+    if node.op == "call_module":
+        return not isinstance(module.get_submodule(str(node.target)), nn.ReLU)
+    return node.target is F.relu6
+
+
 def gives_tuple(node: fx.Node) -> bool:
     """Whether an operation gives several values (``chunk``, ``max`` over a dimension), to judge by its readers."""
     return bool(node.users) and all(

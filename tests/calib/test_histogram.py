@@ -53,9 +53,10 @@ def test_values_at_and_beside_every_edge(seed):
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [131_071, 131_072, 131_073, 400_001])
-def test_large_batches_are_counted_in_pieces(size, threads):
-    values = torch.randn(size, generator=torch.Generator().manual_seed(size))
+@pytest.mark.parametrize("size", [ROW - 1, ROW, ROW + 1, 3 * ROW + 7])
+@pytest.mark.parametrize("least", [-9, 0, 0.5])
+def test_large_batches_are_counted_in_pieces(size, threads, least):
+    values = torch.randn(size, generator=torch.Generator().manual_seed(size)).clamp(min=least)
     bins = (values.abs().numpy() * (np.float32(BINS) / values.abs().max().numpy())).astype(int)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)

@@ -106,6 +106,34 @@ def test_padding_other_than_zeros_is_not_an_int8_convolution() -> None:
     assert "0" in network.unsupported
 
 
+def test_relus_overwrite_only_what_nobody_else_sees() -> None:
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)
+            self.six = nn.ReLU6()
+
+        def forward(self, x: Tensor) -> Tensor:
+            first = self.first(x)
+            second = self.second(F.relu(first)) + first
+            third = F.relu6(second).flatten(1)
+            return F.relu(third.clone() + self.six(self.first(x)).flatten(1)) - third
+
+    model, images = Shared().eval(), 9 * torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    seen: dict[str, Tensor] = {}
+    kept: dict[str, Tensor] = {}
+
+    def observe(name: str, value: Tensor) -> None:
+        seen[name], kept[name] = value.clone(), value
+
+    network = trace(model)
+    result = network.run(images, observe)
+    with torch.inference_mode():
+        torch.testing.assert_close(result, model(images))
+        torch.testing.assert_close(result, network.module(images))
+    assert all(torch.equal(seen[name], kept[name]) for name in seen)
+
+
 def test_later_readers_see_what_an_in_place_operation_wrote() -> None:
     class Overwrites(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
