@@ -20,7 +20,6 @@ from common.files import write_bytes
 from common.side_file import write_side_file
 from data.base import ImageSet
 from engines.base import OwnCalibration
-from engines.gpu import precision_problem
 from engines.tensorrt import build as building
 from engines.tensorrt.build import Build, build_engine, refuse_partial
 from engines.tensorrt.calibrator import data_calibrator
@@ -97,8 +96,8 @@ def calibrate(
     Raises:
         TensorRTError: not possible here, or TensorRT failed; the old table is as it was.
     """
-    torch_tensorrt, installed, gpu = usable(config.device)
-    problem = precision_problem("int8", gpu) or algorithm_problem(provenance.algorithm)
+    torch_tensorrt, installed, _ = usable(config.device)
+    problem = algorithm_problem(provenance.algorithm)
     if problem:
         raise TensorRTError(problem)
     quantization_mode("implicit", installed)

@@ -32,7 +32,7 @@ from common.macs import MacCount
 from data.base import ImageSet
 from engines.base import Compiled, Engine, EngineError, OwnCalibration
 from engines.cuda import capture
-from engines.gpu import Gpu, precision_problem
+from engines.gpu import Gpu
 from engines.tensorrt import build as building
 from engines.tensorrt import files
 from engines.tensorrt.build import Build, BuilderLog, build_engine, takes_half
@@ -116,9 +116,6 @@ class TorchTensorRTEngine(Engine):
         """See :meth:`engines.base.Engine.compile`."""
         try:
             torch_tensorrt, installed, gpu = usable(self._config.device)
-            problem = precision_problem(precision, gpu)
-            if problem:
-                raise TensorRTError(problem)
             job = self._job(torch_tensorrt, installed, network, precision, table)
             engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
             if network.input_shape is not None:

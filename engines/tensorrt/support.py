@@ -41,7 +41,7 @@ FIRST_STRONGLY_TYPED: Final = (2, 13)
 FIRST_WITHOUT_INT8_FLAG: Final = (2, 9)
 """From here to FIRST_STRONGLY_TYPED the front end no longer sets the builder's INT8 flag."""
 LEAST_CAPABILITY: Final[Capability] = (7, 5)
-"""Least compute capability that TensorRT supports from 10.5 on (Turing)."""
+"""Least compute capability that TensorRT supports from 10.5 on (Turing); what it supports has INT8 and fast FP16."""
 
 TENSORRT_ALGORITHMS: Final[Mapping[AlgorithmName, str]] = {
     name: algorithm.tensorrt for name, algorithm in ALGORITHMS.items() if algorithm.tensorrt

@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.errors import InputError
-from data import idx
 from data.idx import read_idx
 from tests.data.sets import idx_bytes
 
@@ -105,12 +104,6 @@ def test_neither_a_gzip_bomb_nor_a_promise_takes_memory(write, content, message)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 8 << 20
-
-
-def test_limit_holds_for_what_the_header_promises(write, monkeypatch):
-    monkeypatch.setattr(idx, "MAX_BYTES", 29)
-    with pytest.raises(InputError, match="promises 30 bytes"):
-        read_idx(write(idx_bytes(PIXELS)), 3)
 
 
 def test_missing_file_folder_and_pipe(tmp_path):

@@ -297,18 +297,6 @@ class TestRefusing:
         with pytest.raises(EngineError, match="too little free memory for a batch of 2"):
             compiled.run(images(2))
 
-    @pytest.mark.parametrize(
-        ("precision", "capability", "message"), [("int8", (6, 0), "no INT8"), ("fp16", (6, 1), "no fast FP16")]
-    )
-    def test_a_precision_that_the_gpu_lacks(
-        self, machine, network, tmp_path, monkeypatch, precision, capability, message
-    ):
-        monkeypatch.setattr(support, "gpu_problem", lambda gpu: None)
-        upstream = machine(capability=capability)
-        with pytest.raises(EngineError, match=message):
-            engine(tmp_path).compile(network, precision, OURS)
-        assert upstream.calls == []
-
     def test_unavailable_says_why(self, machine, tmp_path, monkeypatch):
         machine()
         assert engine(tmp_path).unavailable() is None
