@@ -21,7 +21,16 @@ from common.errors import InputError
 if TYPE_CHECKING:
     import onnx
 
-_SAME_SCALE: Final = RESHAPES | {"MaxPool", "Transpose", "Pad", "Dropout"}
+_SAME_SCALE: Final = RESHAPES | {
+    "DepthToSpace",
+    "Dropout",
+    "Expand",
+    "MaxPool",
+    "Pad",
+    "SpaceToDepth",
+    "Tile",
+    "Transpose",
+}
 
 
 @dataclass(frozen=True)
