@@ -9,6 +9,7 @@ import yaml
 
 from common.cli import config_parser, parse
 from common.config import Config
+from models.fit import check_trainer
 from models.network import build_network, check_network
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -21,30 +22,18 @@ def read(path: Path, *arguments: str) -> Config:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_it_follows_the_schema(path: Path) -> None:
+def test_it_is_what_it_says_and_its_trainer_and_network_can_be_made(path: Path) -> None:
     config = read(path)
-
     assert config.run == path.stem
     assert path.read_text(encoding="utf-8").startswith("# ")
     assert config.calibration.batches * config.calibration.batch_size == CALIBRATION_IMAGES
     assert config.calibration.subset == "stratified"
 
+    check_trainer(config.trainer)
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_lightning_takes_its_trainer(path: Path) -> None:
-    from models.fit import check_trainer
-
-    check_trainer(read(path).trainer)
-
-
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_its_network_takes_its_images(path: Path) -> None:
-    config = read(path)
     channels = CHANNELS.get(config.data.dataset, 1)
     size = config.data.image_size if config.data.dataset == "imagefolder" else 28
-
     network = build_network(config.model, 10, channels)
-
     check_network(network, path.stem, (channels, size, size), 10)
 
 
