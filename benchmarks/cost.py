@@ -94,7 +94,7 @@ def _calibration(network: Network, source: ImageSet, count: int) -> Callable[[],
 
 
 def _by_tensors(setting: Setting) -> tuple[Table, Target]:
-    images = torch.rand(500, 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(setting.images(500), 1, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
     sizes = TENSORS[:2] if setting.quick else TENSORS
     networks = {count: chain(count) for count in sizes}
     searches: dict[int, list[float]] = {count: [] for count in sizes}
