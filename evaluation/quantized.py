@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from calib.algorithms import Threshold
 from calib.calibrator import CalibrationResult
 from calib.run_table import RunTable
+from calib.table import LEVELS
 from common.config import Config
 from common.console import print_table
 from common.macs import MacCount
 from engines.base import Compiled, OwnCalibration
 from engines.tensorrt.match import Pair, compare, made_by, short_name
 from evaluation.subject import TrainedRun
+
+_ROUNDING = 1e-5
+"""Scales this close, relative to each other, differ by the rounding of the network's values."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,19 @@ class Quantized:
         """The scales of both tables, side by side."""
         if self.table is None or self.own is None:
             return ()
-        return compare(self.table.table, self.own.table, made_by(self.trained.network))
+        pairs = compare(self.table.table, self.own.table, made_by(self.trained.network))
+        calibration = self.table.calibration
+        return pairs if calibration is None else tuple(_explained(pair, calibration.thresholds) for pair in pairs)
+
+
+def _explained(pair: Pair, thresholds: Mapping[str, Threshold]) -> Pair:
+    """The pair with why its scales differ, where TensorRT's is another candidate of our search."""
+    if pair.reference is None or pair.tensorrt_scale is None or pair.ratio is None or abs(pair.ratio - 1) < _ROUNDING:
+        return pair
+    excess = thresholds[pair.reference].excess(pair.tensorrt_scale * LEVELS)
+    if excess is None:
+        return pair
+    return dataclasses.replace(pair, note=f"another minimum: its divergence, by our counts, is {excess:.2%} larger")
 
 
 def _table(used: RunTable) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Imports neither torch nor numpy: the command line and the table tools read the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calib.histogram import AbsHistogram
+
+_FIRST = 128
+"""The search's smallest candidate."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,20 @@ class Threshold:
     value: float
     bin: int | None = None
     divergences: NDArray[np.float64] | None = field(default=None, repr=False, compare=False)
+
+    def excess(self, value: float) -> float | None:
+        """By what share the divergence of another threshold, ``value``, exceeds this one's.
+
+        None where there was no search, or no candidate has that threshold.
+        """
+        if self.bin is None or self.divergences is None or not self.value:
+            return None
+        bins = value / self.value * (self.bin + 0.5) - 0.5
+        kept = round(bins)
+        if abs(bins - kept) > 0.01 or not 0 <= kept - _FIRST < len(self.divergences):
+            return None
+        own, other = float(self.divergences[self.bin - _FIRST]), float(self.divergences[kept - _FIRST])
+        return other / own - 1 if own > 0 and other < math.inf else None
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ class Pair:
         tensorrt: TensorRT's name; None if only we have it.
         reference_scale: Our scale.
         tensorrt_scale: TensorRT's.
-        note: Why it is in one of the tables alone; empty for a pair, and where no reason is known.
+        note: Why it is in one of the tables alone, or why the scales differ; empty where no reason is known.
     """
 
     reference: str | None

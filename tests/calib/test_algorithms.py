@@ -41,6 +41,18 @@ def assert_equals_plain_definition(counts, limit=1.0):
     assert found.value == float(np.float32((bins + 0.5) * limit / BINS))
 
 
+def test_how_much_worse_another_threshold_is():
+    counts = np.random.default_rng(0).integers(1, 1000, BINS) // np.arange(1, BINS + 1)
+    found = threshold(with_counts(counts, 3.0), "entropy2")
+    smallest = found.divergences.min()
+    for candidate in (found.bin, found.bin - 9, 128):
+        excess = found.excess((candidate + 0.5) * 3.0 / BINS * (1 + 1e-6))
+        assert excess == pytest.approx(found.divergences[candidate - 128] / smallest - 1)
+    for value in (127.5 * 3.0 / BINS, 3.1, (found.bin + 0.7) * 3.0 / BINS, 0.0):
+        assert found.excess(value) is None
+    assert threshold(with_counts(counts, 3.0), "minmax").excess(3.0) is None
+
+
 def random_histogram(seed):
     rng = np.random.default_rng(seed)
     shape = rng.choice(["normal", "relu", "exponential", "grid", "uniform", "two", "heavy"])

@@ -54,6 +54,18 @@ def quantize(artifacts, capsys):
     return run
 
 
+def test_another_minimum_of_the_search_is_called_that(machine, quantize):
+    machine()
+    convolution = quantize()["calibration"]["tensors"]["conv1"]
+    candidate = round(convolution["threshold"] / convolution["range"] * 2048 - 0.5) - 3
+    scale = (candidate + 0.5) * convolution["range"] / 2048 / 127
+    name = "(Unnamed Layer* 0) [Convolution]_output"
+    machine(Upstream(table=CalibrationTable({**THEIRS.scales, name: scale})))
+    pairs = {pair["reference"]: pair for pair in quantize("--recalibrate")["tensorrt"]["tensors"]}
+    assert re.fullmatch(r"another minimum: its divergence, by our counts, is \d+\.\d\d% larger", pairs["conv1"]["note"])
+    assert pairs["pool1"]["note"] == ""  # no candidate's scale
+
+
 def test_tensorrt_calibrates_and_both_tables_are_shown(machine, quantize, artifacts):
     upstream = machine()
     summary = quantize()
