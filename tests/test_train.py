@@ -142,6 +142,18 @@ def test_a_trial_writes_nothing(trained, tmp_path, capsys):
     assert "model.ckpt" not in shown.out
 
 
+def test_full_disk(trained, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    from lightning.pytorch.loggers import CSVLogger
+
+    monkeypatch.setattr(CSVLogger, "save", full)
+    with pytest.raises(InputError, match="No space left on device"):
+        trained("--epochs=1")
+    assert not (tmp_path / "lenet_digits" / "model.ckpt").exists()
+
+
 def test_first_process(monkeypatch):
     for name in ("RANK", "NODE_RANK", "LOCAL_RANK", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
