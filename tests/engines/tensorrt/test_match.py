@@ -107,7 +107,8 @@ def test_the_table_that_tensorrt_wrote_for_lenet():
 def test_the_tables_that_tensorrt_wrote_for_residual_networks(name, model, shape, apart):
     """Beside ours of the same images, from the same runs of the commands on an H100 (TensorRT 10.6.0).
 
-    Every tensor has its counterpart, and all scales but one agree.
+    Every tensor has its counterpart, and all scales agree but one, for which the search has two equally good candidates
+    (docs/hardware.md).
     """
     ours = CalibrationTable.read(TABLES / f"{name}.reference.cache")
     theirs = CalibrationTable.read(TABLES / f"{name}.torch_tensorrt.cache")
