@@ -138,6 +138,26 @@ class Processes:
             raise InputError(ANOTHER_ENDED)
         return called
 
+    @contextmanager
+    def first_ahead(self) -> Iterator[None]:
+        """The first process does the block, then the others do: they find what it kept in files.
+
+        Raises:
+            InputError: another process ended, or failed in the block.
+        """
+        if not self.first:
+            self._agree(called=False)
+            yield
+            return
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+            raise
+        finally:
+            self._agree(called=False, failure=failure)
+
     def help(self, prepare: Callable[[], Callable[[], object]]) -> None:
         """In a process that is not the first: get ready, and do the work if the first one calls to it.
 

@@ -96,9 +96,14 @@ class Engine(Protocol):
 
     :func:`engines.select.make_engine` makes it of an ``EngineConfig``, a ``QuantizationConfig``, the run's folder (for
     built files) and the batch sizes that will be run.
+
+    Attributes:
+        name: As in :attr:`Compiled.engine`.
+        keeps_builds: Whether what it compiles is kept in that folder, and found there by the next process.
     """
 
     name: str
+    keeps_builds: bool = False
 
     def unavailable(self) -> str | None:
         """Why this engine cannot be used on this machine, or None if it can."""

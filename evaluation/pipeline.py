@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 
@@ -98,7 +98,9 @@ def evaluate(
     task, limits = subject.purpose.task, Limits.of(options)
     measure = measure_of(subject.network, task, len(subject.info.classes))
     watch = Stopwatch()
-    with watch.part("compile"):
+    # Two builds of an engine can differ in their results: all processes run the first one's.
+    turns = processes.first_ahead() if engine.keeps_builds else nullcontext()
+    with watch.part("compile"), turns:
         compiled, skipped = compile_precisions(selection, subject, options.precisions)
     networks = list(compiled.values())
     with watch.part("accuracy"):

@@ -68,6 +68,7 @@ class TorchTensorRTEngine(Engine):
     """
 
     name = "torch-tensorrt"
+    keeps_builds = True
 
     def __init__(
         self,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,34 @@ def test_one_process_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     with joined() as processes:
         assert processes is ALONE
         assert processes.gather("value") == ["value"]
+
+
+def in_turn(rank: int, folder: Path, fails: bool) -> None:
+    """A process of two: writes what it found where it came, or which error it got."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    try:
+        with Processes(rank, 2).first_ahead():
+            if rank == 0:
+                time.sleep(0.2)
+                (folder / "engine").touch()
+                if fails:
+                    raise InputError("no engine")
+            (folder / str(rank)).write_text(str((folder / "engine").exists()))
+    except InputError as error:
+        (folder / str(rank)).write_text(str(error))
+
+
+@pytest.mark.parametrize(
+    ("fails", "found"), [(False, ["True", "True"]), (True, ["no engine", "another process ended; see its error above"])]
+)
+def test_the_first_process_goes_ahead(tmp_path: Path, fails: bool, found: list[str]) -> None:
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=in_turn, args=(rank, tmp_path, fails)) for rank in (0, 1)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+    assert [(tmp_path / str(rank)).read_text() for rank in (0, 1)] == found
 
 
 def test_processes_of_a_machine_share_its_cores() -> None:
