@@ -112,7 +112,9 @@ def _gemm(layers: _Layers, a: str, b: str, bias: str = "") -> None:
     alpha, beta = given.get("alpha", 1.0), given.get("beta", 1.0)
     if alpha == 1 and not bias:
         return
-    value = layers.layer("Gemm", a, b, transA=given.get("transA", 0), transB=given.get("transB", 0))
+    # Before operator set 11 a Gemm needs a bias.
+    zero = layers.constant(0)
+    value = layers.layer("Gemm", a, b, zero, transA=given.get("transA", 0), transB=given.get("transB", 0))
     if not bias:
         layers.unnamed("Mul", layers.constant(alpha), value)
         return

@@ -76,9 +76,12 @@ def read_model(path: Path) -> onnx.ModelProto:
     if not model.graph.node or not model.opset_import:
         raise InputError(f"{path} is not an ONNX file, or an empty one")
     for weight in external_weights(model):
-        location = next((item.value for item in weight.external_data if item.key == "location"), "")
-        if not (path.parent / location).is_file():
-            raise InputError(f"{path.parent / location}, which holds weights of {path.name}, is missing")
+        where = {item.key: item.value for item in weight.external_data}
+        stored = path.parent / where.get("location", "")
+        if not stored.is_file():
+            raise InputError(f"{stored}, which holds weights of {path.name}, is missing")
+        if stored.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
+            raise InputError(f"{stored}, which holds weights of {path.name}, is cut short")
     if model.functions:
         from onnx import inliner
 
@@ -122,7 +125,8 @@ def network_inputs(model: onnx.ModelProto) -> list[NetworkInput]:
         tensor = value.type.tensor_type
         shape: tuple[int | None, ...] | None = None
         if tensor.HasField("shape"):
-            shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor.shape.dim)
+            # Some exporters write -1 for a size that is free.
+            shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
         kind = tensor.elem_type
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else "float32"
         inputs.append(NetworkInput(value.name, shape, dtype))
@@ -182,11 +186,17 @@ def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> 
     light = without_weights(model)
     weights = {weight.name for weight in model.graph.initializer}
     for value in light.graph.input:
-        for index, size in enumerate(value.type.tensor_type.shape.dim):
-            if value.name in given:
-                size.dim_value = given[value.name][index]
-            elif not index and not size.HasField("dim_value") and value.name not in weights:
-                size.dim_value = 1
+        sizes = value.type.tensor_type.shape.dim
+        if value.name in given:
+            del sizes[:]
+            for number in given[value.name]:
+                sizes.add().dim_value = number
+        elif value.name not in weights:
+            for index, size in enumerate(sizes):
+                if size.dim_value <= 0 and not index:
+                    size.dim_value = 1
+                elif size.dim_value < 0:
+                    size.Clear()
     # Those in the file are for any batch.
     del light.graph.value_info[:]
     for value in light.graph.output:

@@ -26,7 +26,7 @@ _BUDGET = 192 * 2**20
 
 _CPU = "CPUExecutionProvider"
 
-_FLOATS = ("tensor(float)", "tensor(float16)")
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 _LEAST = 1e-300
 
@@ -128,7 +128,9 @@ class Observed:
         except Exception as error:  # its exceptions share no base class of their own
             raise InputError(f"ONNX Runtime does not run {self._path}: {_reason(error)}") from error
         tensors = {name: torch.from_numpy(array) for name, array in values.items()}
-        return {**tensors, **{name: _tensor(value) for name, value in zip(self._asked, found, strict=True)}}
+        tensors.update((name, _tensor(value)) for name, value in zip(self._asked, found, strict=True))
+        # TensorRT computes double precision in float32.
+        return {name: value.float() if value.dtype == torch.float64 else value for name, value in tensors.items()}
 
 
 def _tensor(value: Any) -> Tensor:

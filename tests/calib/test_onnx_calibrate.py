@@ -199,6 +199,16 @@ def test_operator_sets_and_fixed_batches(images, tmp_path, capsys, opset):
         table_of(network, tmp_path / "few.npy", tmp_path)
 
 
+def test_sizes_of_minus_one_are_free_and_double_is_a_float(tmp_path, source):
+    nodes = [node("Cast", ["data"], ["wide"], to=TensorProto.DOUBLE), node("Mul", ["wide", "two"], ["twice"])]
+    nodes += [node("Cast", ["twice"], ["c"], to=TensorProto.FLOAT), node("Conv", ["c", "w"], ["out"])]
+    weights = {"w": weight(np.random.default_rng(0), 4, 3, 3, 3), "two": np.float64(2)}
+    made = model(nodes, {"data": [-1, 3, -1, -1]}, {"out": ["N", 4, "H", "W"]}, weights, opset=9)
+    network = save(made, tmp_path / "network.onnx")
+    table = table_of(network, source, tmp_path, "--qdq", tmp_path / "int8.onnx", "--algorithm", "minmax")
+    assert table.scales["twice"] == 2 * table.scales["data"]
+
+
 def test_a_float16_network_takes_float32_images(images, tmp_path):
     nodes = [node("Conv", ["data", "w"], ["c"]), node("Relu", ["c"], ["out"])]
     kinds = dict.fromkeys(("data", "out"), TensorProto.FLOAT16)
@@ -225,6 +235,10 @@ def test_external_weights(tmp_path, source):
     network = tmp_path / "external.onnx"
     onnx.save(classifier(), network, save_as_external_data=True, location="weights.bin", size_threshold=0)
     assert table_of(network, source, tmp_path) == inside
+    content = (tmp_path / "weights.bin").read_bytes()
+    (tmp_path / "weights.bin").write_bytes(content[:100])
+    with pytest.raises(InputError, match=r"weights.bin, which holds weights of external.onnx, is cut short"):
+        table_of(network, source, tmp_path)
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(InputError, match=r"weights.bin, which holds weights of external.onnx, is missing"):
         table_of(network, source, tmp_path)
