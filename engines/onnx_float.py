@@ -28,6 +28,8 @@ OPSET: Final = 17
 """Operator set of the files: the newest that TensorRT 8.5 (JetPack 5) reads."""
 
 _DYNAMO_OPSET: Final = 18
+_MOST_IMAGES: Final = 1024
+"""Without a limit, the exporter refuses networks that count their values in 32 bits; the file takes any number."""
 
 Rewrite = Callable[[fx.GraphModule, Mapping[str, torch.Size]], None]
 """Changes a module in place, which is to be exported; told fx node -> shape of its value."""
@@ -147,7 +149,11 @@ def _exported(
         try:
             return _dynamo_export(module, example, outputs)
         except Exception:  # noqa: BLE001
-            raise InputError(f"network {name} cannot be exported to ONNX: {first_line(first)}") from first
+            # Behind it, the exporter lists its own graph.
+            reason = first_line(first).partition("[Caused by")[0].strip(" .")
+            raise InputError(
+                f"network {name} cannot be exported to ONNX: {reason}; quantize a part of it without this"
+            ) from first
 
 
 def _torchscript_export(
@@ -246,7 +252,7 @@ def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) 
             (example,),
             input_names=[INPUT],
             output_names=outputs,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=({0: torch.export.Dim("batch", max=_MOST_IMAGES)},),
             opset_version=_DYNAMO_OPSET,
             dynamo=True,
         )
@@ -259,7 +265,7 @@ def _dynamo_export(module: fx.GraphModule, example: Tensor, outputs: list[str]) 
 def _quiet() -> Iterator[None]:
     """Keep the exporters' progress, deprecation notices and dumps of what they cannot export off the terminal."""
     disabled, dump = logging.root.manager.disable, getattr(torch._C, "_jit_onnx_log", None)
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)
     if dump is not None:
         # PyTorch means to print this on request alone, but always does, and past sys.stdout.
         torch._C._jit_onnx_log = lambda *_: None

@@ -18,8 +18,13 @@ from common.errors import InputError, first_line
 _PACKAGE: Final = Path(__file__).parents[1]
 _LONGEST_REASON: Final = 90
 _LONGEST_CODE: Final = 60
-_SAID: Final = {"GuardOnDataDependentSymNode": "it branches on a value that depends on the images"}
-"""Error of PyTorch -> what it means, where its own text speaks of PyTorch's symbols."""
+_SAID: Final = {
+    "GuardOnDataDependentSymNode": "it branches on a value that depends on the images",
+    "Node arity mismatch": "its forward keeps something in an attribute of the model",
+}
+"""Type or first words of an error of PyTorch -> what it means, where its own text speaks of PyTorch's inside."""
+
+_STANDARD_LIBRARY: Final = Path(linecache.__file__).parent
 
 
 class RefusedError(InputError):
@@ -119,11 +124,14 @@ def told(error: BaseException, model: nn.Module) -> str:
             inside = f"in {names[owner]} ({type(owner).__name__}): "
         # Not by traceback.extract_tb, which fails on frames that torch.fx has patched.
         name = frame.f_code.co_filename
-        if "/torch/" not in name and _PACKAGE not in Path(name).parents and Path(name).is_file():
+        folders = Path(name).parents
+        own = "/torch/" not in name and _PACKAGE not in folders and folders[0] != _STANDARD_LIBRARY
+        if own and Path(name).is_file():
             line = step.tb_lineno or frame.f_code.co_firstlineno  # a patched frame may have none
             place = f" ({Path(name).name}:{line}: {_short(linecache.getline(name, line).strip(), _LONGEST_CODE)})"
         step = step.tb_next
-    said = _SAID.get(type(error).__name__, first_line(error))
+    meant = [text for start, text in _SAID.items() if start == type(error).__name__ or str(error).startswith(start)]
+    said = meant[0] if meant else first_line(error)
     return f"{inside}{_short(said, _LONGEST_REASON)}{place}"
 
 
