@@ -29,6 +29,8 @@ from calib.plan import Int8Plan
 
 _EXACT_FLOAT32 = 2**24
 
+_MIDDLE = 128
+
 LARGEST_BIAS = 2**30
 """Steps of the int32 sum up to which a bias is added to it."""
 
@@ -41,9 +43,18 @@ class _WeightedLayer:
         module: What it calls.
         input_scale: Of the codes that it is given.
         integer_bias: Whether the bias is rounded and added to the sum (``Int8Plan.integer_biases``).
+        output_scale: Of the codes that the sum becomes in one multiplication, as ONNX Runtime's kernels do it
+            (``MlasRequantizeOutput``); None where the sum is scaled first, and quantized by who reads it.
     """
 
-    def __init__(self, layer: Layer, module: nn.Module, input_scale: float, integer_bias: bool = False) -> None:
+    def __init__(
+        self,
+        layer: Layer,
+        module: nn.Module,
+        input_scale: float,
+        integer_bias: bool = False,
+        output_scale: float | None = None,
+    ) -> None:
         assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
         self.module = module
         codes, scales = quantize_weight(module.weight)
@@ -53,6 +64,7 @@ class _WeightedLayer:
         shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
         self.scale = (scales * input_scale).reshape(shape)
         self.bias = None if module.bias is None else module.bias.detach().reshape(shape)
+        self.output_scale = output_scale
         self.bias_codes = None
         if integer_bias and self.bias is not None:
             exact = self.bias.double() / self.scale.double()
@@ -62,11 +74,16 @@ class _WeightedLayer:
     def __call__(self, codes: Tensor) -> Tensor:
         total = self.accumulate(codes)
         # Several vectors for each image go through a matrix product that is no layer of its own, and takes no bias.
-        if self.bias_codes is not None and (isinstance(self.module, nn.Conv2d) or codes.dim() == 2):
-            return (total.to(torch.float64) + self.bias_codes).to(torch.float32).mul_(self.scale)
+        in_one = isinstance(self.module, nn.Conv2d) or codes.dim() == 2
+        bias = self.bias
+        if self.bias_codes is not None and in_one:
+            total, bias = total.to(torch.float64) + self.bias_codes, None
         total = total.to(torch.float32)
+        if self.output_scale is not None and in_one and bias is None:
+            step = self.scale / torch.tensor(self.output_scale, dtype=torch.float32)
+            return quantize(total.mul_(step), 1.0).mul_(self.output_scale)
         total = total.mul_(self.scale)
-        return total if self.bias is None else total.add_(self.bias)
+        return total if bias is None else total.add_(bias)
 
     def accumulate(self, codes: Tensor) -> Tensor:
         """The int32 sums, exact, as float32 or float64."""
@@ -92,12 +109,15 @@ class IntegerNetwork(fx.Interpreter):
         self.plan = plan
         self._observe = observe
         self._layers = {layer.node: layer for layer in plan.network.layers if layer.name in plan.layers}
+        # Scales of the codes that layers give, where the plan is carried out by integer kernels.
+        self._given = place(plan, before_relu=True).scales if plan.integer_biases else {}
         self._weighted = {
             layer.node: _WeightedLayer(
                 layer,
                 plan.network.module.get_submodule(str(layer.target)),
                 plan.scales[layer.inputs[0]],
                 layer.node in plan.integer_biases,
+                self._given.get(layer.node) if layer.node in plan.integer_biases else None,
             )
             for layer in plan.weighted
         }
@@ -152,6 +172,9 @@ class IntegerNetwork(fx.Interpreter):
     def _dequantized(self, node: fx.Node) -> Any:
         """Run a layer without weights (addition, average pooling, ...) on the values that its input codes stand for."""
         layer = self._layers[node.name]
+        if layer.kind == "add" and node.name in self._given:
+            first, second = node.all_input_nodes  # of kind "add" is a sum of two values alone
+            return self._added(first, second, self._given[node.name])
         kept = {source: self.env[source] for source in node.all_input_nodes if self.plan.reads_int8(layer, source.name)}
         for source in kept:
             self.env[source] = self._input_codes(source) * self.plan.scales[source.name]
@@ -159,3 +182,16 @@ class IntegerNetwork(fx.Interpreter):
             return super().run_node(node)
         finally:
             self.env.update(kept)
+
+    def _added(self, first: fx.Node, second: fx.Node, scale: float) -> Tensor:
+        """A sum as ONNX Runtime's kernel forms it (``MlasQLinearAdd``): two fused multiply-adds in float32.
+
+        Its codes are unsigned, 128 more than ours. In float64, a product and its sum are exact before they are rounded.
+        """
+        step = torch.tensor(scale, dtype=torch.float32)
+        ratios = [torch.tensor(self.plan.scales[item.name], dtype=torch.float32) / step for item in (first, second)]
+        total = (_MIDDLE - (ratios[0] * _MIDDLE + ratios[1] * _MIDDLE)).double()
+        for source, ratio in ((second, ratios[1]), (first, ratios[0])):
+            codes = self._input_codes(source).double() + _MIDDLE
+            total = (codes * ratio.double() + total).float().double()
+        return quantize((total - _MIDDLE).float(), 1.0).mul_(scale)

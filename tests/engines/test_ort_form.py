@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, nn
 
 from calib.calibrator import calibrate
+from calib.int8 import quantize
 from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
@@ -174,3 +176,44 @@ def test_a_transposition_that_another_undoes(point: bool) -> None:
 def test_what_a_layer_kept_in_float_reads_is_not_rounded() -> None:
     _, _, plan = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), ("2",))
     assert not for_onnxruntime(plan).rounded
+
+
+class Block(nn.Module):
+    """A residual block between a convolution and a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.conv1 = nn.Conv2d(16, 16, 3, padding=1)
+        self.conv2 = nn.Conv2d(16, 16, 3, padding=1)
+        self.fc = nn.Linear(16 * 16 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        return self.fc(torch.relu(x + self.conv2(torch.relu(self.conv1(x)))).flatten(1))
+
+
+def test_sums_become_codes_as_in_the_kernels() -> None:
+    # Of millions of values, some would get another code if they were scaled first and divided then.
+    torch.manual_seed(0)
+    network = trace(Block(), input_shape=(3, 16, 16))
+    batch = torch.randn(384, 3, 16, 16)
+    table = calibrate(network, [batch])
+    plan = plan_int8(network, table)
+    model = int8_model(plan, for_cpu=True)
+    asked = ("relu", "relu_1", "conv2", "relu_2")
+    for name in asked:
+        output = f"{name}_QuantizeLinear_Output"
+        model.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.UINT8, None))
+    session, _ = open_session(model, 1)
+    found = dict(zip(asked, session.run(None, {"data": batch.numpy()})[1:], strict=True))
+    seen: dict[str, Tensor] = {}
+    IntegerNetwork(for_onnxruntime(plan), lambda name, value: seen.update({name: value.clone()}))(batch)
+
+    different = {
+        name: int((quantize(seen[name], table.scales[name]) + 128 != torch.from_numpy(found[name])).sum())
+        for name in asked
+    }
+    # A CPU without fused multiply-adds rounds the sum of two values once more.
+    assert different.pop("relu_2") < 100
+    assert set(different.values()) == {0}
