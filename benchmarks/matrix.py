@@ -83,8 +83,8 @@ which asks for 90 %, is not meant for it. Calibrated on {calibration} images and
   largest output of their simulation, percent. **stirred =**: on which the simulation gives that of its own where the
   images change by a millionth of their values. A file that is run as it is written computes in float32: a value that
   lies between two codes can be rounded to the other one, and a network that was not trained lets that grow. So **file
-  =** falls short of 100 where **stirred =** does. The integer kernels sum exactly, and do so only where something is
-  computed in float between the layers (LayerNorm, softmax, SiLU), which ONNX Runtime rounds otherwise than PyTorch.
+  =** falls short of 100 where **stirred =** does. The integer kernels are simulated as they sum and round; what is left
+  is what they compute in float between the layers (LayerNorm, softmax, SiLU), and rounds otherwise than PyTorch.
 - **export**: seconds for the three files; **all**: for everything, PyTorch's import apart. One thread, beside whatever
   else runs on the machine: they tell minutes from seconds.
 
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     start_logging()
     wanted = options.networks or list(SMALL if options.small else known())
     here, rows = read(options.results, None if options.no_run else setting())
+    if not options.networks and not options.small:
+        wanted += [name for name in rows if name not in wanted]
     if not options.no_run:
         pending = [name for name in wanted if name not in rows or (options.again and rows[name].failed)]
         _run_all(pending, rows, here, options)
