@@ -112,7 +112,7 @@ class AbsHistogram:
         """
         if self.range == 0:
             return 0.0
-        inside = min(math.floor(threshold * BINS / self.range) + 1, BINS)
+        inside = min(math.floor(min(threshold * BINS / self.range, BINS)) + 1, BINS)
         return float(self.counts[inside:].sum() / self.counts.sum())
 
 

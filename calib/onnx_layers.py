@@ -141,10 +141,6 @@ def _celu(layers: _Layers, x: str) -> None:
     layers.unnamed("Add", positive, layers.layer("Min", zero, negative))
 
 
-def _log_softmax(layers: _Layers, x: str) -> None:
-    layers.unnamed("Log", layers.layer("Softmax", x, **layers.attributes))
-
-
 def _reduce_l1(layers: _Layers, x: str, axes: str = "") -> None:
     layers.reduction("ReduceL1", layers.layer("Abs", x))
 
@@ -162,7 +158,6 @@ _OPERATORS: Mapping[str, Callable[..., None]] = {
     "Celu": _celu,
     "Gemm": _gemm,
     "HardSwish": _hard_swish,
-    "LogSoftmax": _log_softmax,
     "Max": _combined("Max"),
     "Mean": _mean,
     "Min": _combined("Min"),

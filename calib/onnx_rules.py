@@ -64,6 +64,7 @@ class Graph:
         outputs: The network's outputs.
         inputs: Its inputs, without weights.
         constant: Values that do not depend on the inputs.
+        fixed: Whether the inputs' dimensions are.
     """
 
     def __init__(self, model: onnx.ModelProto) -> None:
@@ -73,6 +74,12 @@ class Graph:
         self.weights = {weight.name: weight for weight in model.graph.initializer}
         self.inputs = [value.name for value in model.graph.input if value.name not in self.weights]
         self.outputs = {value.name for value in model.graph.output}
+        self.fixed = all(
+            size.HasField("dim_value")
+            for value in model.graph.input
+            if value.name not in self.weights
+            for size in value.type.tensor_type.shape.dim
+        )
         self.constant = set(self.weights)
         for node in self.nodes:
             read = values_read(node)
@@ -219,8 +226,11 @@ def _fused(graph: Graph) -> Iterator[str]:
         for name in filter(None, node.output):
             reader = graph.sole_reader(name)
             gone = name in graph.constant or name in taken or not graph.used(name)
-            # A reshape copies nothing, except into its place in a concatenation.
-            gone = gone or (node.op_type in RESHAPES and not _is(reader, {"Concat"}))
+            # A reshape copies nothing, except into its place in a concatenation where the batch is open, and out of
+            # another layout.
+            copies = (_is(reader, {"Concat"}) and not graph.fixed) or name in graph.outputs
+            copies = copies or (bool(node.input) and _is(graph.producer.get(node.input[0]), {"Transpose"}))
+            gone = gone or (node.op_type in RESHAPES and not copies)
             if reader is not None and node.op_type in WEIGHTED | {"Add", "BatchNormalization"}:
                 scaled = reader.op_type in ELEMENTWISE and bool(graph.constant.intersection(reader.input))
                 gone = gone or reader.op_type in ACTIVATIONS | {"BatchNormalization"}

@@ -118,7 +118,8 @@ def each(value: Callable[..., float]) -> Find:
 
 
 def to_float32(value: float) -> float:
-    """The nearest finite float32."""
+    """The nearest float32; infinity beyond the largest one, as in TensorRT."""
     import numpy as np
 
-    return float(np.float32(min(value, float(np.finfo(np.float32).max))))
+    with np.errstate(over="ignore"):
+        return float(np.float32(value))

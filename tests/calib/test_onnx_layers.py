@@ -19,7 +19,6 @@ CASES = {
     "gemm, scaled, no bias": (("Gemm", ["x", "w"], {"alpha": 0.5}), 1),
     "gemm, no bias": (("Gemm", ["x", "w"], {}), 0),
     "hard swish": (("HardSwish", ["x"], {}), 1),
-    "log softmax": (("LogSoftmax", ["x"], {"axis": 1}), 1),
     "max of three": (("Max", ["x", "y", "z"], {}), 1),
     "max of two": (("Max", ["x", "y"], {}), 0),
     "mean of four": (("Mean", ["x", "y", "z", "x"], {}), 3),
