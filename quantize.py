@@ -6,6 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import parse, run_command
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quantize(config: Config, flags: Namespace, processes: Processes, call: Callable[[], None]) -> Quantized | Studied:
     """The command, in the first process; ``call`` has the others calibrate with it."""
     run, quantization = Run(config.run, config.artifacts), config.quantization
+    if flags.any_size and not flags.export:
+        raise InputError("--any-size goes with --export onnx")
     if flags.keep_fp is not None:
         quantization.keep_fp = [name.strip() for name in flags.keep_fp.split(",") if name.strip()]
 
@@ -90,7 +93,10 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
             record_quantization(run.folder, used.path, trained.weights, quantization)
             warn_of_no_int8(network, quantization)
             macs = macs_of(compiled, network, used.table, quantization)
-        files = write_files(network, table, run, trained.metadata(config.seed), subset, config) if flags.export else ()
+        files: tuple[Path, ...] = ()
+        if flags.export:
+            metadata = trained.metadata(config.seed)
+            files = write_files(network, table, run, metadata, subset, config, flags.any_size)
     return Quantized(trained, config, compiled, selection.reason, used, own, macs, files)
 
 

@@ -78,6 +78,9 @@ def quantize_parser() -> Parser:
         "--export", type=Literal["onnx"] | None, help="write the FP32 and the Q/DQ INT8 network as ONNX"
     )
     result.add_argument(
+        "--any-size", action="store_true", help="with --export: leave height and width of the images free in the files"
+    )
+    result.add_argument(
         "--compare-algorithms",
         nargs="?",
         const=",".join(ALGORITHMS),

@@ -29,6 +29,7 @@ from common.files import write_bytes
 from common.run import Run
 from engines.onnx_float import float_model, overwritten_as, value_names
 from engines.onnx_int8 import int8_model
+from engines.onnx_sizes import check_size_is_free, free_size
 
 _PROJECT: Final = "int8-workflow"
 _LONGEST_REASON: Final = 200
@@ -66,6 +67,7 @@ def export(
     run: Run,
     provenance: Mapping[str, str],
     calibrated: Callable[[Path], CalibrationTable] | None = None,
+    any_size: bool = False,
 ) -> Exported:
     """Write everything that ``--export onnx`` writes, each file atomically.
 
@@ -76,20 +78,24 @@ def export(
         run: Whose folder gets the files.
         provenance: Stored as the files' metadata.
         calibrated: Calibrates the float file itself, which has values that ``table`` does not name.
+        any_size: Whether height and width of the images are left free.
 
     Raises:
-        InputError: the network cannot be exported, or a file cannot be written.
+        InputError: the network cannot be exported, or takes no other size, or a file cannot be written.
     """
     fp32 = run.onnx(network.name, "fp32")
     model = float_model(network)
-    _write(model, fp32, provenance, network.module)
+    if any_size:
+        free_size(model)
+        check_size_is_free(network, model)
+    _write(model, network, fp32, provenance, network.module)
     if plan is None or table is None:
         return Exported(fp32)
     beside = run.onnx_table(network.name)
     onnx_table(network, table, model, calibrated(fp32) if calibrated else None).write(beside)
     int8, int8_cpu = run.onnx(network.name, "int8"), run.onnx(network.name, "int8_cpu")
-    export_int8(plan, int8, provenance)
-    export_int8(plan, int8_cpu, provenance, for_cpu=True)
+    export_int8(plan, int8, provenance, any_size=any_size)
+    export_int8(plan, int8_cpu, provenance, for_cpu=True, any_size=any_size)
     return Exported(fp32, int8, int8_cpu, beside)
 
 
@@ -104,11 +110,15 @@ def export_fp32(network: Network, path: str | Path, provenance: Mapping[str, str
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
     """
-    _write(float_model(network), Path(path), provenance or {}, network.module)
+    _write(float_model(network), network, Path(path), provenance or {}, network.module)
 
 
 def export_int8(
-    plan: Int8Plan, path: str | Path, provenance: Mapping[str, str] | None = None, for_cpu: bool = False
+    plan: Int8Plan,
+    path: str | Path,
+    provenance: Mapping[str, str] | None = None,
+    for_cpu: bool = False,
+    any_size: bool = False,
 ) -> None:
     """Write the network with explicit quantization to ``path`` as ONNX, atomically.
 
@@ -117,18 +127,29 @@ def export_int8(
         path: The file.
         provenance: Stored as the model's metadata.
         for_cpu: See :func:`engines.onnx_int8.int8_model`.
+        any_size: Likewise.
 
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
     """
-    _write(int8_model(plan, for_cpu), Path(path), provenance or {})
+    model = int8_model(plan, for_cpu, any_size=any_size)
+    if any_size:
+        free_size(model)
+    _write(model, plan.network, Path(path), provenance or {})
 
 
-def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str], module: nn.Module | None = None) -> None:
+def _write(
+    model: onnx.ModelProto,
+    network: Network,
+    path: Path,
+    provenance: Mapping[str, str],
+    module: nn.Module | None = None,
+) -> None:
     """Write a model that the checker accepts and that, where ONNX Runtime is installed, runs.
 
     Args:
-        model: The network.
+        model: The network, as it is written.
+        network: What it was exported from.
         path: The file.
         provenance: Stored as the model's metadata.
         module: What the model must compute, within what float32 rounds; None where nothing in float says.
@@ -142,9 +163,10 @@ def _write(model: onnx.ModelProto, path: Path, provenance: Mapping[str, str], mo
     except Exception as error:  # those of the checker and of shape inference have no base class of their own
         raise InputError(f"{path} is not written: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
     content = model.SerializeToString()
+    assert network.input_shape is not None  # the export has asked for it
     # Two, since some exports fix that there is one.
-    shape = [size.dim_value or 2 for size in model.graph.input[0].type.tensor_type.shape.dim]
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    number = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 2
+    images = torch.rand(number, *network.input_shape, generator=torch.Generator().manual_seed(0))
     try:
         found = _run_once(content, images.numpy())
     except Exception as error:  # what ONNX Runtime raises has no base class of its own

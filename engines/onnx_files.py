@@ -32,6 +32,7 @@ def write_files(
     provenance: Mapping[str, str],
     subset: Callable[[], SubsetImages],
     config: Config,
+    any_size: bool = False,
 ) -> tuple[Path, ...]:
     """Write what ``--export onnx`` writes: the float network and, with a table, its INT8 forms and its own table.
 
@@ -44,12 +45,13 @@ def write_files(
         provenance: Stored as the files' metadata; ``weights`` is the fingerprint of the checkpoint's.
         subset: Opens the data and gives the images that complete the table.
         config: Which layers stay in float, and the parameters of the algorithm.
+        any_size: Whether height and width of the images are left free.
 
     Raises:
         InputError: as :func:`engines.onnx_export.export` does.
     """
     if table is None:
-        written = export(network, None, None, run, provenance)
+        written = export(network, None, None, run, provenance, any_size=any_size)
         _warn_of_stale(stale_files(run, network.name, provenance["weights"]))
         return tuple(written.files)
     quantization, calibration = config.quantization, config.calibration
@@ -58,7 +60,7 @@ def write_files(
     # The table may be another run's, of another algorithm.
     options = algorithm_options(calibration) if calibration.algorithm == table.algorithm else None
     complete = _completer(subset, table.algorithm, options)
-    return tuple(export(network, plan, table, run, provenance, complete).files)
+    return tuple(export(network, plan, table, run, provenance, complete, any_size).files)
 
 
 def stale_files(run: Run, network: str, weights: str) -> list[Path]:

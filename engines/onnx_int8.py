@@ -28,7 +28,9 @@ from engines.tensorrt.form import for_tensorrt
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
 
 
-def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False) -> onnx.ModelProto:
+def int8_model(
+    plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False, any_size: bool = False
+) -> onnx.ModelProto:
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and
@@ -48,13 +50,15 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False
         for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
         int8_weights: With ``for_cpu``, int8 weights with zero point 0 all the same: for the CPU at hand, where
             :func:`engines.ort.int8_weights_are_exact`, and where they are faster.
+        any_size: With ``for_cpu``, no several columns at once, which fixes the size of the images.
 
     Raises:
         InputError: the network cannot be exported.
     """
     plan = for_onnxruntime(plan) if for_cpu else for_tensorrt(plan)
     placement = place(plan, before_relu=True) if for_cpu else place_in_front(plan)
-    model, values = float_graph(plan.network, partial(rewrite_for_kernels, plan, placement) if for_cpu else None)
+    rewrite = partial(rewrite_for_kernels, plan, placement, columns=not any_size)
+    model, values = float_graph(plan.network, rewrite if for_cpu else None)
     computing = _Computing(plan.network, model.graph, values)
     quantized = placement.scales if for_cpu else placement.points
     write_pairs(

@@ -100,7 +100,11 @@ def is_pointwise(conv: nn.Module) -> bool:
 
 
 def rewrite_for_kernels(
-    plan: Int8Plan, placement: Placement, module: fx.GraphModule, shapes: Mapping[str, torch.Size]
+    plan: Int8Plan,
+    placement: Placement,
+    module: fx.GraphModule,
+    shapes: Mapping[str, torch.Size],
+    columns: bool = True,
 ) -> None:
     """Write a network in the operations for which there are integer kernels; its values stay the same.
 
@@ -112,6 +116,7 @@ def rewrite_for_kernels(
         placement: Where its values are quantized, with quantization passing through ReLU.
         module: A copy of the network's, changed in place.
         shapes: fx node -> shape of its value.
+        columns: Whether several columns at once may be computed, which fixes the size of the images.
     """
     kinds, quantized = plan.network.kinds, placement.scales
     in_int8 = {layer.node for layer in plan.weighted}
@@ -124,11 +129,11 @@ def rewrite_for_kernels(
         elif kinds.get(node.name) == "relu" and clamps_codes_at_zero(node, module, quantized[node.name]):
             node.op, node.target = "call_function", F.leaky_relu
             node.args, node.kwargs = (*node.all_input_nodes, 0.0), {}
-        elif kinds.get(node.name) == "conv" and node.op == "call_module":
+        elif columns and kinds.get(node.name) == "conv" and node.op == "call_module":
             height, width = shapes[node.name][-2:]
-            columns = columns_at_once(module.get_submodule(str(node.target)), width)
-            if columns > 1:
-                compute_columns_at_once(module, node, (height, width), columns)
+            count = columns_at_once(module.get_submodule(str(node.target)), width)
+            if count > 1:
+                compute_columns_at_once(module, node, (height, width), count)
 
 
 def compute_as_product(module: fx.GraphModule, node: fx.Node) -> None:

@@ -98,16 +98,19 @@ def judge(rows: Sequence[Row], limits: Limits, task: Task = "classify") -> Verdi
     if failed:
         return Verdict(False, limits, "; ".join(failed), reasons)
     judged = [TITLES[row.precision] for row in rows if row.role == "compared" and row.judged]
-    verb = "is" if len(judged) == 1 else "are each"
-    return Verdict(True, limits, f"{' and '.join(judged)} {verb} {_agreed(limits, task)}", reasons)
+    return Verdict(True, limits, f"{' and '.join(judged)} {_agreed(limits, task, len(judged) > 1)}", reasons)
 
 
-def _agreed(limits: Limits, task: Task) -> str:
+def _agreed(limits: Limits, task: Task, several: bool) -> str:
+    """What a precision, or ``several``, that passed does."""
+    verb = "are each" if several else "is"
     if task == "classify":
-        return f"within {limits.tolerance:g} point{'' if limits.tolerance == 1 else 's'} of FP32"
+        lose, agree = ("each lose", "agree") if several else ("loses", "agrees")
+        most = f"{limits.tolerance:g} point{'' if limits.tolerance == 1 else 's'}"
+        return f"{lose} at most {most} and {agree} with FP32 on at least {limits.agreement:g} % of the images"
     if task == "regress":
-        return f"within {limits.relative_error:g} % of FP32"
-    close = f"close to FP32: cosine similarity of at least {limits.cosine:g}"
+        return f"{verb} within {limits.relative_error:g} % of FP32"
+    close = f"{verb} close to FP32: cosine similarity of at least {limits.cosine:g}"
     return f"{close} and SQNR of at least {limits.sqnr_db:g} dB in each output" if task == "detect" else close
 
 
@@ -117,8 +120,8 @@ def _classes(row: Row, limits: Limits) -> Iterator[tuple[str, bool]]:
     assert row.paired is not None
     for name, points in (("top-1", row.paired.top1_points), ("top-5", row.paired.top5_points)):
         passes = -points <= limits.tolerance + _SLACK
-        side = "within" if passes else "outside"
-        yield f"{name} is {signed(points)} points from FP32: {side} {limits.tolerance:g}", passes
+        side = "no loss" if points >= 0 else f"{'within' if passes else 'outside'} {limits.tolerance:g}"
+        yield f"{name} is {signed(points)} points from FP32: {side}", passes
     passes = limits.agrees(row.accuracy.agreement)
     side = "at least" if passes else "less than"
     share = f"{row.accuracy.agreement:.2f} % of the images"

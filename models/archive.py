@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from common.errors import InputError, first_line
+
+_OTHER: Final = re.compile(r"GLOBAL (\S+) was not an allowed global")
+"""In PyTorch's message: the class or function of the user's that a file names."""
 
 
 def load_archive(path: Path, *, legacy: bool = False) -> Any:
@@ -30,6 +35,9 @@ def load_archive(path: Path, *, legacy: bool = False) -> Any:
         if archive:
             with zipfile.ZipFile(path) as content:
                 unpacked = sum(entry.file_size for entry in content.infolist())
+                compiled = any(name.endswith("/constants.pkl") for name in content.namelist())
+            if compiled:
+                raise InputError(f"{path} is a TorchScript program, which is code: save its state_dict instead")
             if unpacked > path.stat().st_size:
                 raise InputError(f"{path} is compressed, which torch.save never does: it is not loaded for safety")
         elif not legacy:
@@ -39,7 +47,13 @@ def load_archive(path: Path, *, legacy: bool = False) -> Any:
         raise
     except Exception as error:
         # torch, zipfile and pickle raise a dozen unrelated types on damaged files.
-        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError) and (other := _OTHER.search(str(error))):
+            raise InputError(
+                f"{path} holds an object of {other[1]:.80}, which is not loaded for safety: save tensors by name "
+                "alone, as in torch.save(model.state_dict(), path)"
+            ) from error
+        # PyTorch's own message is advice to load the file in spite of the risk.
+        reason = "no file of torch.save" if isinstance(error, pickle.UnpicklingError) else first_line(error)
         raise InputError(f"{path} is damaged, or holds more than tensors and plain values: {reason:.200}") from error
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,9 @@ from common.config import ModelConfig
 from common.dotted import locate
 from common.errors import InputError
 from models.archive import is_plain, load_archive
+
+_HOLDERS: Final = ("state_dict", "model_state_dict", "model")
+"""Under which of its keys a checkpoint holds the state_dict; the first that is there."""
 
 
 def build_network(config: ModelConfig, num_classes: int, channels: int) -> nn.Module:
@@ -33,7 +36,7 @@ def build_network(config: ModelConfig, num_classes: int, channels: int) -> nn.Mo
     arguments = network_arguments(config, num_classes, channels)
     network = construct(resolve(config.class_path), config.class_path, arguments)
     if config.weights is not None:
-        load_state(network, read_weights(config.weights), str(config.weights))
+        load_state(network, without_wrapper(read_weights(config.weights), network), str(config.weights))
     return network
 
 
@@ -100,7 +103,8 @@ def check_network(network: nn.Module, name: str, shape: tuple[int, int, int], nu
 def read_weights(path: Path) -> Mapping[str, Any]:
     """Read a state_dict without running code from the file: ``.safetensors``, else PyTorch's format.
 
-    A checkpoint that holds it under ``state_dict`` (as Lightning's and this project's do) is taken as well.
+    A checkpoint that holds it under ``state_dict`` (as Lightning's and this project's do), ``model_state_dict`` or
+    ``model`` (as torchvision's) is taken as well.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors by name.
@@ -117,13 +121,25 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             raise InputError(f"cannot read the weights in {path}: {error}") from error
     else:
         content = load_archive(path, legacy=True)
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _HOLDERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        raise InputError(f"{path} holds no state_dict (tensors by name)")
+        keys = f" but {_some(list(map(str, content)))}" if isinstance(content, Mapping) else ""
+        raise InputError(f"{path} holds no state_dict (tensors by name){keys}")
     return content
+
+
+def without_wrapper(state: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
+    """``state`` without the name of the module that ``network`` was an attribute of when it was saved.
+
+    Such as ``module.`` of ``DistributedDataParallel``, or ``model.`` of most LightningModules. A state of which this
+    does not make the network's own names is given as it is.
+    """
+    wrappers = {name.partition(".")[0] for name in state}
+    inner = {name.partition(".")[2]: value for name, value in state.items()}
+    return inner if len(wrappers) == 1 and inner.keys() == network.state_dict().keys() else state
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> None:

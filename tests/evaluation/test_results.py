@@ -61,7 +61,8 @@ def test_all_within_the_tolerance_pass() -> None:
 
     assert verdict.passed
     assert verdict.word == "PASSED"
-    assert verdict.summary == "FP16 and INT8 are each within 1 point of FP32"
+    sentence = "FP16 and INT8 each lose at most 1 point and agree with FP32 on at least 90 % of the images"
+    assert verdict.summary == sentence
     assert "INT8 top-1 is -0.30 points from FP32: within 1" in verdict.reasons
 
 
@@ -93,7 +94,7 @@ def test_fp16_may_be_absent() -> None:
     verdict = judge([row("fp32"), skipped("fp16"), row("int8")], Limits(0.5, 90))
 
     assert verdict.passed
-    assert verdict.summary == "INT8 is within 0.5 points of FP32"
+    assert verdict.summary == "INT8 loses at most 0.5 points and agrees with FP32 on at least 90 % of the images"
     assert "FP16 did not run: no such hardware" in verdict.reasons
 
 
@@ -108,6 +109,7 @@ def test_another_network_does_not_pass_however_accurate_it_is() -> None:
     verdict = judge([row("fp32", lost=700), row("int8", lost=-330, agreement=67)], Limits(1.0, 90))
 
     assert (verdict.passed, verdict.limits.agreement) == (False, 90)
+    assert "INT8 top-1 is +33.00 points from FP32: no loss" in verdict.reasons
     assert verdict.summary == "INT8 predicts the same class as FP32 for 67.00 % of the images: less than 90 %"
 
 

@@ -74,7 +74,7 @@ def test_wrong_arguments_are_named():
         build_network(ModelConfig("models.LeNet", {"colour": "red"}), 10, 1)
 
 
-@pytest.mark.parametrize("form", ["plain", "nested", "safetensors", "a checkpoint of ours"])
+@pytest.mark.parametrize("form", ["plain", "nested", "torchvision's", "wrapped", "safetensors", "a checkpoint of ours"])
 def test_weights(tmp_path, form, meta):
     trained = LeNet()
     state = trained.state_dict()
@@ -84,7 +84,14 @@ def test_weights(tmp_path, form, meta):
     elif form == "a checkpoint of ours":
         save_checkpoint(path, trained, meta)
     else:
-        torch.save({"state_dict": state, "epoch": 3} if form == "nested" else state, path)
+        wrapped = {f"net.{name}": value for name, value in state.items()}
+        forms = {
+            "plain": state,
+            "nested": {"state_dict": state, "epoch": 3},
+            "torchvision's": {"model": state, "optimizer": {"lr": 0.1}},
+            "wrapped": {"state_dict": wrapped},
+        }
+        torch.save(forms[form], path)
     network = build_network(ModelConfig(weights=path), 10, 1)
     for name, value in network.state_dict().items():
         assert torch.equal(value, state[name])
@@ -101,9 +108,11 @@ def test_weights_that_do_not_serve(tmp_path):
     (tmp_path / "noise.safetensors").write_bytes(b"noise" * 100)
     refused("noise.safetensors", "cannot read the weights")
     torch.save(LeNet(), tmp_path / "module.pt")
-    refused("module.pt", "holding more|holds more")
+    refused("module.pt", r"an object of models.lenet.LeNet, which is not loaded .*: save .*model.state_dict")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pt")
+    refused("script.pt", "is a TorchScript program")
     torch.save({"a": 1}, tmp_path / "values.pt")
-    refused("values.pt", "holds no state_dict")
+    refused("values.pt", r"holds no state_dict \(tensors by name\) but a$")
     torch.save(LeNet().state_dict(), tmp_path / "lenet.pt")
     refused("lenet.pt", r"ip2.weight is \(10, 500\), not \(7, 500\)", num_classes=7)
     state = LeNet().state_dict()
