@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
@@ -92,6 +92,11 @@ def trainer_parser() -> ArgumentParser:
     """A parser of ``lightning.Trainer``'s arguments, under ``trainer``; its help lists them."""
     parser = ArgumentParser(prog="train.py", exit_on_error=False, usage="train.py [--trainer.ARGUMENT VALUE] ...")
     parser.add_class_arguments(Trainer, "trainer", instantiate=False)
+    for action in parser._actions:
+        # Typing's cache gives Optional[Union[int, float]] in either order, and 1 batch is not 1.0, all of them.
+        types = get_args(getattr(action, "_typehint", None))
+        if float in types and int in types:
+            action._typehint = Union[(int, *(each for each in types if each is not int))]  # type: ignore[attr-defined]
     return parser
 
 

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import inspect
 import json
 import sys
 
 import pytest
 import torch
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from torch import nn
 
 from common.cli import config_parser, parse
@@ -415,6 +416,13 @@ def test_trainer_defaults():
     values = fit.check_trainer({}).values.trainer
     assert values.max_epochs == fit.EPOCHS
     assert fit.check_trainer({"max_steps": 5}).values.trainer.max_epochs is None
+
+
+def test_one_batch_stays_one_where_typing_takes_float_before_int(monkeypatch):
+    types = inspect.unwrap(Trainer.__init__).__annotations__
+    monkeypatch.setitem(types, "limit_train_batches", float | int | None)
+    options = fit.check_trainer({"limit_train_batches": 1})
+    assert type(options.parser.instantiate(options.values).trainer.limit_train_batches) is int
 
 
 def test_precision_is_measured_on_a_cpu():
