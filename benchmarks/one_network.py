@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from calib import calibrate, plan_int8, trace
-from calib.onnx_macs import count_macs
+from calib.onnx.macs import count_macs
 from calib.plan import Int8Plan
 from common.errors import InputError, first_line
 from common.macs import MacCount

@@ -17,11 +17,11 @@ from benchmarks.results import Entry, Findings, Table, Target
 from benchmarks.setting import Setting
 from benchmarks.timing import in_turns, ratio, spread, timed
 from calib.network import INPUT
-from calib.onnx_calibrate import calibrate_onnx
-from calib.onnx_model import network_inputs, read_float_model
-from calib.onnx_observe import open_session
-from calib.onnx_rules import entries
-from calib.onnx_source import DEFAULT_BATCH, Pixels, open_source
+from calib.onnx.calibrate import calibrate_onnx
+from calib.onnx.model import network_inputs, read_float_model
+from calib.onnx.observe import open_session
+from calib.onnx.rules import entries
+from calib.onnx.source import DEFAULT_BATCH, Pixels, open_source
 from calib.tracing import trace
 from common.threads import available_cores
 from engines.onnx_export import export_fp32

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from calib import onnx_command, onnx_from_qdq_command
+from calib.onnx import command, from_qdq_command
 from calib.table import tools
 from common.command import run_command
 from common.errors import ExitCode
@@ -32,8 +32,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="TOOL")
     tools.add_parsers(commands)
-    onnx_command.add_parser(commands)
-    onnx_from_qdq_command.add_parser(commands)
+    command.add_parser(commands)
+    from_qdq_command.add_parser(commands)
     return parser
 
 

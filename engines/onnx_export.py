@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from calib.network import INPUT, Network
-from calib.onnx_model import without_weights
+from calib.onnx.model import without_weights
 from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line

@@ -12,8 +12,8 @@ from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from calib.calibrator import algorithm_options
 from calib.network import INPUT, Network
-from calib.onnx_calibrate import complete_table
-from calib.onnx_source import Batches
+from calib.onnx.calibrate import complete_table
+from calib.onnx.source import Batches
 from calib.plan import plan_int8
 from calib.subset import SubsetImages
 from calib.table import CalibrationTable

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from calib.network import INPUT, Network, copy_sharing_weights
-from calib.onnx_model import free_name, replace_items, without_weights
+from calib.onnx.model import free_name, replace_items, without_weights
 from common.errors import InputError, first_line
 
 OPSET: Final = 17

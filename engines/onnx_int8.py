@@ -1,7 +1,7 @@
 """The network in ONNX with explicit quantization: the float network, Q/DQ pairs and 8-bit weights.
 
 Where the pairs stand is the plan's (:mod:`calib.explicit`); this module finds the ONNX operators of its layers, and
-:mod:`calib.onnx_pairs` writes.
+:mod:`calib.onnx.pairs` writes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import Network
-from calib.onnx_pairs import Activation, Weight, write_pairs
+from calib.onnx.pairs import Activation, Weight, write_pairs
 from calib.plan import Int8Plan
 from common.errors import InputError
 from engines.integer import LARGEST_BIAS

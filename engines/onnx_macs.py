@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from calib.network import Network
-from calib.onnx_macs import count_macs
+from calib.onnx.macs import count_macs
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig

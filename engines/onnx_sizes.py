@@ -7,7 +7,7 @@ import onnx
 import torch
 
 from calib.network import INPUT, Network
-from calib.onnx_model import without_weights
+from calib.onnx.model import without_weights
 from common.errors import InputError, first_line
 
 _LARGER = ((32, 64), (7, 13))

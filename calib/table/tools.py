@@ -241,7 +241,7 @@ def _compare_with_network(
     scales: Mapping[str, float], usable: Mapping[str, float], path: Path
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the names of a table for the network in ``path``, and what may be."""
-    from calib.onnx_names import network_names
+    from calib.onnx.names import network_names
 
     network = network_names(path)
     findings = []

@@ -9,9 +9,9 @@ import pytest
 from calib.__main__ import main
 from calib.algorithms import threshold
 from calib.histogram import BINS, AbsHistogram
-from calib.onnx_model import read_float_model
-from calib.onnx_observe import Observed
-from calib.onnx_rules import entries
+from calib.onnx.model import read_float_model
+from calib.onnx.observe import Observed
+from calib.onnx.rules import entries
 from calib.table import CalibrationTable
 from tests.calib.seeded_networks import HERE, write
 from tests.calib.test_tensorrt_thresholds import histograms  # noqa: F401

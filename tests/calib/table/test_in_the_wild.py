@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from calib.__main__ import main
 from calib.table import CalibrationTable, formats
 from common.errors import InputError
-from tests.calib.onnx_networks import model, node, save
+from tests.calib.onnx.networks import model, node, save
 
 ZERO = "TRT-101200-EntropyCalibration2\nimages: 3c021406\nONNXTRT_Broadcast_1855_output: 0\nx: 3c010a14\n"
 INFINITE = "TRT-6001-MinMaxCalibration\n(Unnamed Layer* 21) [Shuffle]_output: 3d0971dc\nbad: 7f800000\nc: 3c0660b4\n"

@@ -18,7 +18,7 @@ from calib.__main__ import main
 from calib.table import CalibrationTable, formats
 from common.command import run_command
 from common.errors import InputError
-from tests.calib.onnx_networks import model, save
+from tests.calib.onnx.networks import model, save
 
 TABLE = CalibrationTable({"data": 0.01, "conv1": 0.5, "a: b=c": 3.0}, "entropy2", "8.6.1")
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\n\r\0"), min_size=1)

@@ -1,7 +1,7 @@
 """The calibration table of an ONNX network, without TensorRT: histograms of its values over calibration batches.
 
 The rules are those of :mod:`calib.histogram` and :mod:`calib.algorithms`; which value gives which entry of the table,
-and under which name, is :mod:`calib.onnx_rules`.
+and under which name, is :mod:`calib.onnx.rules`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from calib.algorithms import thresholds
 from calib.histogram import AbsHistogram
-from calib.onnx_histograms import collect
-from calib.onnx_model import read_float_model
-from calib.onnx_observe import Observed
-from calib.onnx_rules import TableEntry, entries
-from calib.onnx_source import Batches
+from calib.onnx.histograms import collect
+from calib.onnx.model import read_float_model
+from calib.onnx.observe import Observed
+from calib.onnx.rules import TableEntry, entries
+from calib.onnx.source import Batches
 from calib.table import LEVELS, TESTED_TENSORRT, CalibrationTable, Legacy
 from calib.table.text import name_problem
 from common.errors import InputError
@@ -74,7 +74,7 @@ def calibrate_onnx(
 
     Args:
         path: The file.
-        model: Its float network, as :func:`calib.onnx_model.read_float_model` reads it.
+        model: Its float network, as :func:`calib.onnx.model.read_float_model` reads it.
         entries: Of the table.
         batches: The calibration batches. The first one sets the histograms' range.
         algorithm: As :func:`calib.algorithms.thresholds` takes it.
@@ -124,7 +124,7 @@ def complete_table(
         options: Likewise.
 
     Raises:
-        InputError: as :func:`calibrate_onnx` and :func:`calib.onnx_model.read_float_model` do.
+        InputError: as :func:`calibrate_onnx` and :func:`calib.onnx.model.read_float_model` do.
     """
     model = read_float_model(path)
     found, observed = entries(model, algorithm, path.parent)

@@ -2,7 +2,7 @@
 
 The layout is what TensorRT fuses (developer guide, "Working with Quantized Types"): pairs in front of convolutions,
 matrix products and pooling, and on the shortcut of a residual sum; none between a convolution and its activation or
-sum, and none behind the last layer; linear layers are convolutions (:mod:`calib.onnx_form`). Where two convolutions
+sum, and none behind the last layer; linear layers are convolutions (:mod:`calib.onnx.form`). Where two convolutions
 meet in a sum, the second is the shortcut, as in ``engines.tensorrt.form``. Weights are int8, symmetric, per output
 channel; biases stay in float.
 
@@ -22,10 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
-from calib.onnx_form import linear_as_convolution
-from calib.onnx_model import constant, free_name, no_floats
-from calib.onnx_pairs import Activation, Weight, write_pairs
-from calib.onnx_rules import RESHAPES, WEIGHTED, Graph
+from calib.onnx.form import linear_as_convolution
+from calib.onnx.model import constant, free_name, no_floats
+from calib.onnx.pairs import Activation, Weight, write_pairs
+from calib.onnx.rules import RESHAPES, WEIGHTED, Graph
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 
@@ -75,7 +75,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     """Put the pairs into a float network.
 
     Args:
-        model: The network, as :func:`calib.onnx_model.read_float_model` reads it.
+        model: The network, as :func:`calib.onnx.model.read_float_model` reads it.
         table: Its calibration table.
         path: Its file, in whose folder external weights lie.
 

@@ -5,8 +5,8 @@ import onnx
 import onnxruntime
 import pytest
 
-from calib.onnx_form import linear_as_convolution
-from tests.calib.onnx_networks import model, node, weight
+from calib.onnx.form import linear_as_convolution
+from tests.calib.onnx.networks import model, node, weight
 
 SHAPES = {"data": ["N", 3, 4, 5]}
 

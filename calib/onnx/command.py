@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calib.algorithms import ALGORITHMS, OPTIONS
-from calib.onnx_write import refuse_own_input, write_model
+from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
 from common.errors import ExitCode, InputError
@@ -18,8 +18,8 @@ from common.errors import ExitCode, InputError
 if TYPE_CHECKING:
     import onnx
 
-    from calib.onnx_calibrate import OnnxCalibration
-    from calib.onnx_source import Batches, Pixels
+    from calib.onnx.calibrate import OnnxCalibration
+    from calib.onnx.source import Batches, Pixels
     from calib.table import CalibrationTable
 
 _PROGRESS_SECONDS = 2.0
@@ -97,10 +97,10 @@ def _positive(text: str) -> int:
 
 
 def _calibrate(arguments: argparse.Namespace) -> int:
-    from calib.onnx_calibrate import calibrate_onnx
-    from calib.onnx_model import network_inputs, read_float_model, subgraph_nodes
-    from calib.onnx_rules import entries
-    from calib.onnx_source import open_source
+    from calib.onnx.calibrate import calibrate_onnx
+    from calib.onnx.model import network_inputs, read_float_model, subgraph_nodes
+    from calib.onnx.rules import entries
+    from calib.onnx.source import open_source
     from calib.table import CalibrationTable
 
     path = arguments.model
@@ -163,10 +163,10 @@ def _write_quantized(
     arguments: argparse.Namespace, model: onnx.ModelProto, table: CalibrationTable, batches: Batches
 ) -> dict[str, Any]:
     """Write the network with explicit quantization; what it holds and how its outputs compare, as JSON values."""
-    from calib.onnx_macs import count_macs
-    from calib.onnx_model import network_inputs
-    from calib.onnx_observe import compare_outputs
-    from calib.onnx_qdq import quantize
+    from calib.onnx.macs import count_macs
+    from calib.onnx.model import network_inputs
+    from calib.onnx.observe import compare_outputs
+    from calib.onnx.qdq import quantize
 
     made = quantize(model, table, arguments.model)
     # It is run before it is written: a file that does not run is of no use.
@@ -218,7 +218,7 @@ def _options(arguments: argparse.Namespace) -> dict[str, float]:
 def _pixels(arguments: argparse.Namespace) -> Pixels:
     import math
 
-    from calib.onnx_source import Pixels
+    from calib.onnx.source import Pixels
 
     size = arguments.size
     if size is not None and len(size) > 2:

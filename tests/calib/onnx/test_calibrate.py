@@ -10,16 +10,16 @@ import torch
 from onnx import TensorProto, helper
 from PIL import Image
 
-from calib import onnx_observe
 from calib.__main__ import main
 from calib.algorithms import threshold
 from calib.histogram import AbsHistogram
-from calib.onnx_model import read_float_model
+from calib.onnx import observe
+from calib.onnx.model import read_float_model
 from calib.table import CalibrationTable
 from common.errors import InputError
-from tests.calib.onnx_networks import classifier, detector, model, node, save, two_inputs, weight
+from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs, weight
 
-TENSORRT = Path(__file__).parent / "tensorrt"
+TENSORRT = Path(__file__).parents[1] / "tensorrt"
 TABLES = sorted(path.name for path in (TENSORRT / "tables").glob("*.cache"))
 # Divergences within 1e-6 of each other, which the last bits of a convolution decide.
 TIES = 2
@@ -75,7 +75,7 @@ def network(tmp_path):
 
 
 def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_observe, "_BUDGET", 1)
+    monkeypatch.setattr(observe, "_BUDGET", 1)
     wanted = CalibrationTable.read(TENSORRT / "tables" / "concat.entropy.cache")
     network, images = TENSORRT / "nets" / "concat.onnx", TENSORRT / "nets" / "images.npy"
     found = table_of(network, images, tmp_path, "--algorithm", "entropy")
@@ -86,7 +86,7 @@ def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch, ne
     images[7] *= 3
     np.save(tmp_path / "images.npy", images)
     whole = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
-    monkeypatch.setattr(onnx_observe, "_BUDGET", 1)
+    monkeypatch.setattr(observe, "_BUDGET", 1)
     parts = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
     assert dict(parts.scales) == pytest.approx(dict(whole.scales), rel=1e-5)
 
@@ -116,7 +116,7 @@ def test_every_value_has_the_threshold_of_its_histogram(images, tmp_path, source
     import onnxruntime
     import torch
 
-    made = onnx_observe.with_outputs(read_float_model(network), ["relu", "fc"])
+    made = observe.with_outputs(read_float_model(network), ["relu", "fc"])
     session = onnxruntime.InferenceSession(made.SerializeToString())
     for name, value in zip(["relu", "fc"], session.run(None, {"data": images}), strict=True):
         histogram = AbsHistogram()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calib.algorithms import ALGORITHMS
-from calib.onnx_write import refuse_own_input, write_model
+from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
 from common.errors import ExitCode
@@ -36,8 +36,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _from_qdq(arguments: argparse.Namespace) -> int:
-    from calib.onnx_from_qdq import table_of_quantized
-    from calib.onnx_model import read_model
+    from calib.onnx.from_qdq import table_of_quantized
+    from calib.onnx.model import read_model
     from calib.table import CalibrationTable
 
     refuse_own_input([arguments.output, arguments.onnx], [arguments.model])

@@ -5,8 +5,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from calib.onnx_pairs import Activation, Weight, write_pairs
-from tests.calib.onnx_networks import model, node
+from calib.onnx.pairs import Activation, Weight, write_pairs
+from tests.calib.onnx.networks import model, node
 
 
 def network(weights_as_nodes=False):

@@ -1,12 +1,12 @@
-"""Operators divided into the layers that TensorRT makes of them (:mod:`calib.onnx_layers`) compute the same."""
+"""Operators divided into the layers that TensorRT makes of them (:mod:`calib.onnx.layers`) compute the same."""
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from calib.onnx_observe import Observed
-from calib.onnx_rules import entries
+from calib.onnx.observe import Observed
+from calib.onnx.rules import entries
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 WEIGHTS = {"w": X[:, :3].reshape(6, 2), "b": X[0, :2]}

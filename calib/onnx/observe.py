@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.onnx_source import Batch
+from calib.onnx.source import Batch
 from common.errors import InputError, first_line
 from common.threads import available_cores
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.onnx_model import QUANTIZERS, constant, no_floats, replace_items
-from calib.onnx_rules import ACTIVATIONS, RESHAPES, Graph
+from calib.onnx.model import QUANTIZERS, constant, no_floats, replace_items
+from calib.onnx.rules import ACTIVATIONS, RESHAPES, Graph
 from calib.table import LEVELS
 from common.errors import InputError
 
@@ -57,7 +57,7 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     they are reshaped or pooled from, or, where an activation alone reads them, that of the activation.
 
     Args:
-        model: The network with pairs, as :func:`calib.onnx_model.read_model` reads it.
+        model: The network with pairs, as :func:`calib.onnx.model.read_model` reads it.
         path: Its file, in whose folder external weights lie.
 
     Raises:

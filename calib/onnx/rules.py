@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from calib.algorithms import ALGORITHMS
-from calib.onnx_layers import inner_values, layers_of
-from calib.onnx_model import constant_value, replace_items
-from calib.onnx_parser_names import ParserNames
+from calib.onnx.layers import inner_values, layers_of
+from calib.onnx.model import constant_value, replace_items
+from calib.onnx.parser_names import ParserNames
 
 if TYPE_CHECKING:
     import onnx

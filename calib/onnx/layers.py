@@ -21,7 +21,7 @@ def layers_of(node: onnx.NodeProto, names: Sequence[str], kind: int = _FLOAT) ->
 
     Args:
         node: The operator.
-        names: Its layers' names in TensorRT, as :class:`calib.onnx_parser_names.ParserNames` gives them.
+        names: Its layers' names in TensorRT, as :class:`calib.onnx.parser_names.ParserNames` gives them.
         kind: The values' element type, as ONNX numbers them.
 
     Returns:

@@ -11,14 +11,14 @@ import pytest
 from onnx import TensorProto
 from onnx.helper import make_node
 
-from calib.onnx_macs import count_macs
-from tests.calib import onnx_networks
+from calib.onnx.macs import count_macs
+from tests.calib.onnx import networks
 
 SCALE, CODES = np.float32(0.1), np.int8
 
 
 def model(nodes: Sequence[onnx.NodeProto], inputs: Mapping[str, Any], weights: Mapping[str, Any]) -> onnx.ModelProto:
-    return onnx_networks.model(nodes, inputs, {nodes[-1].output[0]: None}, weights)
+    return networks.model(nodes, inputs, {nodes[-1].output[0]: None}, weights)
 
 
 def pair(value: str) -> list[onnx.NodeProto]:

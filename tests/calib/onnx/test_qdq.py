@@ -10,13 +10,13 @@ import pytest
 from onnx import numpy_helper
 
 from calib.__main__ import main
-from calib.onnx_model import read_float_model
-from calib.onnx_qdq import quantize
+from calib.onnx.model import read_float_model
+from calib.onnx.qdq import quantize
 from calib.table import CalibrationTable
 from common.errors import InputError
-from tests.calib.onnx_networks import classifier, detector, model, node, save, two_inputs
+from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs
 
-TENSORRT = Path(__file__).parent / "tensorrt"
+TENSORRT = Path(__file__).parents[1] / "tensorrt"
 
 
 def run(*arguments):

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
-from calib.onnx_model import constant, free_name, replace_items
-from calib.onnx_rules import Graph, values_read
+from calib.onnx.model import constant, free_name, replace_items
+from calib.onnx.rules import Graph, values_read
 
 if TYPE_CHECKING:
     import onnx

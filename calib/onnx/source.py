@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.onnx_model import NetworkInput
+from calib.onnx.model import NetworkInput
 from common.errors import InputError
 from common.images import in_eight_bits
 from common.threads import available_cores

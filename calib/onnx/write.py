@@ -32,7 +32,7 @@ def write_model(path: Path, model: onnx.ModelProto, source: Path) -> None:
     """
     import onnx
 
-    from calib.onnx_model import external_weights
+    from calib.onnx.model import external_weights
     from common.files import write_bytes
 
     if path.resolve().parent != source.resolve().parent and any(True for _ in external_weights(model)):

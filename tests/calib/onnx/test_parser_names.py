@@ -13,12 +13,12 @@ import onnx
 import pytest
 
 from calib.__main__ import main
-from calib.onnx_names import network_names
-from calib.onnx_parser_names import ParserNames
-from calib.onnx_rules import Graph
+from calib.onnx.names import network_names
+from calib.onnx.parser_names import ParserNames
+from calib.onnx.rules import Graph
 from calib.table import CalibrationTable, scale_from_hex
 
-HERE = Path(__file__).parent / "tensorrt" / "parser"
+HERE = Path(__file__).parents[1] / "tensorrt" / "parser"
 NAMES = json.loads((HERE / "broadcasts.json").read_text())
 
 # What the parser computes for their shapes is not counted: numbers behind it are too low.

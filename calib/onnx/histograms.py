@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from calib.histogram import AbsHistogram, Counted, count, refuse_infinite
-from calib.onnx_observe import Observed
-from calib.onnx_source import Batch, Batches
+from calib.onnx.observe import Observed
+from calib.onnx.source import Batch, Batches
 from calib.rectified import count_rectified
 from common.errors import InputError
 from common.threads import available_cores
