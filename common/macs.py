@@ -89,10 +89,9 @@ class MacCount:
         lines = []
         for reason, layers in sorted(reasons.items(), key=lambda item: -sum(layer.macs for layer in item[1])):
             part = 100 * sum(layer.macs for layer in layers) / self.total
-            lines.append(f"{percent(part)} % {reason} ({_listed([layer.layer for layer in layers])})")
+            lines.append(f"{percent(part)} % in {_listed([layer.layer for layer in layers])} ({reason})")
         return (
-            f"only {percent(self.share)} % of the multiply-accumulates are in INT8; in float stay "
-            f"{_listed(lines, 'reasons')}"
+            f"only {percent(self.share)} % of the multiply-accumulates are in INT8; in float: {_listed(lines, 'parts')}"
         )
 
 

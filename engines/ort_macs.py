@@ -24,7 +24,7 @@ IN_FLOAT: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "Fuse
 """Operators of an optimised graph that multiply in float."""
 
 _SOURCE: Final = "as ONNX Runtime executes it on this CPU"
-_REASON: Final = "is computed in float by ONNX Runtime, although its operands are INT8"
+_REASON: Final = "computed in float by ONNX Runtime, from INT8 operands"
 _REWRITTEN: Final = re.compile(r"(.+)_(?:columns|product)_*[._]weight.*")
 """Weight of a convolution in another form (:func:`engines.ort_form.rewrite_for_kernels`)."""
 

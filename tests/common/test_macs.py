@@ -30,13 +30,27 @@ def test_layers_that_could_not_be_counted_are_said() -> None:
 def test_a_small_share_is_a_warning_with_its_reasons_the_costliest_first() -> None:
     layers = [LayerMacs(f"conv{index}", "Conv", 10, False, "the weight is not quantized") for index in range(5)]
     warning = MacCount(
-        "", [LayerMacs("fc", "Gemm", 50, True), *layers, LayerMacs("x", "Conv", 1, False, "y")]
+        "", [LayerMacs("fc", "Gemm", 50, True), *layers, LayerMacs("x", "Conv", 1, False, "kept in float as asked")]
     ).warning()
 
     assert warning == (
-        "only 49.5 % of the multiply-accumulates are in INT8; in float stay 49.5 % the weight is not quantized "
-        "(conv0, conv1, conv2 and 2 more layers), 1.0 % y (x)"
+        "only 49.5 % of the multiply-accumulates are in INT8; in float: 49.5 % in conv0, conv1, conv2 and 2 more "
+        "layers (the weight is not quantized), 1.0 % in x (kept in float as asked)"
     )
+
+
+@pytest.mark.parametrize(
+    ("layers", "warning"),
+    [
+        (1, "in float: 100.0 % in q0 (no scale for v0 in the table)"),
+        (4, "25.0 % in q2 (no scale for v2 in the table) and 1 more part"),
+        (5, "20.0 % in q2 (no scale for v2 in the table) and 2 more parts"),
+    ],
+)
+def test_the_warning_names_the_first_few_reasons(layers: int, warning: str) -> None:
+    kept = [LayerMacs(f"q{at}", "MatMul", 10, False, f"no scale for v{at} in the table") for at in range(layers)]
+
+    assert str(MacCount("", kept).warning()).endswith(warning)
 
 
 @pytest.mark.parametrize(("int8", "warned"), [(900, False), (899, True), (0, True), (1000, False)])
