@@ -50,6 +50,12 @@ class ModelCheck:
         outputs = {_key(path): value for path, value in paths if isinstance(value, Tensor)}
         if not outputs:
             raise RefusedError(f"network {name} gives no tensor")
+        if not any(value.is_floating_point() for value in outputs.values()):
+            kind = str(next(iter(outputs.values())).dtype).removeprefix("torch.")
+            raise RefusedError(
+                f"network {name} gives {kind}, as an argmax does: pass the network that gives the scores, which show "
+                "how close INT8 is"
+            )
         self.output_names = tuple(outputs)
         self._expected = list(outputs.values())
 

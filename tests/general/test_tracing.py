@@ -387,8 +387,9 @@ class Found:
         lambda x, y: {"logits": y, "images": x},
         lambda x, y: Found(y, y.relu()),
         lambda x, y: Found(y),
+        lambda x, y: (y, y.argmax(1)),
     ],
-    ids=["twice", "images", "dataclass", "dataclass_of_one"],
+    ids=["twice", "images", "dataclass", "dataclass_of_one", "scores_and_class"],
 )
 def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], object]) -> None:
     model = Gives(result).eval()
@@ -410,8 +411,10 @@ def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], obje
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"its module 1 \(LazyLinear\) has no weights yet"),
         (lambda: Gives(lambda x, y: (y, torch.ones(1))), "output 2 of 2 does not depend on the images"),
         (lambda: Body(lambda x: x / x.abs().max().item()), "something else for another number of images"),
+        (lambda: Gives(lambda x, y: y.argmax(1)), "network net gives int64, as an argmax does: pass the network"),
+        (lambda: Gives(lambda x, y: (y > 0, y.argmax(1))), "gives bool, as an argmax does"),
     ],
-    ids=["torchscript", "lazy", "constant_output", "number_of_the_batch"],
+    ids=["torchscript", "lazy", "constant_output", "number_of_the_batch", "argmax", "several_without_floats"],
 )
 def test_what_cannot_be_traced_is_one_line(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(InputError, match=message):
