@@ -56,13 +56,14 @@ def collect(
 
     Args:
         network: The traced network.
-        batches: As :func:`calibrate` takes them. With ``process_group``, all batches in each process, which takes
-            every N-th of them: a sequence, of which the process reads no others, or what can be iterated again.
+        batches: As :func:`calib.calibrator.calibrate` takes them. With ``process_group``, all batches in each process,
+            which takes every N-th of them: a sequence, of which the process reads no others, or what can be iterated
+            again.
         progress: Called after each batch of this process with (batches done, seconds it took).
         process_group: Processes that share the batches. The histograms, in each of them, are those of one process.
 
     Raises:
-        InputError: as :func:`calibrate` does; or another process ended with an error.
+        InputError: as :func:`calib.calibrator.calibrate` does; or another process ended with an error.
     """
     device = device_of(network)
     names = [name for name in network.tensors if network.scale_source[name] == name]

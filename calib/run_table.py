@@ -129,7 +129,7 @@ def calibrate_subset(
         call: Calls the others of them to :func:`collector`'s work.
 
     Raises:
-        InputError: as :func:`collector` and :func:`calib.calibrator.collect` do.
+        InputError: as :func:`collector` and :func:`calib.collect.collect` do.
     """
     logger.info(
         "calibration with %s: %d batches of %d images, subset '%s'",

@@ -82,7 +82,7 @@ def subset_histograms(network: Network, data: Splits, config: CalibrationConfig,
     """Histograms over the representative subset, as configured.
 
     Raises:
-        InputError: as ``calib.subset.draw`` and ``calib.calibrator.collect`` do.
+        InputError: as ``calib.subset.draw`` and ``calib.collect.collect`` do.
     """
     subset = draw(data, len(data.info.classes), config, seed)
     return collect(network, (data.train_file.images(positions) for positions in subset.batches))
