@@ -57,7 +57,7 @@ class NetworkInput:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The network in the file ``path``: functions inlined, external weights left where they are.
+    """The network in the file ``path``: functions inlined, free sizes without a number, external weights left there.
 
     Raises:
         InputError: the file cannot be read or is no ONNX network, or a file with its weights is missing.
@@ -89,6 +89,11 @@ def read_model(path: Path) -> onnx.ModelProto:
             model = inliner.inline_local_functions(model)
         except Exception as error:  # it raises what its C++ side raises
             raise InputError(f"{path}: its functions cannot be inlined: {first_line(error)}") from error
+    # Some exporters write -1 for a size that is free.
+    for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_value < 0:
+                size.Clear()
     return model
 
 
@@ -125,8 +130,7 @@ def network_inputs(model: onnx.ModelProto) -> list[NetworkInput]:
         tensor = value.type.tensor_type
         shape: tuple[int | None, ...] | None = None
         if tensor.HasField("shape"):
-            # Some exporters write -1 for a size that is free.
-            shape = tuple(size.dim_value if size.dim_value > 0 else None for size in tensor.shape.dim)
+            shape = tuple(size.dim_value or None for size in tensor.shape.dim)
         kind = tensor.elem_type
         dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind)) if kind else "float32"
         inputs.append(NetworkInput(value.name, shape, dtype))
@@ -191,12 +195,8 @@ def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> 
             del sizes[:]
             for number in given[value.name]:
                 sizes.add().dim_value = number
-        elif value.name not in weights:
-            for index, size in enumerate(sizes):
-                if size.dim_value <= 0 and not index:
-                    size.dim_value = 1
-                elif size.dim_value < 0:
-                    size.Clear()
+        elif value.name not in weights and sizes and not sizes[0].dim_value:
+            sizes[0].dim_value = 1
     # Those in the file are for any batch.
     del light.graph.value_info[:]
     for value in light.graph.output:

@@ -15,6 +15,7 @@ from calib.algorithms import threshold
 from calib.histogram import AbsHistogram
 from calib.onnx import observe
 from calib.onnx.model import read_float_model
+from calib.onnx.rules import Graph
 from calib.table import CalibrationTable
 from common.errors import InputError
 from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs, weight
@@ -205,6 +206,7 @@ def test_sizes_of_minus_one_are_free_and_double_is_a_float(tmp_path, source):
     weights = {"w": weight(np.random.default_rng(0), 4, 3, 3, 3), "two": np.float64(2)}
     made = model(nodes, {"data": [-1, 3, -1, -1]}, {"out": ["N", 4, "H", "W"]}, weights, opset=9)
     network = save(made, tmp_path / "network.onnx")
+    assert not Graph(read_float_model(network)).fixed
     table = table_of(network, source, tmp_path, "--qdq", tmp_path / "int8.onnx", "--algorithm", "minmax")
     assert table.scales["twice"] == 2 * table.scales["data"]
 
