@@ -14,6 +14,9 @@ from calib.scales import scale_sources
 from calib.task import find_task
 from calib.tracing.fold import attribute
 
+_BOUND = frozenset({"clamp", "clamp_max", "clamp_min", "hardtanh"})
+"""Operations whose infinite arguments are bounds, and get into no value."""
+
 
 def describe(
     name: str,
@@ -119,6 +122,8 @@ def _masked(nodes: Sequence[fx.Node], kinds: dict[str, str], module: fx.GraphMod
     found: set[str] = set()
     for node in nodes:
         if kinds[node.name] not in ("add", "view", "other") or node.op == "call_module":
+            continue
+        if getattr(node.target, "__name__", node.target) in _BOUND:
             continue
         sources = node.all_input_nodes
         constants = [attribute(module, str(item.target)) for item in sources if item.op == "get_attr"]

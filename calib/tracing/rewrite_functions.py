@@ -86,6 +86,8 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> Any:
         return None
     inputs, _, output = equation.partition("->")
     left, _, right = inputs.partition(",")
+    if len(set(left)) < len(left) or len(set(right)) < len(right):
+        return None  # of a diagonal
     shared = [index for index in left if index in right]
     summed = [index for index in shared if index not in output]
     batch = [index for index in shared if index in output]
@@ -97,7 +99,7 @@ def _einsum(rewriter: Rewriter, node: fx.Node) -> Any:
         matrix = weight if right[0] == columns[0] else weight.t().contiguous()
         product = linear(rewriter, node, first, operands[1], matrix)
         return _permuted(rewriter, product, "".join([*rows, *columns]), list(output))
-    if not whole or not len(summed) == len(rows) == len(columns) == 1 or len(set(left)) != len(left):
+    if not whole or not len(summed) == len(rows) == len(columns) == 1:
         return None
     first, second = (rewriter.env[item] for item in operands)
     first = _permuted(rewriter, first, left, [*batch, *rows, *summed])

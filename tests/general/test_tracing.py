@@ -471,6 +471,33 @@ def test_a_product_by_index_with_a_matrix_of_weights_is_a_linear_layer(equation:
     assert [layer.kind for layer in network.layers] == ["linear"]
 
 
+def test_a_product_by_index_of_a_diagonal_stays_as_it_is() -> None:
+    class Diagonal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3, padding=1)
+            self.weight = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bcii,ck->bik", self.conv(x), self.weight)
+
+    network = trace(Diagonal().eval(), input_shape=(3, 8, 8))
+    assert network.traced_by.startswith("torch.export")
+    assert list(network.unsupported.values()) == ["einsum.default"]
+
+
+def test_a_bound_of_infinity_is_no_mask() -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(torch.clamp(self.first(x), 0.0, float("inf")))
+
+    assert "clamp" in trace(Clamped().eval()).tensors
+
+
 def test_a_state_made_for_each_image_is_one_for_any_number_in_the_file() -> None:
     class Recurrent(nn.Module):
         def __init__(self) -> None:
