@@ -361,14 +361,19 @@ def miswritten(x: Tensor) -> Tensor:
 
 
 class Wrong(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
     def forward(self, x: Tensor) -> Tensor:
-        return miswritten(x).flatten(1)
+        return miswritten(x).flatten(1) * self.factor
 
 
-def test_a_file_that_computes_something_else_is_not_written(tmp_path):
+@pytest.mark.parametrize("factor", [1.0, 1e-3])
+def test_a_file_that_computes_something_else_is_not_written(factor, tmp_path):
     path = tmp_path / "network.onnx"
     with pytest.raises(InputError, match="computes something else than the network"):
-        export_fp32(trace(Wrong(), input_shape=(1, 2, 2)), path)
+        export_fp32(trace(Wrong(factor), input_shape=(1, 2, 2)), path)
     assert not path.exists()
 
 
