@@ -51,8 +51,7 @@ class CudaEngine(Engine):
             gpu = find_gpu(self._config.device)
         except GpuError as error:
             raise EngineError(str(error)) from error
-        problem = "PyTorch has no INT8 kernels for convolutions on a GPU" if precision == "int8" else None
-        problem = problem or precision_problem(precision, gpu)
+        problem = precision_problem(precision, gpu)
         if problem:
             raise EngineError(problem)
         device = torch.device("cuda", gpu.index)
@@ -186,7 +185,7 @@ def baselines(network: Network, config: EngineConfig, precisions: tuple[Precisio
     if engines[0].unavailable():
         return []
     gpu = find_gpu(config.device)
-    possible = [name for name in precisions if name != "int8" and precision_problem(name, gpu) is None]
+    possible = [name for name in precisions if precision_problem(name, gpu) is None]
     found = []
     for engine, precision in itertools.product(engines, possible):
         try:

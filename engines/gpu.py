@@ -54,23 +54,17 @@ def find_gpu(index: int) -> Gpu:
     return Gpu(index, torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index))
 
 
-def has_int8(capability: Capability) -> bool:
-    """Whether a GPU has INT8 dot products: 6.1 and every later one but 6.2 (Jetson TX2)."""
-    return capability >= (6, 1) and capability != (6, 2)
-
-
 def has_fast_fp16(capability: Capability) -> bool:
     """Whether a GPU computes faster in FP16 than in FP32: 5.3, 6.0, 6.2 and everything from 7.0 on, not 6.1."""
     return capability in {(5, 3), (6, 0), (6, 2)} or capability >= (7, 0)
 
 
 def precision_problem(precision: PrecisionName, gpu: Gpu) -> str | None:
-    """Why ``precision`` cannot run on ``gpu``, or None."""
-    capability = dotted(gpu.capability)
-    if precision == "int8" and not has_int8(gpu.capability):
-        return f"{gpu.name} (compute capability {capability}) has no INT8 arithmetic: INT8 needs 6.1 or later"
+    """Why PyTorch does not run ``precision`` on ``gpu``, or None."""
+    if precision == "int8":
+        return "PyTorch has no INT8 kernels for convolutions on a GPU"
     if precision == "fp16" and not has_fast_fp16(gpu.capability):
-        return f"{gpu.name} (compute capability {capability}) has no fast FP16"
+        return f"{gpu.name} (compute capability {dotted(gpu.capability)}) has no fast FP16"
     return None
 
 
