@@ -80,7 +80,11 @@ def read_model(path: Path) -> onnx.ModelProto:
         stored = path.parent / where.get("location", "")
         if not stored.is_file():
             raise InputError(f"{stored}, which holds weights of {path.name}, is missing")
-        if stored.stat().st_size < int(where.get("offset", 0)) + int(where.get("length", 0)):
+        try:
+            end = int(where.get("offset", 0)) + int(where.get("length", 0))
+        except ValueError as error:
+            raise InputError(f"{path}: where weight {weight.name!r} lies in {stored} is no number") from error
+        if stored.stat().st_size < end:
             raise InputError(f"{stored}, which holds weights of {path.name}, is cut short")
     if model.functions:
         from onnx import inliner

@@ -244,6 +244,11 @@ def test_external_weights(tmp_path, source):
     (tmp_path / "weights.bin").unlink()
     with pytest.raises(InputError, match=r"weights.bin, which holds weights of external.onnx, is missing"):
         table_of(network, source, tmp_path)
+    (tmp_path / "weights.bin").write_bytes(content)
+    made = onnx.load(network, load_external_data=False)
+    next(item for item in made.graph.initializer[0].external_data if item.key == "offset").value = "here"
+    with pytest.raises(InputError, match=r"where weight .* lies in .*weights.bin is no number"):
+        table_of(save(made, network), source, tmp_path)
 
 
 def test_nothing_that_is_read_is_overwritten(tmp_path, source, network):
