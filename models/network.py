@@ -132,14 +132,17 @@ def read_weights(path: Path) -> Mapping[str, Any]:
 
 
 def without_wrapper(state: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
-    """``state`` without the name of the module that ``network`` was an attribute of when it was saved.
+    """``state`` without the names of the modules that held ``network`` when it was saved.
 
-    Such as ``module.`` of ``DistributedDataParallel``, or ``model.`` of most LightningModules. A state of which this
-    does not make the network's own names is given as it is.
+    Such as ``module.`` of ``DistributedDataParallel``, ``model.`` of most LightningModules, ``model._orig_mod.`` with
+    ``torch.compile`` in it. A state of which this does not make the network's own names is given as it is.
     """
-    wrappers = {name.partition(".")[0] for name in state}
-    inner = {name.partition(".")[2]: value for name, value in state.items()}
-    return inner if len(wrappers) == 1 and inner.keys() == network.state_dict().keys() else state
+    own, inner = network.state_dict().keys(), state
+    while inner.keys() != own:
+        if len({name.partition(".")[0] for name in inner}) != 1 or not all("." in name for name in inner):
+            return state
+        inner = {name.partition(".")[2]: value for name, value in inner.items()}
+    return inner
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> None:

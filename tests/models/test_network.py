@@ -74,7 +74,9 @@ def test_wrong_arguments_are_named():
         build_network(ModelConfig("models.LeNet", {"colour": "red"}), 10, 1)
 
 
-@pytest.mark.parametrize("form", ["plain", "nested", "torchvision's", "wrapped", "safetensors", "a checkpoint of ours"])
+@pytest.mark.parametrize(
+    "form", ["plain", "nested", "torchvision's", "wrapped", "twice wrapped", "safetensors", "a checkpoint of ours"]
+)
 def test_weights(tmp_path, form, meta):
     trained = LeNet()
     state = trained.state_dict()
@@ -90,6 +92,7 @@ def test_weights(tmp_path, form, meta):
             "nested": {"state_dict": state, "epoch": 3},
             "torchvision's": {"model": state, "optimizer": {"lr": 0.1}},
             "wrapped": {"state_dict": wrapped},
+            "twice wrapped": {"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}},
         }
         torch.save(forms[form], path)
     network = build_network(ModelConfig(weights=path), 10, 1)
