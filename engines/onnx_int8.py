@@ -6,13 +6,14 @@ Where the pairs stand is the plan's (:mod:`calib.explicit`); this module finds t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
 
 import numpy as np
 import onnx
 import torch
+from torch import fx
 
 from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
@@ -123,7 +124,21 @@ def _activations(
         activation = found.setdefault(values[name], Activation(scale, set(), put_out=name in quantized))
         for reader in readers:
             activation.readers.update(node.name for node in computing(reader))
+    # The exporter makes one transposition of two, or none: a layer then reads what its input is moved from.
+    for name, (scale, readers) in wanted.items():
+        for source in _moved_from(nodes[name], network.kinds):
+            for reader in readers - {user.name for user in source.users}:
+                reading = {node.name for node in computing(reader) if values.get(source.name) in node.input}
+                if reading:
+                    found.setdefault(values[source.name], Activation(scale, set())).readers.update(reading)
     return found
+
+
+def _moved_from(node: fx.Node, kinds: Mapping[str, str]) -> Iterator[fx.Node]:
+    """The fx nodes whose value a node gives in another shape or order, the last one first."""
+    while kinds.get(node.name) == "view":
+        node = node.all_input_nodes[0]
+        yield node
 
 
 def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> list[Weight]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from calib.calibrator import calibrate
 from calib.int8 import quantize
 from calib.network import Network
+from calib.onnx_macs import count_macs
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
@@ -21,6 +22,7 @@ from engines.integer import IntegerNetwork
 from engines.onnx_int8 import int8_model
 from engines.ort import OnnxRuntimeEngine, open_session
 from engines.ort_form import for_onnxruntime
+from engines.tensorrt.form import for_tensorrt
 from tests.networks import images, make_network, make_plan
 
 
@@ -78,6 +80,28 @@ class ChannelsLast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc(self.norm(self.patch(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+class InvertedBottleneck(nn.Module):
+    """A block of ConvNeXt, in its two writings: linear layers on the last axis, or pointwise convolutions."""
+
+    def __init__(self, pointwise: bool) -> None:
+        super().__init__()
+        self.pointwise = pointwise
+        self.depthwise = nn.Conv2d(3, 9, 3, padding=1, groups=3)
+        self.norm = nn.LayerNorm(9)
+        layers = (nn.Conv2d(9, 20, 1), nn.Conv2d(20, 9, 1)) if pointwise else (nn.Linear(9, 20), nn.Linear(20, 9))
+        self.expand, self.reduce = layers
+        self.fc = nn.Linear(9, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
+        if self.pointwise:
+            x = x.permute(0, 3, 1, 2)
+        x = self.reduce(torch.nn.functional.gelu(self.expand(x)))
+        if not self.pointwise:
+            x = x.permute(0, 3, 1, 2)
+        return self.fc(torch.tanh(x).mean((2, 3)))
 
 
 def quantized(model: nn.Module, keep: tuple[str, ...] = ()) -> tuple[Network, CalibrationTable, Int8Plan]:
@@ -171,6 +195,24 @@ def test_a_transposition_that_another_undoes(point: bool) -> None:
     assert compiled.macs is not None
     assert [layer.layer for layer in compiled.macs.in_float] == ([] if point else ["patch"])
     torch.testing.assert_close(compiled(batch), IntegerNetwork(for_onnxruntime(plan))(batch), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("pointwise", [False, True])
+def test_layers_behind_a_normalised_and_transposed_value_are_in_int8(pointwise: bool) -> None:
+    """Of a pointwise convolution's two transpositions the exporter leaves none: the product reads the norm."""
+    torch.manual_seed(0)
+    network, table, plan = quantized(InvertedBottleneck(pointwise))
+    compiled = executed(network, table)
+    batch = torch.randn(16, 3, 12, 12)
+    assert compiled.macs is not None
+    assert [layer.layer for layer in compiled.macs.in_float] == ["depthwise"]
+    torch.testing.assert_close(compiled(batch), IntegerNetwork(for_onnxruntime(plan))(batch), atol=0.01, rtol=0)
+
+    portable = int8_model(plan)
+    assert count_macs(portable, "").in_float == []
+    session, _ = open_session(portable, 1, optimize=False)
+    (found,) = session.run(None, {"data": batch.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), IntegerNetwork(for_tensorrt(plan))(batch), atol=0.01, rtol=0)
 
 
 def test_what_a_layer_kept_in_float_reads_is_not_rounded() -> None:
