@@ -52,7 +52,7 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
     if flags.keep_fp is not None:
         quantization.keep_fp = [name.strip() for name in flags.keep_fp.split(",") if name.strip()]
 
-    from calib.kept import check_layers, warn_of_no_int8
+    from calib.kept import check_layers, warn_of_little_int8
     from calib.record import record_quantization
     from calib.run_table import calibrate_subset, run_table
     from engines.onnx_files import write_files
@@ -91,8 +91,8 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
         compiled = selection.prepare(network, flags.precision, table)
         if used is not None:
             record_quantization(run.folder, used.path, trained.weights, quantization)
-            warn_of_no_int8(network, quantization)
             macs = macs_of(compiled, network, used.table, quantization)
+            warn_of_little_int8(network, quantization, macs)
         files: tuple[Path, ...] = ()
         if flags.export:
             metadata = trained.metadata(config.seed)

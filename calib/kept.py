@@ -8,6 +8,7 @@ from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
 from common.config import QuantizationConfig
+from common.macs import MacCount
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,16 @@ def check_layers(network: Network, quantization: QuantizationConfig) -> None:
     plan_without_scales(network, quantization)
 
 
-def warn_of_no_int8(network: Network, quantization: QuantizationConfig) -> None:
-    """Say so where every layer that could run in INT8 is kept in float."""
+def warn_of_little_int8(network: Network, quantization: QuantizationConfig, macs: MacCount | None) -> None:
+    """Say so where every layer that could run in INT8 is kept in float, or else where little is multiplied in INT8.
+
+    Args:
+        network: The float network.
+        quantization: Layers kept in float.
+        macs: What is multiplied in INT8; None where it was not counted.
+    """
     able = {layer.name for layer in network.layers if layer.kind != "softmax" or quantization.quantize_output}
     if able <= set(quantization.keep_fp):
         logger.warning("no layer of %s is left in INT8: what is prepared as INT8 computes in float", network.name)
+    elif macs is not None and (warning := macs.warning()) is not None:
+        logger.warning("%s", warning)

@@ -36,8 +36,6 @@ def macs_of(
 ) -> MacCount | None:
     """What INT8 multiplies in INT8: as its engine executes it, else as its ONNX form says.
 
-    A small share is a warning.
-
     Args:
         compiled: The network in INT8.
         network: What it was compiled from.
@@ -47,15 +45,10 @@ def macs_of(
     Returns:
         None where the network cannot be exported.
     """
-    macs = compiled.macs
-    if macs is None:
-        try:
-            plan = plan_int8(network, table, quantization.keep_fp, quantization.quantize_output)
-            macs = exported_macs(plan)
-        except InputError as error:
-            logger.warning("multiply-accumulates are not counted: %s", error)
-            return None
-    warning = macs.warning()
-    if warning is not None:
-        logger.warning("%s", warning)
-    return macs
+    if compiled.macs is not None:
+        return compiled.macs
+    try:
+        return exported_macs(plan_int8(network, table, quantization.keep_fp, quantization.quantize_output))
+    except InputError as error:
+        logger.warning("multiply-accumulates are not counted: %s", error)
+        return None

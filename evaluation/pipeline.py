@@ -143,7 +143,7 @@ def evaluate(
         engine_reason=selection.reason,
         rows=rows,
         calibration=subject.int8.description,
-        macs=_macs(subject, compiled["int8"]) if "int8" in compiled else None,
+        macs=_macs(subject, compiled.get("int8")),
         tensors=[],
         analysis=None,
         changed=[],
@@ -202,18 +202,12 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
     )
 
 
-def _macs(subject: Subject, int8: Compiled) -> MacCount | None:
-    """What INT8 multiplies: as its engine executes it, else as its ONNX file says; None where there can be none."""
-    from engines.onnx_macs import exported_macs
+def _macs(subject: Subject, int8: Compiled | None) -> MacCount | None:
+    """What INT8 multiplies in INT8; None without INT8, and for a network that cannot be exported."""
+    from engines.onnx_macs import macs_of
 
-    table, quantization = subject.int8.table, subject.int8.quantization
-    if int8.macs is not None or table is None:
-        return int8.macs
-    try:
-        return exported_macs(plan_int8(subject.network, table, quantization.keep_fp, quantization.quantize_output))
-    except InputError as error:
-        logger.warning("multiply-accumulates are not counted: %s", error)
-        return None
+    table = subject.int8.table
+    return macs_of(int8, subject.network, table, subject.int8.quantization) if int8 and table else None
 
 
 def _usable_scales(table: CalibrationTable) -> dict[str, float]:

@@ -175,6 +175,7 @@ def test_int8_without_a_layer_in_int8_is_pointed_out(in_process: Run, arguments:
     result = in_process("--json", *arguments)
     assert result.returncode == 0, result.stderr
     assert ("warning: no layer of LeNet is left in INT8" in result.stderr) is warned
+    assert ("% of the multiply-accumulates are in INT8; in float: " in result.stderr) is not warned
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
