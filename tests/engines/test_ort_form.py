@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from calib.calibrator import calibrate
 from calib.int8 import quantize
 from calib.network import Network
-from calib.onnx_macs import count_macs
+from calib.onnx.macs import count_macs
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
