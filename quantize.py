@@ -6,14 +6,13 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from common.cli import parse, run_command
 from common.config import Config
 from common.console import start_logging
-from common.errors import ExitCode, InputError
-from common.options import quantize_parser
+from common.errors import ExitCode
+from common.options import check_quantize, quantize_parser
 from common.processes import Processes, joined
 from common.run import Run
 
@@ -47,8 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def quantize(config: Config, flags: Namespace, processes: Processes, call: Callable[[], None]) -> Quantized | Studied:
     """The command, in the first process; ``call`` has the others calibrate with it."""
     run, quantization = Run(config.run, config.artifacts), config.quantization
-    if flags.any_size and not flags.export:
-        raise InputError("--any-size goes with --export onnx")
+    check_quantize(flags)
     if flags.keep_fp is not None:
         quantization.keep_fp = [name.strip() for name in flags.keep_fp.split(",") if name.strip()]
 
@@ -86,17 +84,13 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
             if flags.auto_mixed:
                 keep_in_float(network, trained.data(config), table, quantization, config.evaluation, trained.measure)
             own = selection.own_calibration(network, table, subset, wanted, flags.recalibrate)
-        elif flags.auto_mixed:
-            raise InputError("--auto-mixed goes with --precision int8")
         compiled = selection.prepare(network, flags.precision, table)
         if used is not None:
             record_quantization(run.folder, used.path, trained.weights, quantization)
             macs = macs_of(compiled, network, used.table, quantization)
             warn_of_little_int8(network, quantization, macs)
-        files: tuple[Path, ...] = ()
-        if flags.export:
-            metadata = trained.metadata(config.seed)
-            files = write_files(network, table, run, metadata, subset, config, flags.any_size)
+        metadata = trained.metadata(config.seed)
+        files = write_files(network, table, run, metadata, subset, config, flags.any_size) if flags.export else ()
     return Quantized(trained, config, compiled, selection.reason, used, own, macs, files)
 
 

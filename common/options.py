@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from calib.algorithms import ALGORITHMS
 from common.cli import Parser, config_parser
 from common.config import PrecisionName
+from common.errors import InputError
+
+if TYPE_CHECKING:
+    from jsonargparse import Namespace
 
 RUN_FOLDER = Path("<artifacts>/<run>")
 """What ``--report`` without a path stands for."""
@@ -95,6 +99,14 @@ def quantize_parser() -> Parser:
     result.add_argument("--sweep-seeds", type=int, default=3, help="calibrations for each number of images")
     result.add_argument("--json", action="store_true", help="print JSON alone on stdout")
     return result
+
+
+def check_quantize(flags: Namespace) -> None:
+    """Refuse options of ``quantize.py`` that go with another one. Raises InputError."""
+    if flags.any_size and not flags.export:
+        raise InputError("--any-size goes with --export onnx")
+    if flags.auto_mixed and flags.precision != "int8":
+        raise InputError("--auto-mixed goes with --precision int8")
 
 
 def evaluate_parser() -> Parser:

@@ -119,6 +119,7 @@ def in_process(artifacts: Path, capsys: pytest.CaptureFixture[str]) -> Run:
         (["--run", "never_trained"], "run train.py first"),
         (["--run", "../elsewhere"], "run name '../elsewhere' is not usable"),
         (["--auto-mixed", "--precision", "fp32"], "--auto-mixed goes with --precision int8"),
+        (["--any-size"], "--any-size goes with --export onnx"),
         (["--compare-algorithms", "magic"], "unknown algorithm 'magic'"),
         (["--sweep-images", "many"], "--sweep-images takes numbers of images"),
         (["--skip", "1"], "goes with the subset 'first'"),
