@@ -82,9 +82,11 @@ which asks for 90 %, is not meant for it. Calibrated on {calibration} images and
 - **file =, kernels =**: images on which the file, run as it is written, and ONNX Runtime's integer kernels give the
   largest output of their simulation, percent. **stirred =**: on which the simulation gives that of its own where the
   images change by a millionth of their values. A file that is run as it is written computes in float32: a value that
-  lies between two codes can be rounded to the other one, and a network that was not trained lets that grow. So **file
-  =** falls short of 100 where **stirred =** does. The integer kernels are simulated as they sum and round; what is left
-  is what they compute in float between the layers (LayerNorm, softmax, SiLU), and rounds otherwise than PyTorch.
+  lies between two codes can be rounded to the other one, and a network that was not trained lets that grow, as it does
+  a change of the images. So where **stirred =** is low, a low **file =** says little about the file; the one is no
+  bound of the other, since a file rounds in every layer. The integer kernels are simulated as they sum and round
+  convolutions, matrix products and sums; what they compute in float between the layers (LayerNorm, softmax, SiLU)
+  rounds otherwise than in PyTorch, and that grows likewise. Agreement is counted over few images: one is {one} %.
 - **export**: seconds for the three files; **all**: for everything, PyTorch's import apart. One thread, beside whatever
   else runs on the machine: they tell minutes from seconds.
 
@@ -289,6 +291,7 @@ def page(rows: Sequence[NetworkRow], missing: Sequence[str], here: dict[str, Any
         memory=memory,
         images=IMAGES,
         calibration=IMAGES // 2,
+        one=_number(100 / IMAGES),
         setting=f"{here['processor']} ({instructions}); {versions}.",
     )
     through = [row for row in rows if not row.failed]
