@@ -172,10 +172,10 @@ class IntegerNetwork(fx.Interpreter):
     def _dequantized(self, node: fx.Node) -> Any:
         """Run a layer without weights (addition, average pooling, ...) on the values that its input codes stand for."""
         layer = self._layers[node.name]
-        if layer.kind == "add" and node.name in self._given:
-            first, second = node.all_input_nodes  # of kind "add" is a sum of two values alone
-            return self._added(first, second, self._given[node.name])
         kept = {source: self.env[source] for source in node.all_input_nodes if self.plan.reads_int8(layer, source.name)}
+        if layer.kind == "add" and node.name in self._given and len(kept) == 2:  # neither a constant nor a value twice
+            first, second = kept
+            return self._added(first, second, self._given[node.name])
         for source in kept:
             self.env[source] = self._input_codes(source) * self.plan.scales[source.name]
         try:
