@@ -40,7 +40,7 @@ _PRODUCTS = {
 """Operations that multiply by weights, of TorchScript and of TensorRT -> kind of layer."""
 _NO_ARITHMETIC = frozenset({"Reformat", "NoOp", "Constant", "Shuffle"})
 _OPERATORS = {"conv": "Conv", "linear": "Gemm", "matmul": "MatMul"}
-_REASON = "is computed in float: TensorRT chose that kernel, by speed"
+_REASON = "computed in float: TensorRT chose that kernel, by speed"
 
 
 @dataclass(frozen=True)
