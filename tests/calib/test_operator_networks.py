@@ -5,11 +5,8 @@ that are not padded (TF32 off, builder level 0). The images come from a seed.
 """
 
 import json
-import lzma
 import re
-import tarfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +15,7 @@ import pytest
 
 from calib.__main__ import main
 from calib.table import CalibrationTable, scale_from_hex
+from tests.calib.onnx.networks import stored_models
 
 HERE = Path(__file__).parent / "tensorrt" / "operators"
 TABLES = json.loads((HERE / "tables.json").read_text())
@@ -25,11 +23,7 @@ TABLES = json.loads((HERE / "tables.json").read_text())
 
 @pytest.fixture(scope="module")
 def networks():
-    with tarfile.open(fileobj=BytesIO(lzma.decompress((HERE / "networks.tar.xz").read_bytes()))) as archive:
-        return {
-            member.name.removesuffix(".onnx"): onnx.load_from_string(archive.extractfile(member).read())
-            for member in archive.getmembers()
-        }
+    return stored_models(HERE / "networks.tar.xz")
 
 
 def images(name, shape):

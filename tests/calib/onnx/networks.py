@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tarfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
@@ -102,3 +105,12 @@ def two_inputs():
 def save(made, path):
     onnx.save(made, path)
     return path
+
+
+def stored_models(archive: Path) -> dict[str, onnx.ModelProto]:
+    """The models of a ``.tar.xz`` of ONNX files, by name."""
+    with tarfile.open(archive) as files:
+        return {
+            member.name.removesuffix(".onnx"): onnx.load_from_string(files.extractfile(member).read())
+            for member in files.getmembers()
+        }

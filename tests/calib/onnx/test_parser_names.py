@@ -1,11 +1,8 @@
 """The numbers in names that TensorRT 10.6.0's ONNX parser gave (``tensorrt/parser``, see the README there)."""
 
 import json
-import lzma
 import re
-import tarfile
 import zlib
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +14,7 @@ from calib.onnx.names import network_names
 from calib.onnx.parser_names import ParserNames
 from calib.onnx.rules import Graph
 from calib.table import CalibrationTable, scale_from_hex
+from tests.calib.onnx.networks import stored_models
 
 HERE = Path(__file__).parents[1] / "tensorrt" / "parser"
 NAMES = json.loads((HERE / "broadcasts.json").read_text())
@@ -48,11 +46,7 @@ OTHERWISE = {
 
 @pytest.fixture(scope="module")
 def networks():
-    with tarfile.open(fileobj=BytesIO(lzma.decompress((HERE / "networks.tar.xz").read_bytes()))) as archive:
-        return {
-            member.name.removesuffix(".onnx"): onnx.load_from_string(archive.extractfile(member).read())
-            for member in archive.getmembers()
-        }
+    return stored_models(HERE / "networks.tar.xz")
 
 
 def images(name):
