@@ -187,11 +187,11 @@ def _slice_scatter(rewriter: Rewriter, node: fx.Node) -> Any:
     """What a slice is written into, put together from what is before it, the slice, and what is behind it."""
     given = rewriter.named(node)
     whole, part, dim, start, end = (given[name] for name in ("self", "src", "dim", "start", "end"))
+    if given["step"] != 1 or not isinstance(whole, fx.Node) or not isinstance(part, fx.Node):
+        return None
     size = whole.meta["val"].shape[dim]
     start, end = (bound if bound is None or bound >= 0 else bound + size for bound in (start, end))
     start, end = min(start or 0, size), size if end is None else min(end, size)
-    if given["step"] != 1 or not isinstance(whole, fx.Node) or not isinstance(part, fx.Node):
-        return None
     graph, written = rewriter.graph, rewriter.env[part]
     pieces = [
         graph.call_function(torch.narrow, (rewriter.env[whole], dim, begin, stop - begin)) if begin < stop else None
