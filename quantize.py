@@ -53,8 +53,8 @@ def quantize(config: Config, flags: Namespace, processes: Processes, call: Calla
     from calib.kept import check_layers, warn_of_little_int8
     from calib.record import record_quantization
     from calib.run_table import calibrate_subset, run_table
-    from engines.onnx_files import write_files
-    from engines.onnx_macs import macs_of
+    from engines.onnx.files import write_files
+    from engines.onnx.macs import macs_of
     from engines.select import select_engine
     from engines.tensorrt.support import mode_for_named_table
     from evaluation.quantized import Quantized

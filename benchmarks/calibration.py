@@ -258,7 +258,7 @@ def _save_onnx(network: Network, path: Path) -> str | None:
         import onnxruntime.quantization  # noqa: F401
     except ImportError as error:
         return f"ONNX Runtime cannot be imported: {error}"
-    from engines.onnx_float import float_model
+    from engines.onnx.float import float_model
 
     onnx.save(float_model(network), path)
     return None

@@ -14,7 +14,7 @@ from benchmarks.timing import in_turns, ratio, spread, timed_often
 from calib.calibrator import calibrate
 from calib.plan import plan_int8
 from calib.tracing import trace
-from engines.columns import columns_at_once
+from engines.onnxruntime.columns import columns_at_once
 
 STEMS = {
     "LeNet on MNIST": (partial(nn.Conv2d, 1, 20, 5), 28),
@@ -43,8 +43,8 @@ def run(setting: Setting) -> Findings:
         import onnxruntime  # noqa: F401
     except ImportError as error:
         return Findings(METHOD, [], skipped={"ONNX Runtime": f"it cannot be imported: {error}"})
-    from engines.onnx_int8 import int8_model
-    from engines.ort import integer_operators, open_runner
+    from engines.onnx.int8 import int8_model
+    from engines.onnxruntime.engine import integer_operators, open_runner
 
     entries, gains = [], {}
     for name, (make, side) in list(STEMS.items())[: 2 if setting.quick else None]:

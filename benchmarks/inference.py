@@ -20,7 +20,7 @@ from calib.network import INPUT
 from calib.plan import Int8Plan
 from common.threads import available_cores
 from engines.eager import TorchEngine
-from engines.ort import (
+from engines.onnxruntime.engine import (
     describe_dot_products,
     dot_products,
     integer_operators,
@@ -131,8 +131,8 @@ def _openvino_runners(plan: Int8Plan, threads: int) -> tuple[dict[str, Runner], 
         import openvino
     except ImportError as error:
         return {}, f"it is not installed ({error}): pip install -e '.[bench]'"
-    from engines.onnx_float import float_model
-    from engines.onnx_int8 import int8_model
+    from engines.onnx.float import float_model
+    from engines.onnx.int8 import int8_model
 
     runners: dict[str, Runner] = {}
     core = openvino.Core()

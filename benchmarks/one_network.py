@@ -31,10 +31,10 @@ from common.macs import MacCount
 from common.run import Run
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.onnx_export import export
-from engines.ort import open_session
-from engines.ort_form import for_onnxruntime
-from engines.ort_macs import executed_macs
+from engines.onnx.export import export
+from engines.onnxruntime.engine import open_session
+from engines.onnxruntime.form import for_onnxruntime
+from engines.onnxruntime.macs import executed_macs
 from engines.tensorrt.form import for_tensorrt
 
 IMAGES: Final = 16

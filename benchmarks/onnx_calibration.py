@@ -24,7 +24,7 @@ from calib.onnx.rules import entries
 from calib.onnx.source import DEFAULT_BATCH, Pixels, open_source
 from calib.tracing import trace
 from common.threads import available_cores
-from engines.onnx_export import export_fp32
+from engines.onnx.export import export_fp32
 
 PLAIN = "plain run in ONNX Runtime, all cores"
 OURS = "python -m calib calibrate, entropy2"

@@ -33,9 +33,9 @@ def make_models(plan: Int8Plan, calibration: Sequence[Tensor]) -> dict[str, onnx
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    from engines.onnx_float import float_model
-    from engines.onnx_int8 import int8_model
-    from engines.ort import int8_weights_are_exact
+    from engines.onnx.float import float_model
+    from engines.onnx.int8 import int8_model
+    from engines.onnxruntime.engine import int8_weights_are_exact
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

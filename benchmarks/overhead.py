@@ -14,7 +14,7 @@ from benchmarks.setting import BATCH, BATCHES, Setting
 from benchmarks.timing import in_turns, ratio, spread
 from calib.calibrator import find_thresholds
 from calib.collect import as_calibrated, collect
-from calib.histogram import AbsHistogram
+from calib.histogram.base import AbsHistogram
 from calib.network import Network
 from calib.tracing import trace
 

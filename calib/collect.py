@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import ProcessGroup
 
-from calib.device_histogram import DeviceHistograms
-from calib.histogram import AbsHistogram, counting_threads
+from calib.histogram.base import AbsHistogram, counting_threads
+from calib.histogram.device import DeviceHistograms
 from calib.network import Network
 from common.errors import InputError
 from common.processes import ANOTHER_ENDED, collective

@@ -11,7 +11,7 @@ from types import MappingProxyType
 ENGINES: Mapping[str, str] = MappingProxyType(
     {
         "torch": "engines.eager:TorchEngine",
-        "onnxruntime": "engines.ort:OnnxRuntimeEngine",
+        "onnxruntime": "engines.onnxruntime.engine:OnnxRuntimeEngine",
         "torch-tensorrt": "engines.tensorrt.engine:TorchTensorRTEngine",
     }
 )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from calib.histogram import AbsHistogram
+from calib.histogram.base import AbsHistogram
 from calib.int8 import quantize
 from calib.network import Network
 from calib.plan import Int8Plan

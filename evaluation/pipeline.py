@@ -204,7 +204,7 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
 
 def _macs(subject: Subject, int8: Compiled | None) -> MacCount | None:
     """What INT8 multiplies in INT8; None without INT8, and for a network that cannot be exported."""
-    from engines.onnx_macs import macs_of
+    from engines.onnx.macs import macs_of
 
     table = subject.int8.table
     return macs_of(int8, subject.network, table, subject.int8.quantization) if int8 and table else None

@@ -43,18 +43,18 @@ BREAKS = (
     Break(
         "doubling",
         "the range doubles until a later batch fits",
-        "calib/histogram.py",
+        "calib/histogram/base.py",
         "self.range *= 2",
         "self.range = largest",
-        "tests/calib/test_histogram.py::test_range_doubles_and_bins_merge_in_pairs",
+        "tests/calib/histogram/test_base.py::test_range_doubles_and_bins_merge_in_pairs",
     ),
     Break(
         "float32 bins",
         "a bin is trunc(abs(x) * (2048 / range)), in float32",
-        "calib/histogram.py",
+        "calib/histogram/base.py",
         "np.multiply(exact, factor, out",
         "np.multiply(exact.astype(np.float64), BINS / (limit * float(scale)), out",
-        "tests/calib/test_histogram.py::test_a_value_just_below_an_edge_can_count_above_it",
+        "tests/calib/histogram/test_base.py::test_a_value_just_below_an_edge_can_count_above_it",
     ),
     Break(
         "zeros",

@@ -37,8 +37,8 @@ def warm() -> None:
     import common.cli
     import data
     import engines.eager
-    import engines.onnx_export
-    import engines.ort
+    import engines.onnx.export
+    import engines.onnxruntime.engine
     import evaluation.pipeline
     import evaluation.report
     import models.fit

@@ -17,7 +17,7 @@ from common.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from calib.histogram import AbsHistogram
+    from calib.histogram.base import AbsHistogram
 
 __all__ = ["ALGORITHMS", "OPTIONS", "Algorithm", "Option", "Threshold", "threshold", "thresholds"]
 

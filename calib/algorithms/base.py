@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from calib.histogram import AbsHistogram
+    from calib.histogram.base import AbsHistogram
 
 _FIRST = 128
 """The search's smallest candidate."""

@@ -10,7 +10,7 @@ from calib.algorithms.base import Algorithm, Threshold
 if TYPE_CHECKING:
     import torch
 
-    from calib.histogram import AbsHistogram
+    from calib.histogram.base import AbsHistogram
 
 
 def find(histograms: Sequence[AbsHistogram], device: torch.device | None) -> Iterator[Threshold]:

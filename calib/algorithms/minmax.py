@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from calib.algorithms.base import Algorithm, each
 
 if TYPE_CHECKING:
-    from calib.histogram import AbsHistogram
+    from calib.histogram.base import AbsHistogram
 
 
 def _maximum(histogram: AbsHistogram) -> float:

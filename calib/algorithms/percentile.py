@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from calib.algorithms.base import Algorithm, Option, each
 
 if TYPE_CHECKING:
-    from calib.histogram import AbsHistogram
+    from calib.histogram.base import AbsHistogram
 
 
 def _quantile(histogram: AbsHistogram, percentile: float) -> float:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib import device_search
+from calib.algorithms import device_search
 from calib.algorithms.base import Threshold, to_float32
-from calib.device_search import LEVELS
-from calib.histogram import BINS, AbsHistogram, counting_threads
+from calib.algorithms.device_search import LEVELS
+from calib.histogram.base import BINS, AbsHistogram, counting_threads
 
 TIE = 1e-10
 """Divergences closer than this are a tie, and the largest candidate wins."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.algorithms import thresholds
-from calib.histogram import AbsHistogram
+from calib.histogram.base import AbsHistogram
 from calib.onnx.histograms import collect
 from calib.onnx.model import read_float_model
 from calib.onnx.observe import Observed

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.histogram import AbsHistogram, Counted, count, refuse_infinite
+from calib.histogram.base import AbsHistogram, Counted, count, refuse_infinite
+from calib.histogram.rectified import count_rectified
 from calib.onnx.observe import Observed
 from calib.onnx.source import Batch, Batches
-from calib.rectified import count_rectified
 from common.errors import InputError
 from common.threads import available_cores
 

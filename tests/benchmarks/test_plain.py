@@ -9,7 +9,7 @@ import torch
 from benchmarks import plain
 from benchmarks.cost import TENSORS, chain
 from calib.algorithms import threshold
-from calib.histogram import AbsHistogram
+from calib.histogram.base import AbsHistogram
 
 
 @pytest.mark.parametrize("seed", [0, 1])

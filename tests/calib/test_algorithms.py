@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.algorithms import ALGORITHMS, threshold
-from calib.histogram import BINS, AbsHistogram
+from calib.histogram.base import BINS, AbsHistogram
 from calib.table import CalibrationTable, scale_to_hex
 from common.config import CalibrationConfig
 from common.errors import InputError

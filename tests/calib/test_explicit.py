@@ -16,7 +16,7 @@ from calib.int8 import quantize, quantize_weight
 from calib.plan import Int8Plan, plan_int8
 from calib.tracing import trace
 from engines.integer import IntegerNetwork
-from engines.onnx_int8 import int8_model
+from engines.onnx.int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.general.zoo import exact_plan

@@ -8,7 +8,7 @@ import pytest
 
 from calib.__main__ import main
 from calib.algorithms import threshold
-from calib.histogram import BINS, AbsHistogram
+from calib.histogram.base import BINS, AbsHistogram
 from calib.onnx.model import read_float_model
 from calib.onnx.observe import Observed
 from calib.onnx.rules import entries

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from calib import device_search
-from calib.algorithms import threshold, thresholds
-from calib.histogram import AbsHistogram
+from calib.algorithms import device_search, threshold, thresholds
+from calib.histogram.base import AbsHistogram
 from calib.table import scale_to_hex
 
 HERE = Path(__file__).parent / "tensorrt"

@@ -11,8 +11,8 @@ from typing import Any
 import onnx
 import pytest
 
-from engines.onnx_float import float_model
-from engines.onnx_int8 import int8_model
+from engines.onnx.float import float_model
+from engines.onnx.int8 import int8_model
 from tests.contract.made import FOLDER, require
 from tests.networks import NETWORKS, make_network, make_plan
 

@@ -17,9 +17,9 @@ from calib.network import Network
 from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from engines.integer import IntegerNetwork
-from engines.onnx_float import float_model
-from engines.onnx_int8 import int8_model
-from engines.ort_form import for_onnxruntime
+from engines.onnx.float import float_model
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from tests.general import zoo
 from tests.networks import without_saturation

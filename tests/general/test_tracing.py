@@ -16,9 +16,9 @@ from calib.plan import plan_int8
 from calib.tracing import trace
 from common.errors import InputError
 from engines.integer import IntegerNetwork
-from engines.onnx_float import float_model
-from engines.onnx_int8 import int8_model
-from engines.ort import open_session
+from engines.onnx.float import float_model
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.engine import open_session
 
 SHAPE = (3, 6, 6)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engines.integer import IntegerNetwork
-from engines.onnx_int8 import int8_model
+from engines.onnx.int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
 from tests.networks import NETWORKS, images, make_network, make_plan
 

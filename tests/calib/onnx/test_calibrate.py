@@ -12,7 +12,7 @@ from PIL import Image
 
 from calib.__main__ import main
 from calib.algorithms import threshold
-from calib.histogram import AbsHistogram
+from calib.histogram.base import AbsHistogram
 from calib.onnx import observe
 from calib.onnx.model import read_float_model
 from calib.onnx.rules import Graph

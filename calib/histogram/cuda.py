@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calib.device_counter import Tallies
+from calib.histogram.counters import Tallies
 
 _RANGES = r"""extern "C" {
 #define BINS 2048
@@ -101,7 +101,7 @@ __global__ void count(const float* values, int size, int tensor, const double* r
 ENTER = (
     _RANGES
     + r"""
-// Ends a batch, in one block for each tensor: calib.device_counter.Counter.enter.
+// Ends a batch, in one block for each tensor: calib.histogram.counters.Counter.enter.
 __global__ void enter(double* base, double* ranges, long long* counts, unsigned* largest, int* batch,
                       const unsigned char* late, double* record)
 {
@@ -143,7 +143,7 @@ _VALUES_PER_BLOCK = 16 * _THREADS
 
 
 class CudaCounter:
-    """Counts by kernels of its own; a ``calib.device_counter.Counter``.
+    """Counts by kernels of its own; a ``calib.histogram.counters.Counter``.
 
     Raises:
         Exception: whatever the compiler or the driver raise; ``torch.cuda._compile_kernel`` may be missing.
@@ -163,7 +163,7 @@ class CudaCounter:
         self._end = Arguments(base, ranges, counts, largest, batch, late, self._record)
 
     def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
-        """See ``calib.device_counter.Counter``."""
+        """See ``calib.histogram.counters.Counter``."""
         values = values.float()
         size = values.numel()
         self._values.value, self._size.value, self._tensor.value = values.data_ptr(), size, tensor
@@ -172,7 +172,7 @@ class CudaCounter:
             self._gpu.launch("count", blocks, arguments)
 
     def enter(self, record: Tensor) -> None:
-        """See ``calib.device_counter.Counter``."""
+        """See ``calib.histogram.counters.Counter``."""
         self._record.value = record.data_ptr()
         self._gpu.launch("enter", self._tensors, self._end)
 

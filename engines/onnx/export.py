@@ -1,6 +1,6 @@
 """The ONNX files that are written: float and INT8 forms of a network, and the table that names their values.
 
-The graphs are made by :mod:`engines.onnx_float` and :mod:`engines.onnx_int8`.
+The graphs are made by :mod:`engines.onnx.float` and :mod:`engines.onnx.int8`.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.files import write_bytes
 from common.run import Run
-from engines.onnx_float import float_model, overwritten_as, value_names
-from engines.onnx_int8 import int8_model
-from engines.onnx_sizes import check_size_is_free, free_size
+from engines.onnx.float import float_model, overwritten_as, value_names
+from engines.onnx.int8 import int8_model
+from engines.onnx.sizes import check_size_is_free, free_size
 
 _PROJECT: Final = "int8-workflow"
 _LONGEST_REASON: Final = 200
@@ -129,7 +129,7 @@ def export_int8(
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
         path: The file.
         provenance: Stored as the model's metadata.
-        for_cpu: See :func:`engines.onnx_int8.int8_model`.
+        for_cpu: See :func:`engines.onnx.int8.int8_model`.
         any_size: Likewise.
 
     Raises:
@@ -230,7 +230,7 @@ def onnx_table(
     Args:
         network: What ``table`` was made for.
         table: The calibration table.
-        model: The network as :func:`engines.onnx_float.float_model` exports it.
+        model: The network as :func:`engines.onnx.float.float_model` exports it.
         observed: Made from the ONNX file itself.
     """
     values = {value.name for value in model.graph.input} | {name for node in model.graph.node for name in node.output}

@@ -27,8 +27,8 @@ from common.errors import InputError
 from common.threads import available_cores
 from engines.base import EngineError
 from engines.integer import IntegerNetwork
-from engines.onnx_int8 import int8_model
-from engines.ort import (
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     describe_dot_products,
     dot_products,
@@ -38,7 +38,7 @@ from engines.ort import (
     open_runner,
     open_session,
 )
-from engines.ort_form import for_onnxruntime
+from engines.onnxruntime.form import for_onnxruntime
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, padded_unevenly
 
@@ -137,9 +137,9 @@ class FakeSessions:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, seconds: Callable[[int, int], float]) -> None:
         self.now, self.seconds, self.lock = 0.0, seconds, Lock()
         self.runs: list[tuple[int, int]] = []
-        monkeypatch.setattr("engines.ort.open_session", lambda model, threads: (threads, model))
-        monkeypatch.setattr("engines.ort._infer", self.infer)
-        monkeypatch.setattr("engines.ort.time", SimpleNamespace(perf_counter=lambda: self.now))
+        monkeypatch.setattr("engines.onnxruntime.engine.open_session", lambda model, threads: (threads, model))
+        monkeypatch.setattr("engines.onnxruntime.engine._infer", self.infer)
+        monkeypatch.setattr("engines.onnxruntime.engine.time", SimpleNamespace(perf_counter=lambda: self.now))
 
     def infer(self, threads: int, images: np.ndarray) -> list[np.ndarray]:
         with self.lock:
@@ -200,7 +200,7 @@ def test_what_takes_long_is_not_tried(monkeypatch):
 def test_batches_of_any_size_and_layout(threads, way, monkeypatch):
     """However the threads share a batch, no image may be lost or change its place."""
     place = {"single": 0, "shared": -2, "whole": -1}[way]
-    monkeypatch.setattr("engines.ort._fastest", lambda ways, images, limit: ways[place])
+    monkeypatch.setattr("engines.onnxruntime.engine._fastest", lambda ways, images, limit: ways[place])
     compiled = make_engine(threads).compile(make_network("residual"), "fp32", None)
     batch = images("residual", 8)
     expected = torch.cat([compiled(image[None]) for image in batch])
@@ -210,7 +210,7 @@ def test_batches_of_any_size_and_layout(threads, way, monkeypatch):
 
 
 def test_an_error_in_a_share_of_the_batch_is_raised(monkeypatch):
-    monkeypatch.setattr("engines.ort._fastest", lambda ways, images, limit: ways[-2])
+    monkeypatch.setattr("engines.onnxruntime.engine._fastest", lambda ways, images, limit: ways[-2])
     compiled = make_engine(2).compile(make_network("residual"), "fp32", None)
     compiled(images("residual", 8))
     with pytest.raises(Exception, match="data"):
@@ -245,7 +245,7 @@ def test_a_model_that_onnxruntime_does_not_take_is_one_line():
 def test_a_model_that_loads_but_does_not_run_is_an_engine_error(monkeypatch, capfd):
     network = padded_unevenly()
     make_engine().compile(network, "fp32", None)
-    monkeypatch.setattr("engines.onnx_float._pad_explicitly", lambda model: None)
+    monkeypatch.setattr("engines.onnx.float._pad_explicitly", lambda model: None)
     with pytest.raises(EngineError, match="does not run the network.*Dilation not supported") as error:
         make_engine().compile(network, "fp32", None)
     assert "\n" not in str(error.value)
@@ -261,7 +261,7 @@ def test_it_says_that_onnxruntime_is_missing(monkeypatch):
 
 
 def test_kernels_that_compute_wrongly_are_not_used(monkeypatch):
-    monkeypatch.setattr("engines.ort.integer_fault", lambda: "wrong sums")
+    monkeypatch.setattr("engines.onnxruntime.engine.integer_fault", lambda: "wrong sums")
     network = make_network("lenet")
     with pytest.raises(EngineError, match="wrong sums"):
         make_engine().compile(network, "int8", make_table(network))
@@ -269,8 +269,10 @@ def test_kernels_that_compute_wrongly_are_not_used(monkeypatch):
 
 
 def test_wrong_sums_are_found(monkeypatch):
-    monkeypatch.setattr("engines.ort._infer", lambda session, images: session.run(None, {"data": images})[0] + 1)
-    monkeypatch.setattr("engines.ort.int8_weights_are_exact", int8_weights_are_exact.__wrapped__)
+    monkeypatch.setattr(
+        "engines.onnxruntime.engine._infer", lambda session, images: session.run(None, {"data": images})[0] + 1
+    )
+    monkeypatch.setattr("engines.onnxruntime.engine.int8_weights_are_exact", int8_weights_are_exact.__wrapped__)
     fault = integer_fault.__wrapped__()
     assert fault is not None
     assert "install onnxruntime" in fault
@@ -293,8 +295,8 @@ def test_the_engine_takes_int8_weights_where_they_are_exact(monkeypatch, exact, 
         kinds.append({types[pair.input[0]] for pair in pairs if pair.input[0] in types})
         return open_runner(model, threads)
 
-    monkeypatch.setattr("engines.ort.int8_weights_are_exact", lambda: exact)
-    monkeypatch.setattr("engines.ort.open_runner", open_and_look)
+    monkeypatch.setattr("engines.onnxruntime.engine.int8_weights_are_exact", lambda: exact)
+    monkeypatch.setattr("engines.onnxruntime.engine.open_runner", open_and_look)
     network = make_network("lenet")
     make_engine().compile(network, "int8", make_table(network))
     weights = onnx.TensorProto.INT8 if exact else onnx.TensorProto.UINT8

@@ -20,7 +20,7 @@ from calib.table import CalibrationTable
 from common.config import Config
 from common.errors import InputError
 from common.run import Run
-from engines.onnx_export import export
+from engines.onnx.export import export
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def write_files(
         any_size: Whether height and width of the images are left free.
 
     Raises:
-        InputError: as :func:`engines.onnx_export.export` does.
+        InputError: as :func:`engines.onnx.export.export` does.
     """
     if table is None:
         written = export(network, None, None, run, provenance, any_size=any_size)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from calib.histogram import BINS, PIECE, SMALLEST, count
+from calib.histogram.base import BINS, PIECE, SMALLEST, count
 
 _GPU_PIECE = 2**24
 """Values at once where PyTorch's operations count on a GPU: they need several times as much memory."""
@@ -109,7 +109,7 @@ class TorchCounter:
 
 
 class CpuCounter(TorchCounter):
-    """Counts on the CPU as ``calib.histogram`` does, in its cache."""
+    """Counts on the CPU as ``calib.histogram.base`` does, in its cache."""
 
     def count(self, tensor: int, values: Tensor, *, maximum_alone: bool = False) -> None:
         """See :class:`Counter`."""

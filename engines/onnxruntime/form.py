@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from calib.explicit import Placement, clamps_codes_at_zero, place
 from calib.ops import MOVES_VALUES
 from calib.plan import Int8Plan
-from engines.columns import columns_at_once, compute_columns_at_once
+from engines.onnxruntime.columns import columns_at_once, compute_columns_at_once
 
 
 def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
@@ -109,7 +109,8 @@ def rewrite_for_kernels(
     """Write a network in the operations for which there are integer kernels; its values stay the same.
 
     Between two quantized values, ReLU becomes a leaky ReLU of slope 0, and convolutions of few channels compute several
-    columns at once (:mod:`engines.columns`); a pointwise convolution that gives float becomes a matrix product.
+    columns at once (:mod:`engines.onnxruntime.columns`); a pointwise convolution that gives float becomes a matrix
+    product.
 
     Args:
         plan: What :func:`for_onnxruntime` gave.

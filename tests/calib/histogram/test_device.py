@@ -16,13 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, nn
 
-from calib import cuda_histogram, device_histogram
 from calib.calibrator import calibrate
 from calib.collect import collect
-from calib.cuda_histogram import COUNT, ENTER, CudaCounter
-from calib.device_counter import Counter, CpuCounter, Tallies, TorchCounter
-from calib.device_histogram import DeviceHistograms
-from calib.histogram import SMALLEST, AbsHistogram
+from calib.histogram import cuda as cuda_histogram
+from calib.histogram import device as device_histogram
+from calib.histogram.base import SMALLEST, AbsHistogram
+from calib.histogram.counters import Counter, CpuCounter, Tallies, TorchCounter
+from calib.histogram.cuda import COUNT, ENTER, CudaCounter
+from calib.histogram.device import DeviceHistograms
 from calib.tracing import trace
 from common.errors import InputError
 from common.processes import collective

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from calib.histogram import BINS
+from calib.histogram.base import BINS
 
 LEVELS = 128
 """Levels that a candidate range is merged into: the non-negative INT8 codes."""

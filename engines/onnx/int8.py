@@ -22,8 +22,8 @@ from calib.onnx.pairs import Activation, Weight, write_pairs
 from calib.plan import Int8Plan
 from common.errors import InputError
 from engines.integer import LARGEST_BIAS
-from engines.onnx_float import float_graph
-from engines.ort_form import for_onnxruntime, rewrite_for_kernels
+from engines.onnx.float import float_graph
+from engines.onnxruntime.form import for_onnxruntime, rewrite_for_kernels
 from engines.tensorrt.form import for_tensorrt
 
 _WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
@@ -43,14 +43,14 @@ def int8_model(
     (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights,
     too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
     ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, convolutions of few channels
-    with several columns at once (:mod:`engines.columns`), and no convolution in INT8 whose result is read in float
-    (:mod:`engines.ort_form`).
+    with several columns at once (:mod:`engines.onnxruntime.columns`), and no convolution in INT8 whose result is read
+    in float (:mod:`engines.onnxruntime.form`).
 
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
         for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
         int8_weights: With ``for_cpu``, int8 weights with zero point 0 all the same: for the CPU at hand, where
-            :func:`engines.ort.int8_weights_are_exact`, and where they are faster.
+            :func:`engines.onnxruntime.engine.int8_weights_are_exact`, and where they are faster.
         any_size: With ``for_cpu``, no several columns at once, which fixes the size of the images.
 
     Raises:

@@ -1,6 +1,6 @@
 """All histograms of a network on its own device, counted there without waiting for the device, and shared by processes.
 
-The counts are those of :class:`calib.histogram.AbsHistogram`, to the last one. What makes that possible between
+The counts are those of :class:`calib.histogram.base.AbsHistogram`, to the last one. What makes that possible between
 processes: a bin at a doubled range is the bin at the old one, halved, since a power of two leaves float32's digits as
 they are. Only a value that equals the range is special: it counts in the last bin of the range at its time, and that
 range depends on all batches before. Such values are therefore kept apart, by batch, and placed at the end.
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from calib.cuda_histogram import CudaCounter
-from calib.device_counter import Counter, CpuCounter, Tallies, TorchCounter, doublings_of, shifted, widen
-from calib.histogram import BINS, AbsHistogram, flat, refuse_infinite
+from calib.histogram.base import BINS, AbsHistogram, flat, refuse_infinite
+from calib.histogram.counters import Counter, CpuCounter, Tallies, TorchCounter, doublings_of, shifted, widen
+from calib.histogram.cuda import CudaCounter
 from common.errors import InputError
 
 logger = logging.getLogger(__name__)

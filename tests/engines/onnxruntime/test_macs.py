@@ -10,8 +10,8 @@ from calib.plan import plan_int8
 from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from common.macs import MacCount
-from engines.onnx_macs import exported_macs
-from engines.ort import OnnxRuntimeEngine
+from engines.onnx.macs import exported_macs
+from engines.onnxruntime.engine import OnnxRuntimeEngine
 
 
 class Scaled(nn.Module):

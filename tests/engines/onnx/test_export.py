@@ -21,12 +21,12 @@ from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.errors import InputError
 from common.run import Run
-from engines import onnx_float
 from engines.integer import IntegerNetwork
-from engines.onnx_export import export, export_fp32, onnx_table
-from engines.onnx_float import float_model, keep_outputs, value_names
-from engines.onnx_int8 import int8_model
-from engines.ort_form import for_onnxruntime
+from engines.onnx import float as onnx_float
+from engines.onnx.export import export, export_fp32, onnx_table
+from engines.onnx.float import float_model, keep_outputs, value_names
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
 from tests.networks import NETWORKS, images, make_network, make_plan, padded_unevenly, run_onnx

@@ -17,7 +17,7 @@ from calib.plan import plan_int8
 from calib.tracing import trace
 from common.errors import InputError
 from common.run import Run
-from engines.onnx_export import export, export_fp32
+from engines.onnx.export import export, export_fp32
 from models import LeNet, SmallResNet
 
 

@@ -6,17 +6,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calib.histogram import BINS, SMALLEST, Counted, flat
+from calib.histogram.base import BINS, SMALLEST, Counted, flat
 
 _ROW = 2**17
 """Values at a time, whose bins stay in the CPU's cache."""
 
 
 def count_rectified(values: Tensor, limit: float) -> tuple[Counted, Counted] | None:
-    """Count ``values`` and ``max(values, 0)``, both with one range, as :func:`calib.histogram.count` counts each.
+    """Count ``values`` and ``max(values, 0)``, both with one range, as :func:`calib.histogram.base.count` counts each.
 
     Bins have a sign here: the ReLU's histogram are the positive ones, and all else is zero. Values take no turns
-    between sets of counters as in :func:`calib.histogram.count`: in front of a ReLU few are equal, and it took longer.
+    between sets of counters as in :func:`count`: in front of a ReLU few are equal, and it took longer.
 
     Args:
         values: Any shape, on the CPU.

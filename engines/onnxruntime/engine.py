@@ -24,7 +24,7 @@ from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError, first_line
 from common.threads import available_cores
 from engines.base import Compiled, Engine, EngineError
-from engines.ort_macs import IN_FLOAT, executed_macs
+from engines.onnxruntime.macs import IN_FLOAT, executed_macs
 
 if TYPE_CHECKING:
     import onnx
@@ -95,8 +95,8 @@ class OnnxRuntimeEngine(Engine):
         )
 
     def _model(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> onnx.ModelProto:
-        from engines.onnx_float import float_model
-        from engines.onnx_int8 import int8_model
+        from engines.onnx.float import float_model
+        from engines.onnx.int8 import int8_model
 
         plan = None
         if precision == "int8":

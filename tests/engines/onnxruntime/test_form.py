@@ -19,9 +19,9 @@ from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from engines.base import Compiled
 from engines.integer import IntegerNetwork
-from engines.onnx_int8 import int8_model
-from engines.ort import OnnxRuntimeEngine, open_session
-from engines.ort_form import for_onnxruntime
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.engine import OnnxRuntimeEngine, open_session
+from engines.onnxruntime.form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from tests.networks import images, make_network, make_plan
 

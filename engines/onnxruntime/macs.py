@@ -26,7 +26,7 @@ IN_FLOAT: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "Fuse
 _SOURCE: Final = "as ONNX Runtime executes it on this CPU"
 _REASON: Final = "computed in float by ONNX Runtime, from INT8 operands"
 _REWRITTEN: Final = re.compile(r"(.+)_(?:columns|product)_*[._]weight.*")
-"""Weight of a convolution in another form (:func:`engines.ort_form.rewrite_for_kernels`)."""
+"""Weight of a convolution in another form (:func:`engines.onnxruntime.form.rewrite_for_kernels`)."""
 
 
 def executed_macs(network: Network, model: onnx.ModelProto, optimized: onnx.ModelProto) -> MacCount:
@@ -34,7 +34,7 @@ def executed_macs(network: Network, model: onnx.ModelProto, optimized: onnx.Mode
 
     Args:
         network: What was exported.
-        model: As it was given to ONNX Runtime, made by :func:`engines.onnx_int8.int8_model`.
+        model: As it was given to ONNX Runtime, made by :func:`engines.onnx.int8.int8_model`.
         optimized: The graph that ONNX Runtime runs.
     """
     graph = Graph(model)
@@ -64,7 +64,7 @@ def _initializer(value: str) -> str:
 
 
 def _as_in_the_network(layer: LayerMacs, weight: str, network: Network, graph: Graph) -> LayerMacs:
-    """A convolution that was written otherwise (:mod:`engines.ort_form`), as it is in the network."""
+    """A convolution that was written otherwise (:mod:`engines.onnxruntime.form`), as it is in the network."""
     found = _REWRITTEN.fullmatch(weight)
     node = next((node for node in network.module.graph.nodes if found and node.name == found[1]), None)
     if node is None or node.op != "call_module":

@@ -8,7 +8,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from calib.histogram import BINS, ROW, SMALLEST, AbsHistogram, count
+from calib.histogram.base import BINS, ROW, SMALLEST, AbsHistogram, count
 from common.errors import InputError
 from tests.calib import oracle
 

@@ -12,7 +12,7 @@ from common.config import QuantizationConfig
 from common.errors import InputError
 from common.macs import MacCount
 from engines.base import Compiled
-from engines.onnx_int8 import int8_model
+from engines.onnx.int8 import int8_model
 
 logger = logging.getLogger(__name__)
 

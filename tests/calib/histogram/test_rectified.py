@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from calib.histogram import BINS, SMALLEST, count
-from calib.rectified import count_rectified
+from calib.histogram.base import BINS, SMALLEST, count
+from calib.histogram.rectified import count_rectified
 
 
 def assert_as_alone(values, limit):

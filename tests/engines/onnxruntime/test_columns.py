@@ -14,10 +14,10 @@ from torch import nn
 
 from calib.int8 import quantize_weight
 from calib.tracing import trace
-from engines.columns import columns_at_once, spread, widened
-from engines.onnx_float import float_model
-from engines.onnx_int8 import int8_model
-from engines.ort import integer_operators, open_session
+from engines.onnx.float import float_model
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.columns import columns_at_once, spread, widened
+from engines.onnxruntime.engine import integer_operators, open_session
 from models import LeNet
 from tests.networks import make_network, make_plan
 
