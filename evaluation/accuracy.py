@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import InputError
 from engines.base import Compiled, Outputs
 from evaluation.measures import Accuracy, ClassAccuracy, Interval, Mistake, Paired
-from evaluation.running import Collector, run, sqnr_db
+from evaluation.running import Collector, sqnr_db
 from evaluation.statistics import calibration_error, confusion_matrix, mcnemar, paired_interval, wilson_interval
 
 TOP_K = 5
@@ -130,14 +130,6 @@ class ClassCollector:
             signal=math.fsum(item for collector in collectors for item in collector.signal),
             noise=math.fsum(item for collector in collectors for item in collector.noise),
         )
-
-
-def predict(
-    compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor]], classes: int, scores: bool = False
-) -> tuple[Tensor, list[Predictions]]:
-    """:func:`evaluation.running.run` of classifiers."""
-    labels, found = run(compiled, stream, Classes(classes, scores))
-    return labels, cast("list[Predictions]", found)
 
 
 def accuracy(predictions: Predictions, reference: Predictions, labels: Tensor, classes: int) -> Accuracy:

@@ -81,7 +81,7 @@ def evaluate(
     """Compile each precision, run them over the same images, time them in turns, and judge.
 
     Args:
-        config: Of the run.
+        config: Its ``evaluation`` says which images, how long to time, and what passes.
         subject: What to evaluate.
         selection: What executes it.
         baselines: Other ways to execute the network, timed beside it.
@@ -162,7 +162,7 @@ def explain(report: Report, measured: Measured, config: Config, subject: Subject
     Args:
         report: Of :func:`evaluate`.
         measured: Its predictions.
-        config: Of the run.
+        config: Its ``evaluation`` says which images, and whether the layers are analysed.
         subject: What was evaluated.
     """
     options, network, int8 = config.evaluation, subject.network, subject.int8

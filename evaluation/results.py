@@ -263,7 +263,7 @@ class Report:
         changed: Images whose prediction changed; at most a few dozen per precision.
         changed_total: Precision -> how many changed.
         environment: The machine and the software.
-        seed: Of the run.
+        seed: Of every random choice.
         config: The configuration, every value.
         notes: What a reader must know, such as that stand-in data was used.
     """

@@ -22,7 +22,7 @@ class Studied:
     Attributes:
         run: Name of the run, which they left as it was.
         network: Name of its network.
-        seed: Of the run.
+        seed: Of the first calibration; those of a sweep count up from it.
         algorithms: What each algorithm gives.
         sweep: What each number of images gives.
     """
@@ -62,7 +62,7 @@ def study(trained: TrainedRun, config: Config, algorithms: str | None, counts: s
 
     Args:
         trained: The network.
-        config: Of the run.
+        config: How to calibrate, and which layers stay in float.
         algorithms: To compare, as in ``entropy2,minmax``; None for no such study.
         counts: Numbers of images, as in ``50,100,500``; None for no such study.
         seeds: Calibrations for each number of images.

@@ -170,7 +170,7 @@ def open_subject(config: Config, run: Run, cache: Path | None = None) -> Subject
     The checkpoint decides the data set and its preprocessing; the configuration decides where the files lie.
 
     Args:
-        config: Of the run.
+        config: Whose places of the data, quantization and task hold.
         run: Where the checkpoint and the table are.
         cache: Another calibration table than the one that ``quantize.py`` recorded.
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from common.config import EvaluationConfig, Task
-from evaluation.measures import TITLES, OutputFigures, Paired, Row
+from evaluation.measures import TITLES, OutputFigures, Row
 from evaluation.text import decibel
 from evaluation.text import points as signed
 
@@ -36,10 +36,6 @@ class Limits:
     def of(cls, options: EvaluationConfig) -> Limits:
         """Those of a configuration."""
         return cls(options.tolerance, options.agreement, options.relative_error, options.cosine, options.sqnr)
-
-    def within(self, paired: Paired) -> bool:
-        """Whether at most ``tolerance`` points of top-1 and of top-5 are lost against FP32."""
-        return all(-points <= self.tolerance + _SLACK for points in (paired.top1_points, paired.top5_points))
 
     def agrees(self, agreement: float) -> bool:
         """Whether enough percent of the images are given the class that FP32 gives them."""

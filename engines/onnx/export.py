@@ -87,11 +87,7 @@ def export(
         InputError: the network cannot be exported, or takes no other size, or a file cannot be written.
     """
     fp32 = run.onnx(network.name, "fp32")
-    model = float_model(network)
-    if any_size:
-        free_size(model)
-        check_size_is_free(network, model)
-    _write(model, network, fp32, provenance, network.module)
+    model = export_fp32(network, fp32, provenance, any_size)
     if plan is None or table is None:
         return Exported(fp32)
     beside = run.onnx_table(network.name)
@@ -102,18 +98,29 @@ def export(
     return Exported(fp32, int8, int8_cpu, beside)
 
 
-def export_fp32(network: Network, path: str | Path, provenance: Mapping[str, str] | None = None) -> None:
+def export_fp32(
+    network: Network, path: str | Path, provenance: Mapping[str, str] | None = None, any_size: bool = False
+) -> onnx.ModelProto:
     """Write the float network to ``path`` as ONNX, atomically.
 
     Args:
         network: Traced with an ``input_shape``.
-        path: The file.
+        path: Replaced if it is there.
         provenance: Stored as the model's metadata.
+        any_size: Whether height and width of the images are left free.
+
+    Returns:
+        What the file holds.
 
     Raises:
-        InputError: the network cannot be exported, or the file cannot be written.
+        InputError: the network cannot be exported, or takes no other size, or the file cannot be written.
     """
-    _write(float_model(network), network, Path(path), provenance or {}, network.module)
+    model = float_model(network)
+    if any_size:
+        free_size(model)
+        check_size_is_free(network, model)
+    _write(model, network, Path(path), provenance or {}, network.module)
+    return model
 
 
 def export_int8(
@@ -127,10 +134,10 @@ def export_int8(
 
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
-        path: The file.
+        path: Replaced if it is there.
         provenance: Stored as the model's metadata.
         for_cpu: See :func:`engines.onnx.int8.int8_model`.
-        any_size: Likewise.
+        any_size: Whether height and width of the images are left free, as :func:`export_fp32` tries it.
 
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -13,12 +14,19 @@ from common.errors import InputError
 from data.base import Preprocessing
 from data.tensor import TensorImages
 from engines.base import Compiled
-from evaluation.accuracy import Classes, accuracy, paired, predict
-from evaluation.running import check_range, run_shared, sqnr_db
+from evaluation.accuracy import Classes, Predictions, accuracy, paired
+from evaluation.running import check_range, run, run_shared, sqnr_db
 
 
 def network(run: Callable[[Tensor], Tensor], precision: str = "fp32") -> Compiled:
     return Compiled("fake", precision, "CPU", run, 1)  # type: ignore[arg-type]
+
+
+def predict(
+    compiled: list[Compiled], batches: list[tuple[Tensor, Tensor]], classes: int
+) -> tuple[Tensor, list[Predictions]]:
+    labels, found = run(compiled, batches, Classes(classes))
+    return labels, cast("list[Predictions]", found)
 
 
 def probabilities(count: int, classes: int, seed: int) -> Tensor:
