@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from calib.algorithms import ALGORITHMS, Threshold
+from calib.algorithms import ALGORITHMS, DEFAULT, Threshold
 from calib.algorithms import thresholds as thresholds_of
 from calib.collect import Histograms, collect, device_of
 from calib.network import INPUT, Network
@@ -54,7 +54,7 @@ class CalibrationResult:
 def calibrate(
     model: nn.Module | Network,
     batches: Iterable[Any],
-    algorithm: AlgorithmName = "entropy2",
+    algorithm: AlgorithmName = DEFAULT,
     *,
     tensorrt_version: str = TESTED_TENSORRT,
     options: Mapping[str, float] | None = None,
@@ -107,7 +107,7 @@ def warn_of_clipping(
 
 def find_thresholds(
     histograms: Histograms,
-    algorithm: AlgorithmName = "entropy2",
+    algorithm: AlgorithmName = DEFAULT,
     *,
     tensorrt_version: str = TESTED_TENSORRT,
     options: Mapping[str, float] | None = None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from calib.algorithms import ALGORITHMS, OPTIONS
+from calib.algorithms import ALGORITHMS, DEFAULT, OPTIONS
 from common.errors import InputError
 from common.threads import available_cores
 from engines import ENGINES
@@ -32,7 +32,7 @@ if MYPY:
 
     @dataclass
     class _Algorithm:
-        algorithm: AlgorithmName = "entropy2"
+        algorithm: AlgorithmName = DEFAULT
 
 else:  # of the registries, which mypy does not read
     AlgorithmName = Literal[tuple(ALGORITHMS)]
@@ -41,7 +41,7 @@ else:  # of the registries, which mypy does not read
     _HELP = "".join(f"    {name}: {option.help}\n" for name, option in OPTIONS.items())
     _Algorithm = make_dataclass(
         "_Algorithm",
-        [("algorithm", AlgorithmName, "entropy2"), *_OPTIONS],
+        [("algorithm", AlgorithmName, DEFAULT), *_OPTIONS],
         namespace={"__doc__": f"The algorithm and its options.\n\nArgs:\n{_HELP}"},
     )
 

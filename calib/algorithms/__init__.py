@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from calib.histogram.base import AbsHistogram
 
-__all__ = ["ALGORITHMS", "OPTIONS", "Algorithm", "Option", "Threshold", "threshold", "thresholds"]
+__all__ = ["ALGORITHMS", "DEFAULT", "OPTIONS", "Algorithm", "Option", "Threshold", "threshold", "thresholds"]
 
 _FILES = (
     "entropy2",
@@ -34,20 +34,23 @@ ALGORITHMS: Mapping[str, Algorithm] = MappingProxyType(
 )
 """Name -> algorithm, in the order in which they are offered."""
 
+DEFAULT = _FILES[0]
+"""The algorithm where none is named, as in trtexec."""
+
 OPTIONS: Mapping[str, Option] = MappingProxyType(
     {option.name: option for algorithm in ALGORITHMS.values() for option in algorithm.options}
 )
 """Name -> option, of all algorithms."""
 
 
-def threshold(histogram: AbsHistogram, algorithm: str = "entropy2", **options: float) -> Threshold:
+def threshold(histogram: AbsHistogram, algorithm: str = DEFAULT, **options: float) -> Threshold:
     """The threshold of one tensor: see :func:`thresholds`."""
     return thresholds([histogram], algorithm, device=None, **options)[0]
 
 
 def thresholds(
     histograms: Sequence[AbsHistogram],
-    algorithm: str = "entropy2",
+    algorithm: str = DEFAULT,
     *,
     device: torch.device | None = None,
     **options: float,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from calib.algorithms import thresholds
+from calib.algorithms import DEFAULT, thresholds
 from calib.histogram.base import AbsHistogram
 from calib.onnx.histograms import collect
 from calib.onnx.model import read_float_model
@@ -64,7 +64,7 @@ def calibrate_onnx(
     model: onnx.ModelProto,
     entries: list[TableEntry],
     batches: Batches,
-    algorithm: str = "entropy2",
+    algorithm: str = DEFAULT,
     *,
     tensorrt_version: str = TESTED_TENSORRT,
     options: Mapping[str, float] | None = None,
@@ -113,7 +113,7 @@ def calibrate_onnx(
 
 
 def complete_table(
-    path: Path, batches: Batches, algorithm: str = "entropy2", options: Mapping[str, float] | None = None
+    path: Path, batches: Batches, algorithm: str = DEFAULT, options: Mapping[str, float] | None = None
 ) -> CalibrationTable:
     """The table that TensorRT would make of an ONNX file, with all entries.
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.algorithms import ALGORITHMS, OPTIONS
+from calib.algorithms import ALGORITHMS, DEFAULT, OPTIONS
 from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
@@ -48,7 +48,7 @@ def add_parser(commands: Any) -> None:
         "compare its outputs with the float network's",
     )
     parser.add_argument(
-        "--algorithm", choices=tuple(ALGORITHMS), default="entropy2", help="default: entropy2, which trtexec takes"
+        "--algorithm", choices=tuple(ALGORITHMS), default=DEFAULT, help=f"default: {DEFAULT}, which trtexec takes"
     )
     for name, algorithm in ALGORITHMS.items():
         for option in algorithm.options:

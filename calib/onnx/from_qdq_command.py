@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from calib.algorithms import ALGORITHMS
+from calib.algorithms import ALGORITHMS, DEFAULT
 from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import named, write_table
@@ -28,7 +28,7 @@ def add_parser(commands: Any) -> None:
         help="also write the float network that the table goes with: without the pairs, weights as they were rounded",
     )
     parser.add_argument(
-        "--algorithm", choices=tuple(ALGORITHMS), default="entropy2", help="of line 1 (default: entropy2)"
+        "--algorithm", choices=tuple(ALGORITHMS), default=DEFAULT, help=f"of line 1 (default: {DEFAULT})"
     )
     parser.add_argument(
         "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from calib.algorithms import DEFAULT
 from calib.table.text import (
     LEGACY_HEADER,
     LEVELS,
@@ -79,7 +80,7 @@ def read_scales(path: Path) -> tuple[Mapping[str, float], str | None]:
     """
     found = scan_file(path)
     unknown = found.algorithm_problem or found.version_problem
-    table = made(found, path, algorithm=found.algorithm or "minmax", tensorrt_version=found.tensorrt_version or "1.0.0")
+    table = made(found, path, algorithm=found.algorithm or DEFAULT, tensorrt_version=found.tensorrt_version or "1.0.0")
     return table.scales, None if unknown else table.header
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calib.algorithms import ALGORITHMS
+from calib.algorithms import ALGORITHMS, DEFAULT
 from calib.table.version import TESTED_TENSORRT, version_number, version_string
 from common.errors import InputError
 from common.files import read_text, write_text
@@ -113,7 +113,7 @@ class CalibrationTable:
     """
 
     scales: Mapping[str, float]
-    algorithm: str = "entropy2"
+    algorithm: str = DEFAULT
     tensorrt_version: str = field(default=TESTED_TENSORRT)
     legacy: Legacy = field(default=Legacy())
     spelling: Mapping[str, str] = field(default_factory=dict, repr=False)

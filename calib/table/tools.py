@@ -219,7 +219,7 @@ def _check(arguments: argparse.Namespace) -> int:
     warnings = list(found.oddities)
     if found.scales:
         scales = table.scales if table else found.scales
-        unusable = CalibrationTable(scales, "minmax").unusable
+        unusable = CalibrationTable(scales).unusable
         warnings += _by_reason(unusable, ":")
         if arguments.onnx:
             usable = {name: scale for name, scale in scales.items() if name not in unusable}
