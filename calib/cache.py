@@ -25,11 +25,12 @@ from common.side_file import digest, side_file, write_side_file
 
 FORMAT = 1
 
-RULES = 2
+RULES = 3
 """Revision of the rules that find the reference's thresholds and say which tensors share one.
 
 1: bins of exact arithmetic, the smallest candidate of equals, one scale for all inputs of a concatenation.
 2: TensorRT's own (docs/algorithm.md).
+3: and for ranges that grow more than 2048-fold, or are below 6e-36.
 """
 
 

@@ -218,7 +218,8 @@ def _collect_on_device(
     """Histograms counted on ``device``, shared by the processes of ``group``.
 
     The first process runs the first batch, whose maxima are the ranges that all begin with. Where a tensor is all
-    zeros in it and not later, the range is known only when all batches have run, and they run once more for it.
+    zeros in it and not later, or its range does not only double, its range at each batch is known only when all
+    batches have run, and they run once more for it.
     """
     rank, processes = (0, 1) if group is None else (distributed.get_rank(group), distributed.get_world_size(group))
     if group is not None and iter(batches) is batches:
@@ -236,7 +237,7 @@ def _collect_on_device(
 
     if group is None:
         count(found, batches, seen)
-        return found.finish()[0]
+        return found.finish()[0] if seen.count else {}
     mine = _every(batches, rank, processes)
     bases: list[float] = []
 
@@ -255,10 +256,10 @@ def _collect_on_device(
     seen.agree(group, device)
     if not seen.count:
         return {}
-    of, late = found.finish(group)
-    alive = {name: base for name, base in late.items() if base > 0}
-    if alive:
-        again = DeviceHistograms(list(alive), device, list(alive.values()), rank, processes)
+    of, ranges = found.finish(group)
+    if ranges:
+        known = torch.stack(list(ranges.values()), dim=1)
+        again = DeviceHistograms(list(ranges), device, rank=rank, processes=processes, ranges=known)
         rest = _every(batches, rank, processes)
         _together(lambda: count(again, rest, _Seen(None)), group, device)
         of |= again.finish(group)[0]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
     from calib.histogram.base import AbsHistogram
 
-_FIRST = 128
-"""The search's smallest candidate."""
+LEVELS = 128
+"""Levels that the entropy search merges a candidate's bins into, the non-negative INT8 codes: so many bins has the
+smallest candidate."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Threshold:
             return None
         bins = value / self.value * (self.bin + 0.5) - 0.5
         kept = round(bins)
-        if abs(bins - kept) > 0.01 or not 0 <= kept - _FIRST < len(self.divergences):
+        if abs(bins - kept) > 0.01 or not 0 <= kept - LEVELS < len(self.divergences):
             return None
-        own, other = float(self.divergences[self.bin - _FIRST]), float(self.divergences[kept - _FIRST])
+        own, other = float(self.divergences[self.bin - LEVELS]), float(self.divergences[kept - LEVELS])
         return other / own - 1 if own > 0 and other < math.inf else None
 
 

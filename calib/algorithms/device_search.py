@@ -11,10 +11,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from calib.algorithms.base import LEVELS
 from calib.histogram.base import BINS
 
-LEVELS = 128
-"""Levels that a candidate range is merged into: the non-negative INT8 codes."""
 _MAX_WIDTH = BINS // LEVELS
 
 

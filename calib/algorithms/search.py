@@ -16,8 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from calib.algorithms import device_search
-from calib.algorithms.base import Threshold, to_float32
-from calib.algorithms.device_search import LEVELS
+from calib.algorithms.base import LEVELS, Threshold, to_float32
 from calib.histogram.base import BINS, AbsHistogram, counting_threads
 
 TIE = 1e-10

@@ -34,10 +34,11 @@ _TO_LANES = np.int64(sum(lane * (BINS + 1) << 16 * lane for lane in range(_LANES
 class AbsHistogram:
     """Histogram of |x| in 2048 bins over [0, range), with the range rules of TensorRT's calibrators.
 
-    The range is the absolute maximum of the first batch that is not all zero. When a later batch exceeds it, it
-    doubles until the batch fits, and neighbouring bins merge. So the result depends on which values form the first
-    batch, but not on their order within a batch. The bin is trunc(abs(x) * (2048 / range)), both operations in
-    float32, and at most the last one. Values below the smallest normal float32 are zeros. Memory is constant.
+    The range is the absolute maximum of the first batch that is not all zero. When a later batch exceeds it, it grows
+    as :func:`grown` says, and neighbouring bins merge. So the result depends on which values form the first batch, but
+    not on their order within a batch. The bin is trunc(abs(x) * (2048 / range)), both operations in float32, and at
+    most the last one; below a range of 6e-36 the first of them is infinite, and so all but zeros lie in the last bin.
+    Values below the smallest normal float32 are zeros. Memory is constant.
 
     Attributes:
         counts: int64 [2048]; their sum is the number of values seen. Zeros seen before the range was known are in
@@ -55,6 +56,14 @@ class AbsHistogram:
     def total(self) -> int:
         """Number of values seen."""
         return int(self.counts.sum())
+
+    @property
+    def early_range(self) -> float:
+        """The range, with which parts of a batch can be counted before the maximum of all its parts is known.
+
+        0, which holds zeros alone, where that is not so: the last bin of a tiny range cannot be divided again.
+        """
+        return 0.0 if np.isinf(bins_per_unit(self.range)) else self.range
 
     def add(self, batch: Tensor, pool: Executor | None = None) -> None:
         """Count one batch.
@@ -74,18 +83,14 @@ class AbsHistogram:
         self.add_counted(counted)
 
     def add_counted(self, part: Counted) -> None:
-        """Add a part of a batch that was counted with this histogram's range, or with one that it had before.
+        """Add a part of a batch that was counted with this histogram's range, or with an earlier :attr:`early_range`.
 
         Args:
             part: What fits the range that it was counted with.
         """
         if part.largest >= SMALLEST:
             self.maximum = max(self.maximum, part.largest)
-        counts, limit = part.counts, part.range
-        while 0 < limit < self.range:
-            # What is equal to the range lies in the middle of the doubled one.
-            counts = np.concatenate([_halved(counts[:BINS]), counts[BINS:], np.zeros(BINS // 2, dtype=np.int64)])
-            limit *= 2
+        counts = _merged(part.counts, part.range, self.range)
         self.counts += counts[:BINS]
         self.counts[-1] += counts[BINS]
 
@@ -99,11 +104,8 @@ class AbsHistogram:
         if largest < SMALLEST:
             return
         self.maximum = max(self.maximum, largest)
-        if self.range == 0:
-            self.range = largest
-        while largest > self.range:
-            self.counts = np.concatenate([_halved(self.counts), np.zeros(BINS // 2, dtype=np.int64)])
-            self.range *= 2
+        before, self.range = self.range, grown(self.range, largest)
+        self.counts = _merged(self.counts, before, self.range)
 
     def share_above(self, threshold: float) -> float:
         """Share of the values beyond ``threshold``, in [0, 1].
@@ -174,6 +176,27 @@ def count(batch: Tensor, limit: float, pool: Executor | None = None) -> Counted:
     return Counted(counts if all(part.fits for part in parts) else np.zeros_like(counts), limit, largest)
 
 
+def grown(limit: float, largest: float) -> float:
+    """The range that TensorRT's calibrators make of ``limit`` (0 for none yet) for a batch of this absolute maximum.
+
+    It doubles until it holds the batch. Where that would take more than 11 doublings, which leave nothing outside the
+    first bin, it becomes the smallest multiple of itself that does.
+    """
+    if limit == 0:
+        return largest
+    if largest > BINS * limit:
+        return max(largest, math.ceil(largest / limit) * limit)  # the product may be rounded down
+    while largest > limit:
+        limit *= 2
+    return limit
+
+
+def bins_per_unit(limit: float) -> np.float32:
+    """2048 / range as TensorRT has it, in float32: infinite for a range below 6e-36; 0 while there is no range."""
+    with np.errstate(over="ignore"):
+        return np.float32(BINS / limit if limit else 0.0)
+
+
 def _count(values: Tensor, limit: float) -> Counted:
     """:func:`count` for flat values, in one thread.
 
@@ -181,10 +204,7 @@ def _count(values: Tensor, limit: float) -> Counted:
     counters then, which takes half the time.
     """
     counts = np.zeros(_LANES * (BINS + 1), dtype=np.int64)
-    # 2048 / range would overflow here, or give a bin to values that are zeros.
-    small = limit < BINS * SMALLEST
-    scale = np.float32(2.0**64 if small else 1.0)
-    factor = np.float32(BINS / (limit * float(scale)) if limit else 0.0)
+    factor = bins_per_unit(limit)
     bins = np.empty(min(values.numel(), ROW), np.int16)
     step = ROW if torch.get_num_threads() == 1 else PIECE
     largest = 0.0
@@ -195,10 +215,12 @@ def _count(values: Tensor, limit: float) -> Counted:
         if not (largest <= limit or largest < SMALLEST):
             low, high = (extreme.item() for extreme in torch.aminmax(values))
             return Counted(np.zeros(BINS + 1, dtype=np.int64), limit, max(-low, high))
-        if small:
-            exact = np.where(np.abs(exact) < SMALLEST, np.float32(0), exact) * scale
         row = bins[: len(exact)]
-        np.multiply(exact, factor, out=row, casting="unsafe")  # truncates, in float32 before
+        if limit < BINS * SMALLEST:  # where a subnormal value, which is a zero, would have a bin
+            with np.errstate(over="ignore", invalid="ignore"):
+                row[:] = np.where(np.abs(exact) < SMALLEST, 0, (exact * factor).clip(-BINS, BINS))
+        else:
+            np.multiply(exact, factor, out=row, casting="unsafe")  # truncates, in float32 before
         if low < 0:
             np.abs(row, out=row)
         lanes = _LANES if low == 0 else 1
@@ -216,10 +238,13 @@ def _float32(values: Tensor, part: slice) -> NDArray[np.float32]:
     return found[part] if values.dtype == torch.float32 else found
 
 
-def _halved(counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Half as many bins, of twice the width."""
-    halved: NDArray[np.int64] = counts.reshape(-1, 2).sum(axis=1)
-    return halved
+def _merged(counts: NDArray[np.int64], before: float, after: float) -> NDArray[np.int64]:
+    """Counts by a range, as they are by one that has grown from it."""
+    if not 0 < before < after:
+        return counts
+    merged = np.zeros_like(counts)
+    np.add.at(merged, np.arange(len(counts)) >> math.ceil(math.log2(after / before)), counts)
+    return merged
 
 
 def refuse_infinite(largest: float, where: str = "") -> None:

@@ -13,7 +13,6 @@ from calib.histogram.base import BINS, PIECE, SMALLEST, count
 
 _GPU_PIECE = 2**24
 """Values at once where PyTorch's operations count on a GPU: they need several times as much memory."""
-_TINY_SCALE = 2.0**64
 
 
 class Tallies:
@@ -38,6 +37,11 @@ class Tallies:
         self.largest = torch.zeros(tensors, dtype=torch.float32, device=device)
         self.batch = torch.zeros(tensors, 2, BINS + 1, dtype=torch.int32, device=device)
         self.late = torch.zeros(tensors, dtype=torch.bool, device=device)
+
+    def take(self, ranges: Tensor) -> None:
+        """Widen the ranges between two batches, to these: float64 [T]."""
+        self.counts.copy_(shifted(self.counts, doublings_of(self.ranges, ranges)))
+        self.ranges.copy_(ranges)
 
 
 class Counter(Protocol):
@@ -79,14 +83,11 @@ class TorchCounter:
         if maximum_alone:
             return
         widened, _ = widen(self._tallies.ranges[tensor], largest.double())
-        scale = torch.where(widened < BINS * SMALLEST, _TINY_SCALE, 1.0).to(widened)
-        factor = torch.where(widened > 0, BINS / (widened * scale), 0.0).float()
-        scale = scale.float()
+        factor = bins_per_unit(widened)
         on_gpu = values.device.type == "cuda"
         for piece in values.split(_GPU_PIECE if on_gpu else PIECE):
             magnitudes = piece.float().abs()
-            magnitudes.mul_(magnitudes >= SMALLEST).mul_(scale).mul_(factor)
-            bins = magnitudes.to(torch.int32).clamp_(0, BINS)
+            bins = torch.where(magnitudes < SMALLEST, 0.0, magnitudes * factor).clamp_(max=BINS).to(torch.int32)
             # bincount waits for the GPU, and histc takes no integers on the CPU.
             of_piece = torch.histc(bins, BINS + 1, 0, BINS + 1) if on_gpu else torch.bincount(bins, minlength=BINS + 1)
             # By one of the two ranges, which are equal otherwise: the other's counts are not read.
@@ -127,11 +128,25 @@ class CpuCounter(TorchCounter):
 
 
 def widen(before: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
-    """The ranges (float64) that hold ``largest`` as well, and how often they double (int64); 0 is no range yet."""
+    """The ranges (float64) that hold ``largest`` as well, and how often they double (int64); 0 is no range yet.
+
+    As :func:`calib.histogram.base.grown` has it.
+    """
     start = torch.where(before == 0, largest, before)
-    doublings = torch.where(largest.isfinite(), doublings_of(start, largest).clamp(min=0), 0)
-    # ldexp multiplies by a power that a GPU need not compute exactly.
-    return start * _powers_of_two(before.device)[doublings], doublings
+    doublings = torch.where(largest.isfinite(), doublings_of(start, largest), 0)
+    multiple = ((largest / start).ceil() * start).maximum(largest)
+    leaps = (largest > BINS * start) & largest.isfinite()
+    return torch.where(leaps, multiple, doubled(start, doublings)), doublings
+
+
+def doubled(ranges: Tensor, doublings: Tensor) -> Tensor:
+    """Ranges, float64, doubled so often, int64: exactly, which ``ldexp`` is not on a GPU."""
+    return ranges * _powers_of_two(ranges.device)[doublings]
+
+
+def bins_per_unit(ranges: Tensor) -> Tensor:
+    """:func:`calib.histogram.base.bins_per_unit` of ranges, float64: float32."""
+    return torch.where(ranges > 0, BINS / ranges, 0.0).float()
 
 
 @cache
@@ -141,14 +156,14 @@ def _powers_of_two(device: torch.device) -> Tensor:
 
 
 def doublings_of(small: Tensor, large: Tensor) -> Tensor:
-    """The least whole number of doublings of ``small`` that reach ``large``, int64; 0 where one of them is 0."""
+    """The least number of doublings of ``small``, from 0, that reach ``large``, int64; 0 where one of them is 0."""
     mantissa, exponent = torch.frexp(small)
     other, reached = torch.frexp(large)
     doublings = reached.long() - exponent.long() + (other > mantissa)
-    return torch.where((small > 0) & (large > 0), doublings, 0)
+    return torch.where((small > 0) & (large > 0), doublings, 0).clamp(min=0)
 
 
 def shifted(counts: Tensor, doublings: Tensor) -> Tensor:
-    """``counts``, int64 [tensors, 2048], at ranges doubled so often, int64 [tensors]."""
+    """``counts``, int64 [tensors, 2048], at ranges doubled so often, int64 [tensors]: 12 where they leap."""
     bins = torch.arange(BINS, device=counts.device) >> doublings.clamp(max=12)[:, None]
     return torch.zeros_like(counts).scatter_add_(1, bins, counts)

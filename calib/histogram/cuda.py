@@ -16,10 +16,11 @@ _RANGES = r"""extern "C" {
 #define BINS 2048
 #define COPIES 4
 
-// The range, float64, that holds `most` as well: AbsHistogram.widen. NaN and infinity are refused later.
+// The range, float64, that holds `most` as well: calib.histogram.base.grown. NaN and infinity are refused later.
 static __device__ double widened(double range, double most)
 {
-    if (range == 0) range = most;
+    if (range == 0) return most;
+    if (most > BINS * range && most < 1e39) return fmax(most, ceil(most / range) * range);
     while (most > range && most < 1e39) range *= 2;
     return range;
 }
@@ -32,7 +33,7 @@ COUNT = (
 struct Counter
 {
     int* counts;
-    float scale, factor;
+    float factor;
     unsigned most;
 
     // The bits of a float32 without its sign are in the order of magnitudes; NaN comes last.
@@ -40,9 +41,9 @@ struct Counter
     {
         const unsigned bits = __float_as_uint(value) & 0x7fffffff;
         most = most < bits ? bits : most;
-        const int bin = (int)(__uint_as_float(bits) * scale * factor);
+        const int bin = (int)fminf(__uint_as_float(bits) * factor, BINS);
         // Bin 0, where a ReLU puts half of all values, is what remains of them.
-        if (bin > 0 && bits >= 0x00800000) atomicAdd(counts + (bin < BINS ? bin : BINS), 1);
+        if (bin > 0 && bits >= 0x00800000) atomicAdd(counts + bin, 1);
     }
 };
 
@@ -63,10 +64,8 @@ __global__ void count(const float* values, int size, int tensor, const double* r
     if (threadIdx.x == 0) most = 0;
     __syncthreads();
 
-    // 2048 / range must not overflow: 2048 * 2**-126 is where it could.
-    const double scale = range < 2048 * 1.1754943508222875e-38 ? 18446744073709551616.0 : 1.0;
-    Counter counter = {counts + threadIdx.x % COPIES * (BINS + 1), (float)scale,
-                       range > 0 ? (float)(BINS / (range * scale)) : 0.0f, 0u};
+    // The factor of a tiny range is infinite.
+    Counter counter = {counts + threadIdx.x % COPIES * (BINS + 1), range > 0 ? (float)(BINS / range) : 0.0f, 0u};
     const long long first = (long long)blockIdx.x * blockDim.x + threadIdx.x, step = (long long)gridDim.x * blockDim.x;
     const long long fours = (size_t)values % 16 ? 0 : size / 4;
     for (long long i = first; i < fours; i += step) {

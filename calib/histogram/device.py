@@ -3,7 +3,8 @@
 The counts are those of :class:`calib.histogram.base.AbsHistogram`, to the last one. What makes that possible between
 processes: a bin at a doubled range is the bin at the old one, halved, since a power of two leaves float32's digits as
 they are. Only a value that equals the range is special: it counts in the last bin of the range at its time, and that
-range depends on all batches before. Such values are therefore kept apart, by batch, and placed at the end.
+range depends on all batches before. Such values are therefore kept apart, by batch, and placed at the end. A tensor
+whose range does not only double is counted once more, when its range at each batch is known.
 """
 
 from __future__ import annotations
@@ -19,7 +20,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from calib.histogram.base import BINS, AbsHistogram, flat, refuse_infinite
-from calib.histogram.counters import Counter, CpuCounter, Tallies, TorchCounter, doublings_of, shifted, widen
+from calib.histogram.counters import (
+    Counter,
+    CpuCounter,
+    Tallies,
+    TorchCounter,
+    bins_per_unit,
+    doubled,
+    doublings_of,
+    shifted,
+    widen,
+)
 from calib.histogram.cuda import CudaCounter
 from common.errors import InputError
 
@@ -38,6 +49,7 @@ class DeviceHistograms:
         base: The range that each begins with; without it, the maximum of its first batch that is not all zero.
         rank: Of this process among those that share the batches: batch b is process b modulo ``processes``'s.
         processes: Their number.
+        ranges: The range of each after each batch of all processes, where they are known: float64 [batches, T].
     """
 
     def __init__(
@@ -47,12 +59,14 @@ class DeviceHistograms:
         base: Sequence[float] | None = None,
         rank: int = 0,
         processes: int = 1,
+        ranges: Tensor | None = None,
     ) -> None:
         self.names = tuple(names)
         self._rank, self._processes = rank, processes
         self._index = {name: index for index, name in enumerate(self.names)}
         count = len(self.names)
-        self._tallies = Tallies(count, device, base)
+        self._ranges = ranges
+        self._tallies = Tallies(count, device, base if ranges is None else ranges[min(rank, len(ranges) - 1)].tolist())
         self._counter = _counter_class(device)(self._tallies)
         self._seen = np.zeros(count, dtype=np.int64)
         self._records: list[Tensor] = []
@@ -93,6 +107,9 @@ class DeviceHistograms:
         record = self._records[-1][self._batches % _RECORDS]
         self._batches += 1
         self._counter.enter(record)
+        following = self._rank + self._batches * self._processes
+        if self._ranges is not None and following < len(self._ranges):
+            self._tallies.take(self._ranges[following].to(record.device))
         self._waiting.put(record[0])
         self.check(keep=1)
 
@@ -121,19 +138,16 @@ class DeviceHistograms:
         self._late = frozenset(index for index, base in enumerate(self.bases()) if base == 0)
         self._tallies.late[sorted(self._late)] = True
 
-    @property
-    def late(self) -> tuple[str, ...]:
-        """Names of the tensors that :meth:`leave_late` left."""
-        return tuple(self.names[index] for index in sorted(self._late))
-
-    def finish(self, group: ProcessGroup | None = None) -> tuple[dict[str, AbsHistogram], dict[str, float]]:
+    def finish(self, group: ProcessGroup | None = None) -> tuple[dict[str, AbsHistogram], dict[str, Tensor]]:
         """The histograms over the batches of all processes.
 
         Args:
             group: The processes; None if this is the only one.
 
         Returns:
-            Tensor -> histogram; and late tensor -> the range that it begins with (0 if it is all zeros).
+            Tensor -> histogram; and the tensors that must be counted again -> their range after each batch, for
+            ``ranges`` then: those that :meth:`leave_late` left, but for zeros alone, and those whose bins at the range
+            that the process knew are none at the range that one process would have had.
 
         Raises:
             InputError: values are not finite.
@@ -152,19 +166,21 @@ class DeviceHistograms:
             for part in (log, seen):
                 torch.distributed.all_reduce(part, group=group)
         maxima, at_range = log.cpu().unbind(dim=1)
-        base = self._tallies.base.cpu()
         # The range after each batch, as one process has it, and as the process that counted the batch had it.
-        known = widen(base, maxima.cummax(dim=0).values)[0]
-        own = torch.empty_like(known)
-        for rank in range(min(self._processes, len(maxima))):
-            share = slice(rank, None, self._processes)
-            own[share] = widen(base, maxima[share].cummax(dim=0).values)[0]
+        known = self._history(maxima) if self._ranges is None else self._ranges
+        own = known
+        if self._ranges is None and self._processes > 1:
+            own = torch.empty_like(known)
+            for rank in range(min(self._processes, len(maxima))):
+                share = slice(rank, None, self._processes)
+                own[share] = self._history(maxima[share])
         end = known[-1]
         counted = shifted(counted, doublings_of(self._tallies.ranges.cpu(), end).to(device))
         if group is not None:
             torch.distributed.all_reduce(counted, group=group)
         counts = counted.cpu().numpy()
-        bins = torch.where(own == known, BINS - 1, BINS >> doublings_of(own, known)) >> doublings_of(known, end)
+        in_last_bin = (own == known) | bins_per_unit(known).isinf()
+        bins = torch.where(in_last_bin, BINS - 1, BINS >> doublings_of(own, known)) >> doublings_of(known, end)
         for batch, index in at_range.nonzero().tolist():
             counts[index, bins[batch, index]] += int(at_range[batch, index])
         totals = seen.cpu().numpy()
@@ -173,11 +189,18 @@ class DeviceHistograms:
             name: _histogram(counts[index], float(end[index]), float(maxima[:, index].max()))
             for name, index in self._index.items()
         }
-        first = {
-            self.names[index]: next((value for value in maxima[:, index].tolist() if value > 0), 0.0)
-            for index in sorted(self._late)
-        }
-        return found, first
+        only_doubled = (doubled(own, doublings_of(own, known)) == known) & ~bins_per_unit(own).isinf()
+        nested = ((own == known) | only_doubled).all(dim=0)
+        again = (~nested).nonzero().flatten().tolist()
+        again += [index for index in self._late if end[index] > 0]
+        return found, {self.names[index]: known[:, index] for index in sorted({*again})}
+
+    def _history(self, maxima: Tensor) -> Tensor:
+        """The range after each of some batches of these maxima: float64 [batches, T]."""
+        ranges = [self._tallies.base.cpu()]
+        for largest in maxima:
+            ranges.append(widen(ranges[-1], largest)[0])
+        return torch.stack(ranges[1:])
 
 
 def _histogram(counts: NDArray[np.int64], end: float, maximum: float) -> AbsHistogram:

@@ -125,9 +125,9 @@ class _Histograms:
         for name, value in self._values(part).items():
             if name in self.infinite or name in found:
                 continue
-            limit, relu = self._of[name].range, self._rectified.get(name)
+            limit, relu = self._of[name].early_range, self._rectified.get(name)
             # So it is where the largest value is positive, as in most sums with the output of a ReLU.
-            if relu is not None and self._of[relu].range == limit and (both := count_rectified(value, limit)):
+            if relu is not None and self._of[relu].early_range == limit and (both := count_rectified(value, limit)):
                 found[name], found[relu] = (both[0], None), (both[1], None)
                 continue
             counted = count(value, limit)

@@ -18,6 +18,8 @@ def histogram(batches):
         values = [value if value >= np.finfo(np.float32).tiny else np.float32(0) for value in values]
         largest = float(max(values, default=0))
         limit = limit or largest
+        if largest > BINS * limit:
+            counts, limit = [sum(counts)] + [0] * (BINS - 1), max(largest, math.ceil(largest / limit) * limit)
         while largest > limit:
             counts = [counts[2 * i] + counts[2 * i + 1] for i in range(BINS // 2)] + [0] * (BINS // 2)
             limit *= 2
@@ -27,13 +29,10 @@ def histogram(batches):
 
 
 def position(value, limit):
-    """trunc(value * (2048 / limit)), each operation rounded to float32, whose exponents are taken as unlimited."""
-    if not value:
-        return 0
-    mantissa, exponent = math.frexp(BINS / limit)
-    return int(
-        math.ldexp(float(np.float32(math.frexp(value)[0]) * np.float32(mantissa)), exponent + math.frexp(value)[1])
-    )
+    """trunc(value * (2048 / limit)), each operation rounded to float32, which may overflow."""
+    with np.errstate(over="ignore"):
+        product = value * np.float32(BINS / limit) if value else 0.0
+    return int(min(product, BINS))
 
 
 def divergences(counts):

@@ -74,14 +74,6 @@ def test_the_search_on_a_gpu_finds_tensorrts_scales_too(histograms, scales):
     assert [scale_to_hex(one.value / 127) for one in found] == [row[0] for row in scales.values()]
 
 
-# Batches that exceed the range of those before more than 2048-fold, and ranges so small that 2048 / range is infinite.
-BEYOND = {
-    *("near_tiny.3x600", "near_tiny.s.7x100", "near_tiny.one.1x4096", "near_tiny.v.12x1"),
-    *("tiny1e-36.3x600", "tiny1e-36.s.7x100", "tiny1e-36.one.1x4096", "tiny1e-36.v.12x1"),
-    *("tiny_to_huge.3x600", "tiny_to_huge.s.7x100", "tiny_to_huge.v.12x1", "beta.v.12x1", "sigmoid_sat.v.12x1"),
-}
-
-
 @pytest.mark.parametrize("algorithm", ["entropy2", "minmax", "legacy"])
 def test_difficult_distributions(algorithm):
     """304 more: heavy tails, spikes, few values, edges of bins, batches of one value, the largest and smallest ones."""
@@ -90,5 +82,4 @@ def test_difficult_distributions(algorithm):
     column = ("entropy2", "minmax", "legacy").index(algorithm)
     histograms = histograms_of(HERE / "difficult.npz")
     found = {name: scale_to_hex(threshold(histograms[name], algorithm).value / 127) for name in wanted}
-    differ = {name for name in wanted if found[name] != wanted[name][column]}
-    assert differ <= (BEYOND if algorithm != "minmax" else set())
+    assert found == {name: row[column] for name, row in wanted.items()}
