@@ -155,6 +155,13 @@ def clamps_at_6(node: fx.Node, module: fx.GraphModule) -> bool:
     return node.target is F.relu6
 
 
+def is_adaptive(node: fx.Node, module: fx.GraphModule) -> bool:
+    """Whether a node of kind ``avgpool`` is told the size of what it gives, and not that of its windows."""
+    if node.op == "call_module":
+        return isinstance(module.get_submodule(str(node.target)), nn.AdaptiveAvgPool2d)
+    return node.target is F.adaptive_avg_pool2d
+
+
 def gives_tuple(node: fx.Node) -> bool:
     """Whether an operation gives several values (``chunk``, ``max`` over a dimension), to judge by its readers."""
     return bool(node.users) and all(

@@ -3,6 +3,7 @@
 An INT8 layer quantizes its inputs; a convolution or matrix product then sums products of int8 codes exactly, scales
 the sum by (input scale * weight scale), adds the bias in float, and whoever reads the result next quantizes it again
 (a plan may ask for biases that are rounded and added to the sum, as ONNX Runtime's kernels do).
+Average pooling between values of one scale averages the codes, and rounds the middle between two to even.
 A value that goes both to a layer and to a concatenation of another scale is quantized with its own scale first.
 
 The sums are formed by float matrix products on integer-valued operands. They are exact: every product and every
@@ -24,7 +25,8 @@ from torch.nn import functional as F
 
 from calib.explicit import place
 from calib.int8 import ACTIVATION_MIN, quantize, quantize_weight
-from calib.network import Layer, is_activation
+from calib.network import Layer, Network, is_activation
+from calib.ops import is_adaptive
 from calib.plan import Int8Plan
 
 _EXACT_FLOAT32 = 2**24
@@ -123,6 +125,8 @@ class IntegerNetwork(fx.Interpreter):
         }
         self._codes: dict[str, Tensor] = {}
         self._requantized = place(plan).requantized
+        self._pools = _window_pools(plan.network)
+        self._averaged = _averaged(plan, self._pools)
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [B, C, H, W] -> what the network gives: a tensor, or a tuple of tensors."""
@@ -138,8 +142,9 @@ class IntegerNetwork(fx.Interpreter):
         result._layers = {node: layer for node, layer in self._layers.items() if layer.name in names}
         result._weighted = {node: layer for node, layer in self._weighted.items() if node in result._layers}
         result._codes = {}
-        layers = frozenset(layer.name for layer in result._layers.values())
-        result._requantized = place(dataclasses.replace(self.plan, layers=layers)).requantized
+        plan = dataclasses.replace(self.plan, layers=frozenset(layer.name for layer in result._layers.values()))
+        result._requantized = place(plan).requantized
+        result._averaged = _averaged(plan, self._pools)
         return result
 
     def run_node(self, n: fx.Node) -> Any:
@@ -176,12 +181,15 @@ class IntegerNetwork(fx.Interpreter):
         if layer.kind == "add" and node.name in self._given and len(kept) == 2:  # neither a constant nor a value twice
             first, second = kept
             return self._added(first, second, self._given[node.name])
+        scale = self._averaged.get(node.name)
         for source in kept:
-            self.env[source] = self._input_codes(source) * self.plan.scales[source.name]
+            codes = self._input_codes(source)
+            self.env[source] = codes if scale is not None else codes * self.plan.scales[source.name]
         try:
-            return super().run_node(node)
+            value = super().run_node(node)
         finally:
             self.env.update(kept)
+        return value if scale is None else quantize(value, 1.0).mul_(scale)
 
     def _added(self, first: fx.Node, second: fx.Node, scale: float) -> Tensor:
         """A sum as ONNX Runtime's kernel forms it (``MlasQLinearAdd``): two fused multiply-adds in float32.
@@ -195,3 +203,35 @@ class IntegerNetwork(fx.Interpreter):
             codes = self._input_codes(source).double() + _MIDDLE
             total = (codes * ratio.double() + total).float().double()
         return quantize((total - _MIDDLE).float(), 1.0).mul_(scale)
+
+
+def _averaged(plan: Int8Plan, pools: Collection[str]) -> dict[str, float]:
+    """Fx node -> scale, of the ``pools`` whose readers all take their codes with the scale of what they average.
+
+    They average codes, and round the middle between two to even, as TensorRT's kernels do: of a mean of the values
+    that codes stand for, the last bits of float32 would decide.
+    """
+    given = place(plan, before_relu=True).scales
+    averaging = [layer for layer in plan.network.layers if layer.node in pools and layer.name in plan.layers]
+    return {
+        layer.node: given[layer.node] for layer in averaging if given.get(layer.node) == plan.scales[layer.inputs[0]]
+    }
+
+
+def _window_pools(network: Network) -> frozenset[str]:
+    """The fx nodes of average pooling with windows of one size.
+
+    Adaptive pooling has windows of several sizes where those of the maps do not divide, and is computed in float then.
+    """
+    nodes = {node.name: node for node in network.module.graph.nodes}
+    pools = {layer.node for layer in network.layers if layer.kind == "avgpool"}
+    adaptive = {name for name in pools if is_adaptive(nodes[name], network.module)}
+    if not adaptive or network.input_shape is None:
+        return frozenset(pools - adaptive)
+    shapes = network.value_shapes(1)
+    for name in adaptive:
+        (source,) = nodes[name].all_input_nodes
+        sizes = zip(shapes[source.name][-2:], shapes[name][-2:], strict=True)
+        if any(before % after for before, after in sizes):
+            pools.remove(name)
+    return frozenset(pools)

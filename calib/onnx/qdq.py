@@ -25,6 +25,7 @@ from calib.int8 import weight_scales
 from calib.onnx.form import linear_as_convolution
 from calib.onnx.model import constant, free_name, no_floats
 from calib.onnx.pairs import Activation, Weight, write_pairs
+from calib.onnx.pools import pad_in_front
 from calib.onnx.rules import RESHAPES, WEIGHTED, Graph
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
@@ -133,6 +134,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
             f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights"
         )
     write_pairs(result, activations, list(weights.values()), folder=path.parent)
+    pad_in_front(result)
     others = graph.constant | no_floats(model)
     kinds = Counter(graph.nodes[index].op_type for index in chosen)
     rest = Counter(

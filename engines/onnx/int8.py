@@ -19,6 +19,7 @@ from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import Network
 from calib.onnx.pairs import Activation, Weight, write_pairs
+from calib.onnx.pools import average_codes, pad_in_front
 from calib.plan import Int8Plan
 from common.errors import InputError
 from engines.integer import LARGEST_BIAS
@@ -70,6 +71,9 @@ def int8_model(
         unsigned_weights=for_cpu and not int8_weights,
         integer_biases=for_cpu,
     )
+    if for_cpu:
+        average_codes(model)
+    pad_in_front(model)
     return model
 
 

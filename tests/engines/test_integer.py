@@ -13,6 +13,9 @@ from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
 from engines.integer import IntegerNetwork, _WeightedLayer
+from engines.onnx.int8 import int8_model
+from engines.onnxruntime.engine import open_session
+from engines.onnxruntime.form import for_onnxruntime
 from models import LeNet
 
 # The most that a sum can reach: every product at its extreme. 1032 terms are the last that float32 holds.
@@ -138,3 +141,48 @@ def test_one_value_read_by_two_layers_is_quantized_once_and_stays_float_for_othe
     IntegerNetwork(plan_int8(network, table), lambda name, value: seen.update({name: value.clone()}))(images)
     expected = (quantize(seen["left"], 0.05) + quantize(seen["conv"], 0.05)) * 0.05
     torch.testing.assert_close(seen["add"], expected)
+
+
+class Pooled(nn.Module):
+    """Average pooling between two convolutions, of which the second gives the codes that it reads."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 1)
+        self.pool = pool
+        self.last = nn.Conv2d(4, 4, 1, bias=False)
+        nn.init.dirac_(self.last.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.pool(torch.relu(self.first(x)))).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("pool", "averages"),
+    [
+        (nn.AvgPool2d(2), True),
+        (nn.AvgPool2d(2, 2, 1), True),
+        (nn.AvgPool2d(3, 2, 1, ceil_mode=True), True),
+        (nn.Sequential(nn.AvgPool2d(2), nn.MaxPool2d(2)), True),
+        (nn.Sequential(nn.AvgPool2d(2), nn.ReLU()), False),  # is quantized with the scale of what the ReLU gives
+        (nn.AdaptiveAvgPool2d(6), True),
+        (nn.AdaptiveAvgPool2d(5), False),  # of windows of 3 and of 4
+        (nn.AdaptiveAvgPool2d(1), False),  # has a scale of its own
+    ],
+)
+def test_average_pooling_averages_codes(pool: nn.Module, averages: bool) -> None:
+    """The middle between two codes is rounded to even, in the simulation and in a file of its form."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 12, 12)
+    network = trace(Pooled(pool).eval(), "pooled", (3, 12, 12))
+    table = calibrate(network, [images])
+    plan = for_onnxruntime(plan_int8(network, table))
+    scale = plan.scales[plan.network.layers[-1].inputs[0]]
+    seen: dict[str, torch.Tensor] = {}
+    found = IntegerNetwork(plan, lambda name, value: seen.update({name: value.clone()}))(images) / scale
+    first = quantize(seen["relu"], plan.scales["relu"])
+    if averages:
+        assert torch.equal(found.round(), pool(first.double()).round().flatten(1).float())
+    session, _ = open_session(int8_model(plan_int8(network, table), for_cpu=True), 1)
+    (written,) = session.run(None, {"data": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(written) / scale, found, atol=1e-3, rtol=0)

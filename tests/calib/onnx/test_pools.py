@@ -1,0 +1,79 @@
+"""Average pooling between pairs: all readers of the CPU's file give the exact mean of the codes, rounded to even."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from calib.onnx.pools import average_codes, pad_in_front
+from engines.onnxruntime.engine import open_session
+
+SHAPE = (2, 8, 12, 12)
+SCALE = 0.00426
+POOLS = {
+    "even": nn.AvgPool2d(2),
+    "uneven": nn.AvgPool2d((2, 3), 1),
+    "padded": nn.AvgPool2d(2, 2, 1),
+    "padding not counted": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "beyond the edge": nn.AvgPool2d(3, 2, ceil_mode=True),
+    "beyond the padding": nn.AvgPool2d(3, 2, 1, ceil_mode=True),
+}
+
+
+def codes() -> Tensor:
+    return torch.randint(-128, 128, SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def model(pool: nn.AvgPool2d, behind: float = SCALE) -> onnx.ModelProto:
+    """Codes in uint8, dequantized, pooled and quantized."""
+    size, stride, padding = (
+        [value, value] if isinstance(value, int) else list(value)
+        for value in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    settings = {
+        "kernel_shape": size,
+        "strides": stride,
+        "pads": [*padding, *padding],
+        "ceil_mode": int(pool.ceil_mode),
+        "count_include_pad": int(pool.count_include_pad),
+    }
+    nodes = [
+        helper.make_node("DequantizeLinear", ["codes", "scale", "zero"], ["values"], "before"),
+        helper.make_node("AveragePool", ["values"], ["means"], "pool", **settings),
+        helper.make_node("QuantizeLinear", ["means", "scale_behind", "zero"], ["result"], "behind"),
+    ]
+    weights = {"scale": np.float32(SCALE), "scale_behind": np.float32(behind), "zero": np.uint8(128)}
+    graph = helper.make_graph(
+        nodes,
+        "pool",
+        [helper.make_tensor_value_info("codes", TensorProto.UINT8, SHAPE)],
+        [helper.make_tensor_value_info("result", TensorProto.UINT8, [None] * 4)],
+        [numpy_helper.from_array(np.array(value), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("optimize", [False, True])
+@pytest.mark.parametrize("name", POOLS)
+def test_codes_are_averaged_exactly(name: str, optimize: bool) -> None:
+    written = model(POOLS[name])
+    average_codes(written)
+    pad_in_front(written)
+    onnx.checker.check_model(written, full_check=True)
+    session, optimized = open_session(written, 1, optimize)
+    (found,) = session.run(None, {"codes": (codes() + 128).numpy().astype(np.uint8)})
+    expected = POOLS[name](codes().double()).round()
+    assert torch.equal(torch.from_numpy(found).double() - 128, expected)
+    in_float = "AveragePool" in {node.op_type for node in optimized.graph.node}
+    assert in_float == (not optimize or name == "beyond the padding")
+
+
+def test_pooling_to_another_scale_stays_as_it_is() -> None:
+    written, before = (model(nn.AvgPool2d(2), 2 * SCALE) for _ in range(2))
+    average_codes(written)
+    pad_in_front(written)
+    assert written == before
