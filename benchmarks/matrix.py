@@ -40,10 +40,11 @@ SIZES: Final = {
     **dict.fromkeys(("torchvision:alexnet", "torchvision:inception_v3"), 96),
     **dict.fromkeys(("torchvision:maxvit_t", "torchvision:swin_t", "torchvision:swin_v2_t"), 224),
     **dict.fromkeys(("timm:coatnet_pico_rw_224", "timm:levit_128s", "timm:swin_tiny_patch4_window7_224"), 224),
+    "torchvision:vit_h_14": 56,
     "timm:efficientformer_l1": 224,
     "transformers:swin": 128,
 }
-"""Networks that take no smaller ones."""
+"""Networks that take no images of 64 pixels, or fail on them."""
 
 SMALL: Final = (
     "torchvision:shufflenet_v2_x0_5",

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
+from calib.onnx.external import loadable
 from calib.onnx.model import subgraph_nodes, value_shapes
 from calib.onnx.rules import RESHAPES, Graph
 from common.macs import LayerMacs, MacCount
@@ -121,7 +122,8 @@ def _observed_shapes(
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors are raised as well
-        session = onnxruntime.InferenceSession(run.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with loadable(run) as source:
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         inputs = {value.name: sizes[value.name] for value in session.get_inputs()}
         types = {value.name: value.type.tensor_type.elem_type for value in run.graph.input}
         zeros = {

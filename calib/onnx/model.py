@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.onnx.external import LARGEST_FILE
 from common.errors import InputError, first_line
 
 if TYPE_CHECKING:
@@ -15,9 +16,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
-
-_LARGEST_FILE = 2**31
-"""Protocol buffers end here; larger networks keep their weights in other files."""
 
 _MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators behind which exporters leave weights."""
@@ -66,7 +64,7 @@ def read_model(path: Path) -> onnx.ModelProto:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
-        if path.stat().st_size >= _LARGEST_FILE:
+        if path.stat().st_size >= LARGEST_FILE:
             raise InputError(f"{path} is larger than 2 GiB, which no ONNX file can be: save the weights beside it")
         model = onnx.load(path, load_external_data=False)
     except OSError as error:

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from calib.network import INPUT, Network
+from calib.onnx.external import LARGEST_HELD, loadable, weights_beside, write_network
 from calib.onnx.model import without_weights
 from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
-from common.files import write_bytes
 from common.run import Run
 from engines.onnx.float import float_model, overwritten_as, value_names
 from engines.onnx.int8 import int8_model
@@ -59,8 +59,10 @@ class Exported:
 
     @property
     def files(self) -> list[Path]:
-        """All that were written."""
-        return [path for path in (self.fp32, self.int8, self.int8_cpu, self.table) if path is not None]
+        """All that were written, with the weights of networks above 2 GiB, which lie beside them."""
+        networks = [path for path in (self.fp32, self.int8, self.int8_cpu) if path is not None]
+        beside = [path for path in map(weights_beside, networks) if path.exists()]
+        return [*networks, *beside, *([self.table] if self.table else [])]
 
 
 def export(
@@ -92,6 +94,7 @@ def export(
         return Exported(fp32)
     beside = run.onnx_table(network.name)
     onnx_table(network, table, model, calibrated(fp32) if calibrated else None).write(beside)
+    del model  # of many weights, before others like it are made
     int8, int8_cpu = run.onnx(network.name, "int8"), run.onnx(network.name, "int8_cpu")
     export_int8(plan, int8, provenance, any_size=any_size)
     export_int8(plan, int8_cpu, provenance, for_cpu=True, any_size=any_size)
@@ -99,7 +102,11 @@ def export(
 
 
 def export_fp32(
-    network: Network, path: str | Path, provenance: Mapping[str, str] | None = None, any_size: bool = False
+    network: Network,
+    path: str | Path,
+    provenance: Mapping[str, str] | None = None,
+    any_size: bool = False,
+    largest: int = LARGEST_HELD,
 ) -> onnx.ModelProto:
     """Write the float network to ``path`` as ONNX, atomically.
 
@@ -108,6 +115,7 @@ def export_fp32(
         path: Replaced if it is there.
         provenance: Stored as the model's metadata.
         any_size: Whether height and width of the images are left free.
+        largest: Bytes of weights above which they go into a file of their own beside it, ``<path>.data``.
 
     Returns:
         What the file holds.
@@ -119,7 +127,7 @@ def export_fp32(
     if any_size:
         free_size(model)
         check_size_is_free(network, model)
-    _write(model, network, Path(path), provenance or {}, network.module)
+    _write(model, network, Path(path), provenance or {}, network.module, largest)
     return model
 
 
@@ -129,6 +137,7 @@ def export_int8(
     provenance: Mapping[str, str] | None = None,
     for_cpu: bool = False,
     any_size: bool = False,
+    largest: int = LARGEST_HELD,
 ) -> None:
     """Write the network with explicit quantization to ``path`` as ONNX, atomically.
 
@@ -138,6 +147,7 @@ def export_int8(
         provenance: Stored as the model's metadata.
         for_cpu: See :func:`engines.onnx.int8.int8_model`.
         any_size: Whether height and width of the images are left free, as :func:`export_fp32` tries it.
+        largest: As :func:`export_fp32` takes it.
 
     Raises:
         InputError: the network cannot be exported, or the file cannot be written.
@@ -145,7 +155,7 @@ def export_int8(
     model = int8_model(plan, for_cpu, any_size=any_size)
     if any_size:
         free_size(model)
-    _write(model, plan.network, Path(path), provenance or {})
+    _write(model, plan.network, Path(path), provenance or {}, largest=largest)
 
 
 def _write(
@@ -154,6 +164,7 @@ def _write(
     path: Path,
     provenance: Mapping[str, str],
     module: nn.Module | None = None,
+    largest: int = LARGEST_HELD,
 ) -> None:
     """Write a model that the checker accepts and that, where ONNX Runtime is installed, runs.
 
@@ -163,6 +174,7 @@ def _write(
         path: The file.
         provenance: Stored as the model's metadata.
         module: What the model must compute, within what float32 rounds; None where nothing in float says.
+        largest: Bytes of weights above which they go into a file beside it.
     """
     onnx.helper.set_model_props(model, dict(provenance))
     model.producer_name = _PROJECT
@@ -172,13 +184,12 @@ def _write(
         onnx.checker.check_model(without_weights(model), full_check=True)
     except Exception as error:  # those of the checker and of shape inference have no base class of their own
         raise InputError(f"{path} is not written: {' '.join(str(error).split())[:_LONGEST_REASON]}") from error
-    content = model.SerializeToString()
     assert network.input_shape is not None  # the export has asked for it
     # Two, since some exports fix that there is one.
     number = model.graph.input[0].type.tensor_type.shape.dim[0].dim_value or 2
     images = torch.rand(number, *network.input_shape, generator=torch.Generator().manual_seed(0))
     try:
-        found = _run_once(content, images.numpy())
+        found = _run_once(model, images.numpy(), largest)
     except Exception as error:  # what ONNX Runtime raises has no base class of its own
         raise InputError(f"{path} is not written, since ONNX Runtime does not run it: {first_line(error)}") from error
     if module is not None and found and not _agree(found, module, images):
@@ -186,10 +197,10 @@ def _write(
             f"{path} is not written, since it computes something else than the network: PyTorch's exporter gets one of "
             "the operations wrong; quantize a part of the network without it"
         )
-    write_bytes(path, content)
+    write_network(path, model, largest)
 
 
-def _run_once(content: bytes, images: NDArray[np.float32]) -> list[Any]:
+def _run_once(model: onnx.ModelProto, images: NDArray[np.float32], largest: int) -> list[Any]:
     """Run a model: an operator that no kernel takes as it is shows neither before nor while loading.
 
     Returns:
@@ -204,7 +215,8 @@ def _run_once(content: bytes, images: NDArray[np.float32]) -> list[Any]:
     options.log_severity_level = 4  # errors are raised as well
     # A second copy of the weights, in the order that the kernels like, takes longer than one run gains.
     options.add_session_config_entry("session.disable_prepacking", "1")
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    with loadable(model, largest) as source:
+        session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     return list(session.run(None, {INPUT: images}))
 
 

@@ -7,6 +7,7 @@ import onnx
 import torch
 
 from calib.network import INPUT, Network
+from calib.onnx.external import loadable
 from calib.onnx.model import without_weights
 from common.errors import InputError, first_line
 
@@ -59,7 +60,8 @@ def check_size_is_free(network: Network, model: onnx.ModelProto) -> None:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised as well
     try:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        with loadable(model) as source:
+            session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # what ONNX Runtime raises has no base class of its own
         raise InputError(f"{alone} ({first_line(error):.150})") from error
     for number, (rows, columns) in enumerate(_LARGER):

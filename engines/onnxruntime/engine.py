@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from calib.network import INPUT, Network
+from calib.onnx.external import LARGEST_HELD, loadable, network_bytes, weight_bytes
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName, QuantizationConfig
@@ -89,7 +90,7 @@ class OnnxRuntimeEngine(Engine):
             precision,
             f"CPU ({self._threads} thread{'s' if self._threads > 1 else ''})",
             lambda images: tuple(map(torch.from_numpy, run(images.numpy()))),
-            model.ByteSize(),
+            network_bytes(model),
             details=_details(optimized, precision),
             macs=macs,
         )
@@ -116,17 +117,20 @@ class OnnxRuntimeEngine(Engine):
         if precision == "fp16":
             from onnxruntime.transformers.float16 import convert_float_to_float16
 
-            model = convert_float_to_float16(model, keep_io_types=True)
+            model = convert_float_to_float16(model, keep_io_types=True, disable_shape_infer=True)
         return model
 
 
-def open_session(model: onnx.ModelProto, threads: int, optimize: bool = True) -> tuple[Any, onnx.ModelProto]:
+def open_session(
+    model: onnx.ModelProto, threads: int, optimize: bool = True, largest: int = LARGEST_HELD
+) -> tuple[Any, onnx.ModelProto]:
     """A CPU session for ``model``, and the graph that it runs after ONNX Runtime's optimisation.
 
     Args:
         model: The network.
         threads: Threads of one inference.
         optimize: Whether it may; without, every operator is computed as it is written.
+        largest: Bytes of weights above which they pass through a file of their own, and the graph comes without them.
 
     Raises:
         EngineError: ONNX Runtime does not take the model.
@@ -147,13 +151,14 @@ def open_session(model: onnx.ModelProto, threads: int, optimize: bool = True) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "optimized.onnx")
         options.optimized_model_filepath = str(path)
+        if weight_bytes(model) > largest:
+            options.add_session_config_entry("session.optimized_model_external_initializers_file_name", "weights")
         try:
-            session = onnxruntime.InferenceSession(
-                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-            )
+            with loadable(model, largest) as source:
+                session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its exceptions share no base class of their own
             raise EngineError(f"ONNX Runtime does not take the network: {first_line(error)}") from error
-        return session, onnx.load(path)
+        return session, onnx.load(path, load_external_data=False)
 
 
 @cache

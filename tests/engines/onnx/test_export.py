@@ -23,9 +23,10 @@ from common.errors import InputError
 from common.run import Run
 from engines.integer import IntegerNetwork
 from engines.onnx import float as onnx_float
-from engines.onnx.export import export, export_fp32, onnx_table
+from engines.onnx.export import export, export_fp32, export_int8, onnx_table
 from engines.onnx.float import float_model, keep_outputs, value_names
 from engines.onnx.int8 import int8_model
+from engines.onnxruntime.engine import open_session
 from engines.onnxruntime.form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
 from models import LeNet
@@ -396,3 +397,36 @@ def test_a_network_that_onnx_cannot_express_is_one_line():
     with pytest.raises(InputError, match="cannot be exported to ONNX") as error:
         float_model(network)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("form", ["fp32", "int8", "int8_cpu"])
+def test_weights_beyond_a_limit_lie_in_a_file_beside_the_network(tmp_path, form):
+    plan = make_plan(make_network("residual"))
+
+    def write(path: Path, largest: int) -> onnx.ModelProto:
+        if form == "fp32":
+            export_fp32(plan.network, path, {"weights": "1"}, largest=largest)
+        else:
+            export_int8(plan, path, {"weights": "1"}, for_cpu=form == "int8_cpu", largest=largest)
+        model = onnx.load(path)
+        for weight in model.graph.initializer:
+            weight.ClearField("data_location")  # which loading sets to its default
+        return model
+
+    path = tmp_path / "network.onnx"
+    whole = write(tmp_path / "whole.onnx", 2**30)
+    assert write(path, 500) == whole
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["network.onnx", "network.onnx.data", "whole.onnx"]
+    assert (tmp_path / "network.onnx.data").stat().st_size > 500
+
+    given = {"data": images("residual", 2).numpy()}
+    outputs = [onnxruntime.InferenceSession(file).run(None, given)[0] for file in (path, tmp_path / "whole.onnx")]
+    assert np.array_equal(*outputs)
+    session, optimized = open_session(whole, 1, largest=500)
+    assert np.array_equal(session.run(None, given)[0], outputs[1])
+    assert [node.op_type for node in optimized.graph.node] == [
+        node.op_type for node in open_session(whole, 1)[1].graph.node
+    ]
+
+    write(path, 2**30)
+    assert not (tmp_path / "network.onnx.data").exists()
