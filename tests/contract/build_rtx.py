@@ -6,8 +6,6 @@ TensorRT-RTX has the parser and the builder of TensorRT and takes explicit quant
 compute capability 8.9 (Ada), ahead of time.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import sys

@@ -1,21 +1,19 @@
 """What the contract tests run in a subprocess: our code over the real Torch-TensorRT wheel, without TensorRT or a GPU.
 
-    python tests/contract/drive.py <folder>
+    python tests/contract/drive.py <folder> <scenario> ...
 
-prints one JSON object as the last line of stdout: what each scenario of FACTS found, and how each of ENDINGS, which
-end in a request for a TensorRT builder or worse, came out. Those run in a fork each, since importing is what takes
-the time.
+prints one JSON object as the last line of stdout: the versions, and how each scenario, which is a function of this
+file, came out. A scenario runs in a fork, since importing is what takes the time: it ends with an assertion that
+fails, in a request for a TensorRT builder, worse, or well.
 """
-
-from __future__ import annotations
 
 import ctypes
 import gc
 import inspect
 import json
 import os
+import re
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -150,122 +148,106 @@ def data_run(torch_tensorrt: Any, source: Images, path: Path, algorithm: Any = "
     return data_calibrator(torch_tensorrt, source, SUBSET, path, algorithm, CPU, quantile=0.999)
 
 
-def versions() -> dict[str, Any]:
-    """What is installed, and what ``torch_tensorrt.compile`` takes."""
-    torch_tensorrt, installed = support.load()
+def installed() -> list[str]:
+    """Versions of torch, torch_tensorrt and TensorRT."""
+    found = support.load()[1]
+    return [found.torch, found.torch_tensorrt, found.tensorrt]
+
+
+def versions(folder: Path) -> None:
+    """Our rule knows which version has the calibrator, and ``compile`` every argument that we pass."""
+    torch_tensorrt, found = support.load()
     signature = inspect.signature(torch_tensorrt.ts.compile)
-    plain = Build(frozenset({"fp32"}))
     known = set(inspect.signature(torch_tensorrt.compile).parameters) | set(signature.parameters)
-    return {
-        "versions": [installed.torch, installed.torch_tensorrt, installed.tensorrt],
-        "calibrator": hasattr(torch_tensorrt.ts, "ptq"),
-        "takes_calibrator": "calibrator" in signature.parameters,
-        "unknown_arguments": sorted(set(compile_arguments(torch_tensorrt, SHAPE, plain)) - known),
-        "capture_warnings": warnings.showwarning.__module__,
-    }
+    assert compile_arguments(torch_tensorrt, SHAPE, Build(frozenset({"fp32"}))).keys() <= known
+    expected = support.has_calibrator(found.torch_tensorrt)
+    assert hasattr(torch_tensorrt.ts, "ptq") is ("calibrator" in signature.parameters) is expected
+    assert warnings.showwarning.__module__ == "warnings"  # importing it leaves warnings alone
 
 
-def delivers() -> dict[str, Any]:
-    """The calibrator as TensorRT drives it, batch by batch, through C++."""
+def delivers(folder: Path) -> None:
+    """The calibrator as TensorRT drives it: exactly the subset, in order, images alone, and then it stops."""
     torch_tensorrt, _ = support.load()
-    source = Images()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table"
-        run = data_run(torch_tensorrt, source, path)
-        functions = VirtualFunctions(run.calibrator)
-        cache = functions.read_cache()
-        batches: list[list[int] | None] = []
-        while len(batches) < 10 and (not batches or batches[-1] is not None):
-            batches.append(functions.get_batch("input_0"))
-            churn()
-        functions.write_cache(table().dumps().encode())
-        run.check()
-        return {
-            "type": type(run.calibrator).__mro__[1].__name__,
-            "algorithm": functions.get_algorithm(),
-            "batch_size": functions.get_batch_size(),
-            "cache_length": cache[1],
-            "batches": values([item[0] for item in batches if item]),
-            "pointers_per_batch": sorted({len(item) for item in batches if item}),
-            "stopped": batches[-1] is None,
-            "stays_stopped": functions.get_batch("input_0") is None,
-            "asked": source.asked,
-            "given": run.given,
-            "written": run.written,
-            "table": CalibrationTable.read(path).dumps() == table().dumps(),
-            "shared_class": type(run.calibrator) is type(data_run(torch_tensorrt, Images(), path).calibrator),
-        }
+    source, path = Images(), folder / "table"
+    run = data_run(torch_tensorrt, source, path)
+    functions = VirtualFunctions(run.calibrator)
+    assert functions.read_cache()[1] == 0
+    batches: list[list[int] | None] = []
+    while len(batches) < 10 and (not batches or batches[-1] is not None):
+        batches.append(functions.get_batch("input_0"))
+        churn()
+    functions.write_cache(table().dumps().encode())
+    run.check()
+    given = [item for item in batches if item]
+    assert values([item[0] for item in given]) == source.asked == [[7, 3], [11, 0], [5, 9]]
+    assert {len(item) for item in given} == {1}
+    assert batches[-1] is functions.get_batch("input_0") is None
+    assert (run.given, run.written) == (3, True)
+    assert CalibrationTable.read(path).dumps() == table().dumps()
+    assert functions.get_batch_size() == 1  # upstream's: with an explicit batch dimension TensorRT does not use it
+    assert type(run.calibrator) is not type(data_run(torch_tensorrt, Images(), path).calibrator)
 
 
-def algorithms() -> dict[str, Any]:
+def algorithms(folder: Path) -> None:
     """Each algorithm makes TensorRT's calibrator of that name."""
     torch_tensorrt, _ = support.load()
-    result: dict[str, Any] = {}
-    for name in ("entropy2", "entropy", "minmax", "legacy"):
+    for name, kind, number in (
+        ("entropy2", "IInt8EntropyCalibrator2", 2),
+        ("entropy", "IInt8EntropyCalibrator", 1),
+        ("minmax", "IInt8MinMaxCalibrator", 3),
+        ("legacy", "IInt8LegacyCalibrator", 0),
+    ):
         run = data_run(torch_tensorrt, Images(), Path("unused"), name)
         functions = VirtualFunctions(run.calibrator)
-        result[name] = [type(run.calibrator).__mro__[1].__name__, functions.get_algorithm()]
+        assert (type(run.calibrator).__mro__[1].__name__, functions.get_algorithm()) == (kind, number)
         if name == "legacy":
-            result["legacy_numbers"] = [functions.get_quantile(), functions.get_regression_cutoff()]
-            result["legacy_batch"] = values(functions.get_batch("input_0") or [])
+            assert (functions.get_quantile(), functions.get_regression_cutoff()) == (0.999, 1.0)
+            assert values(functions.get_batch("input_0") or []) == [[7, 3]]
         run.check()
-    try:
-        data_run(torch_tensorrt, Images(), Path("unused"), "percentile")
-    except TensorRTError as error:
-        result["percentile"] = str(error)
-    return result
+    refused("no percentile calibration", lambda: data_run(torch_tensorrt, Images(), Path("unused"), "percentile"))
 
 
-def reads_table() -> dict[str, Any]:
+def reads_table(folder: Path) -> None:
     """The calibrator that has TensorRT read a table: the bytes stay alive, no data is touched, nothing is written."""
     torch_tensorrt, _ = support.load()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "table"
-        table().write(path)
-        before = path.read_bytes()
-        run = table_calibrator(torch_tensorrt, path, "entropy2", CPU)
-        functions = VirtualFunctions(run.calibrator)
-        address, length = functions.read_cache()
-        churn()
-        seen = ctypes.string_at(address, length)
-        functions.write_cache(b"something else")
-        calm = run.error is None
-        asked = functions.get_batch("input_0")
-        return {
-            "read": seen == before,
-            "unchanged": path.read_bytes() == before,
-            "calm": calm,
-            "batch_after_rejection": asked,
-            "rejection": str(run.error),
-        }
+    path = _written(folder / "table")
+    before = path.read_bytes()
+    run = table_calibrator(torch_tensorrt, path, "entropy2", CPU)
+    functions = VirtualFunctions(run.calibrator)
+    address, length = functions.read_cache()
+    churn()
+    assert ctypes.string_at(address, length) == before
+    functions.write_cache(b"something else")
+    assert run.error is None
+    assert path.read_bytes() == before
+    assert functions.get_batch("input_0") is None  # asked for data, since the table was rejected
+    assert "did not accept the calibration table" in str(run.error)
 
 
-def keeps_exceptions() -> dict[str, Any]:
-    """What callbacks raise does not reach C++."""
+def keeps_exceptions(folder: Path) -> None:
+    """What callbacks raise does not reach C++, and voids the table."""
     torch_tensorrt, _ = support.load()
-    with tempfile.TemporaryDirectory() as folder:
-        run = data_run(torch_tensorrt, Images(broken_at=11), Path(folder) / "table")
-        functions = VirtualFunctions(run.calibrator)
-        batches = [functions.get_batch("input_0") for _ in range(3)]
-        functions.write_cache(b"a table of half the data")
-        unreadable = table_calibrator(torch_tensorrt, _written(Path(folder) / "old"), "entropy2", CPU)
-        (Path(folder) / "old").unlink()
-        gone = VirtualFunctions(unreadable.calibrator).read_cache()
-        two = data_run(torch_tensorrt, Images(), Path(folder) / "two")
-        inputs = VirtualFunctions(two.calibrator).get_batch("input_0", "input_1")
-        unwritable = data_run(torch_tensorrt, Images(), Path(folder) / "missing" / "table")
-        VirtualFunctions(unwritable.calibrator).write_cache(b"x")
-        return {
-            "batches": [item is not None for item in batches],
-            "error": repr(run.error),
-            "written": run.written or (Path(folder) / "table").exists(),
-            "gone_length": gone[1],
-            "gone": type(unreadable.error).__name__,
-            "two_inputs": inputs,
-            "two_inputs_error": str(two.error),
-            "unwritable": type(unwritable.error).__name__,
-            "unwritable_written": unwritable.written,
-        }
+    run = data_run(torch_tensorrt, Images(broken_at=11), folder / "table")
+    functions = VirtualFunctions(run.calibrator)
+    assert [functions.get_batch("input_0") is not None for _ in range(3)] == [True, False, False]
+    assert repr(run.error) == "ValueError('this image cannot be read')"
+    functions.write_cache(b"a table of half the data")
+    assert not run.written
+    assert not (folder / "table").exists()
+
+    unreadable = table_calibrator(torch_tensorrt, _written(folder / "old"), "entropy2", CPU)
+    (folder / "old").unlink()
+    assert VirtualFunctions(unreadable.calibrator).read_cache()[1] == 0
+    assert isinstance(unreadable.error, FileNotFoundError)
+
+    unwritable = data_run(torch_tensorrt, Images(), folder / "missing" / "table")
+    VirtualFunctions(unwritable.calibrator).write_cache(b"x")
+    assert isinstance(unwritable.error, FileNotFoundError)
+    assert not unwritable.written
+
+    two = data_run(torch_tensorrt, Images(), folder / "two")
+    assert VirtualFunctions(two.calibrator).get_batch("input_0", "input_1") is None
+    assert "2 inputs" in str(two.error)
 
 
 def _written(path: Path) -> Path:
@@ -273,7 +255,17 @@ def _written(path: Path) -> Path:
     return path
 
 
-def upstream_aborts() -> dict[str, Any]:
+def refused(message: str, call: Callable[[], object]) -> None:
+    try:
+        call()
+    except TensorRTError as error:
+        assert message in str(error), error
+        assert "\n" not in str(error)
+    else:
+        raise AssertionError(f"not refused: {message}")
+
+
+def upstream_aborts(folder: Path) -> None:
     """The control: what the same exception does to the upstream calibrator. Does not return."""
     torch_tensorrt, _ = support.load()
     images: Any = [torch.zeros(1, 28, 28)]
@@ -282,133 +274,119 @@ def upstream_aborts() -> dict[str, Any]:
         loader, cache_file="/nonexistent/table", use_cache=True, device=CPU
     )
     VirtualFunctions(calibrator).read_cache()
-    return {}
 
 
-def parses() -> dict[str, Any]:
-    """Every set of options goes through the real parser of the compile spec, with and without a calibrator."""
+def parses(folder: Path) -> None:
+    """The real parser of the compile spec makes of our options what was asked for."""
     torch_tensorrt, _ = support.load()
     from torch_tensorrt.ts._compile_spec import _parse_compile_spec
 
-    builds = {
-        "fp32": Build.of(EngineConfig(tf32=True), "fp32"),
-        "fp16": Build.of(EngineConfig(workspace=64, timing_iterations=3), "fp16"),
-        "int8": Build.of(EngineConfig(int8_fp16=True, full_compilation=True), "int8"),
-        "dla": Build.of(EngineConfig(dla_core=1), "int8"),
-    }
-    result: dict[str, Any] = {}
-    for name, build in builds.items():
-        arguments = compile_arguments(torch_tensorrt, SHAPE, build)
+    for config, precision, enabled, parts in (
+        (EngineConfig(tf32=True), "fp32", "Float", ['"TF32 Disabled": 0', "shape=(2,1,28,28,), dtype=Float"]),
+        (EngineConfig(), "fp32", "Float", ['"device_type": GPU', '"Truncate long and double": 1']),
+        (EngineConfig(workspace=64), "fp16", "Float, Half", ['"TF32 Disabled": 1', '"Workspace Size": 67108864']),
+        (EngineConfig(timing_iterations=3), "fp16", "Float, Half", ['"Num Avg Timing Iters": 3']),
+        (EngineConfig(int8_fp16=True, full_compilation=True), "int8", "Float, Half, Int8", []),
+        (EngineConfig(dla_core=1), "int8", "Half, Int8", ['"device_type": DLA', '"dla_core": 1']),
+        (EngineConfig(dla_core=1), "int8", "Half, Int8", ['"allow_gpu_fallback": True']),
+    ):
+        arguments = compile_arguments(torch_tensorrt, SHAPE, Build.of(config, precision))  # type: ignore[arg-type]
         arguments.pop("ir")
         full = arguments.pop("require_full_compilation")
         fallback = {"enabled": not full, "forced_fallback_ops": [], "forced_fallback_modules": [], "min_block_size": 3}
-        spec = _parse_compile_spec({**arguments, "torch_fallback": fallback, "input_signature": None})
-        result[name] = str(spec)
-    if hasattr(torch_tensorrt.ts, "ptq"):
-        run = data_run(torch_tensorrt, Images(), Path("unused"))
-        arguments = compile_arguments(torch_tensorrt, SHAPE, builds["int8"])
-        for name, calibrator in (("with_calibrator", run.calibrator), ("without_calibrator", None)):
-            spec = _parse_compile_spec({"inputs": arguments["inputs"], "calibrator": calibrator})
-            result[name] = spec._get_calibrator_handle()  # an address
-    return result
+        spec = str(_parse_compile_spec({**arguments, "torch_fallback": fallback, "input_signature": None}))
+        assert f'"Enabled Precision": [{enabled}, ]' in spec
+        assert [part for part in parts if part not in spec] == [], spec
+        assert bool(re.search(r'"Torch Fallback":\s*{\s*"enabled": False', spec)) is full is config.full_compilation
+
+
+def takes_the_calibrator(folder: Path) -> None:
+    torch_tensorrt, _ = support.load()
+    from torch_tensorrt.ts._compile_spec import _parse_compile_spec
+
+    run = data_run(torch_tensorrt, Images(), Path("unused"))
+    inputs = compile_arguments(torch_tensorrt, SHAPE, Build.of(EngineConfig(), "int8"))["inputs"]
+    specs = [_parse_compile_spec({"inputs": inputs, "calibrator": given}) for given in (run.calibrator, None)]
+    addresses = [spec._get_calibrator_handle() for spec in specs]
+    assert addresses[0] != addresses[1] == 0
 
 
 def explicit() -> Any:
     return fake_quantize(plan_int8(network(), table()))
 
 
-def supports() -> dict[str, Any]:
+def supports(folder: Path) -> None:
     """The front end converts every operation of LeNet and of LeNet with fake quantization, scripted and traced."""
     torch_tensorrt, _ = support.load()
-    modules = {"float": LeNet().eval(), "explicit": explicit()}
     check = torch_tensorrt.ts.check_method_op_support
-    unsupported = torch.jit.script(torch.nn.Sequential(torch.nn.LogSigmoid()))
-    result: dict[str, Any] = {"another": check(unsupported, "forward")}
-    for name, module in modules.items():
-        result[f"{name}_traced"] = check(to_torchscript(module, SHAPE, CPU), "forward")
-        result[f"{name}_scripted"] = check(torch.jit.script(module), "forward")
-    graph = str(to_torchscript(modules["explicit"], SHAPE, CPU).inlined_graph)
-    result["per_tensor"] = graph.count("aten::fake_quantize_per_tensor_affine")
-    result["per_channel"] = graph.count("aten::fake_quantize_per_channel_affine")
-    return result
+    assert not check(torch.jit.script(torch.nn.Sequential(torch.nn.LogSigmoid())), "forward")  # the control
+    for module in (LeNet().eval(), explicit()):
+        for form in (to_torchscript(module, SHAPE, CPU), torch.jit.script(module)):
+            assert check(form, "forward")
 
 
-def built(module: Any, precision: Any, installed: Installed | None = None) -> dict[str, Any]:
+def built(module: Any, precision: Any, installed: Installed | None = None) -> None:
     """Compile; ends in the stand-in's request for a builder."""
     torch_tensorrt, really = support.load()
     build = Build.of(EngineConfig(full_compilation=True), precision)
     build_engine(torch_tensorrt, installed or really, module, SHAPE, build, device=CPU)
-    return {"returned": True}
 
 
-def build_fp32() -> dict[str, Any]:
-    return built(network().module, "fp32")
+def build_fp32(folder: Path) -> None:
+    built(network().module, "fp32")
 
 
-def build_fp16() -> dict[str, Any]:
-    return built(network().module, "fp16")
+def build_fp16(folder: Path) -> None:
+    built(network().module, "fp16")
 
 
-def build_explicit() -> dict[str, Any]:
-    return built(explicit(), "int8")
+def build_half(folder: Path) -> None:
+    """FP16 as strongly typed versions want it: a float16 module with float16 inputs."""
+    built(network().module, "fp16", Installed(installed()[0], "2.13.0", "11.0.0"))
 
 
-def lowered() -> dict[str, Any]:
-    """As build_explicit, with the front end printing the graph that it converts."""
+def lowered(folder: Path) -> None:
+    """Explicit INT8, with the front end printing the graph that it converts."""
     torch_tensorrt, _ = support.load()
     build = Build.of(EngineConfig(full_compilation=True), "int8")
     traced = to_torchscript(explicit(), SHAPE, CPU)
     with torch_tensorrt.logging.info():
         torch_tensorrt.compile(traced, **compile_arguments(torch_tensorrt, SHAPE, build))
-    return {"returned": True}
 
 
-def build_half() -> dict[str, Any]:
-    """FP16 as strongly typed versions want it: a float16 module with float16 inputs."""
-    _, really = support.load()
-    return built(network().module, "fp16", Installed(really.torch, "2.13.0", "11.0.0"))
-
-
-def needs_builder() -> dict[str, Any]:
+def needs_builder(folder: Path) -> None:
     """TensorRT is asked for a builder before Torch-TensorRT is."""
-    _, installed = support.load()
-    support.require_builder(installed, 0)
-    return {"returned": True}
+    support.require_builder(support.load()[1], 0)
 
 
-def without_builder() -> dict[str, Any]:
+def without_builder(folder: Path) -> None:
     """A null pointer in place of a builder, to our check."""
     os.environ["TENSORRT_WITHOUT_BUILDER"] = "1"
-    _, installed = support.load()
-    try:
-        support.require_builder(installed, 3 << 29)
-    except TensorRTError as error:
-        print(error, flush=True)
-    return {"returned": True}
+    message = "TensorRT 10.12.0 gives no builder, for the reason above: 1.5 GiB of the GPU's"
+    refused(message, lambda: support.require_builder(support.load()[1], 3 << 29))
 
 
-def upstream_crashes() -> dict[str, Any]:
+def upstream_crashes(folder: Path) -> None:
     """The same to Torch-TensorRT."""
     os.environ["TENSORRT_WITHOUT_BUILDER"] = "1"
-    return build_fp32()
+    build_fp32(folder)
 
 
 def _pretend_gpu() -> None:
     support.find_gpu = lambda index: Gpu(index, "NVIDIA Stand-in", (9, 0))
 
 
-def calibrate() -> dict[str, Any]:
+def calibrate(folder: Path) -> None:
     """The whole calibration, up to the builder; the old table must survive."""
     _pretend_gpu()
     building.gpu_device = lambda index: CPU
-    path = Path(sys.argv[1]) / "CalibrationTableLeNet"
+    path = folder / "CalibrationTableLeNet"
     path.write_text("the old table\n")
     config = EngineConfig()
     calibration.calibrate(network(), lambda: (Images(), SUBSET), path, provenance(), config, recalibrate=True)
-    return {"returned": True}
 
 
-def engine(mode: Literal["implicit", "explicit"] = "implicit") -> dict[str, Any]:
+def engine(folder: Path, mode: Literal["implicit", "explicit"] = "implicit") -> None:
     """The engine behind the interface, from configuration to the builder; implicit INT8 is from TensorRT's table."""
     from engines.tensorrt.engine import TorchTensorRTEngine
 
@@ -416,48 +394,30 @@ def engine(mode: Literal["implicit", "explicit"] = "implicit") -> dict[str, Any]
     _, installed = support.load()
     building.gpu_device = lambda index: CPU
     net = network()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tensorrt" / "CalibrationTableLeNet"
-        calibration.store(path, table().dumps().encode(), calibration.own_provenance(provenance(), net, installed))
-        engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode=mode), Path(folder), SHAPE[:1])
-        assert engine.unavailable() is None
-        print(json.dumps(engine.mode("entropy2")), flush=True)
-        engine.compile(net, "int8", table())
-    return {"returned": True}
+    path = folder / "tensorrt" / "CalibrationTableLeNet"
+    calibration.store(path, table().dumps().encode(), calibration.own_provenance(provenance(), net, installed))
+    engine = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(mode=mode), folder, SHAPE[:1])
+    assert engine.unavailable() is None
+    assert engine.mode("entropy2")[0] == mode
+    engine.compile(net, "int8", table())
 
 
-def engine_explicit() -> dict[str, Any]:
-    return engine("explicit")
+def engine_explicit(folder: Path) -> None:
+    engine(folder, "explicit")
 
 
-FACTS = (versions, delivers, algorithms, reads_table, keeps_exceptions, parses, supports)
-ENDINGS = (
-    build_fp32,
-    build_fp16,
-    build_half,
-    build_explicit,
-    needs_builder,
-    without_builder,
-    upstream_crashes,
-    lowered,
-    calibrate,
-    engine,
-    engine_explicit,
-    upstream_aborts,
-)
-NEED_CALIBRATOR = (delivers, algorithms, reads_table, keeps_exceptions, calibrate, engine, upstream_aborts)
-
-
-def ending(scenario: Callable[[], dict[str, Any]], folder: Path) -> dict[str, Any]:
-    """Run a scenario in a fork: its exit code (negative for a signal), stdout and stderr."""
-    out, err = folder / f"{scenario.__name__}.out", folder / f"{scenario.__name__}.err"
+def ending(scenario: str, place: Path) -> dict[str, Any]:
+    """Run a scenario in a fork, in a folder of its own: its exit code (negative for a signal), stdout and stderr."""
+    folder = place / scenario
+    folder.mkdir()
+    out, err = place / f"{scenario}.out", place / f"{scenario}.err"
     child = os.fork()
     if child == 0:
         for path, stream in ((out, sys.stdout), (err, sys.stderr)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream.fileno())
         code = 1
         try:
-            scenario()
+            globals()[scenario](folder)
             code = 0
         except BaseException:  # noqa: BLE001 - the child reports it and ends
             traceback.print_exc()
@@ -471,12 +431,9 @@ def ending(scenario: Callable[[], dict[str, Any]], folder: Path) -> dict[str, An
 
 def main() -> None:
     torch.set_num_threads(1)  # the threads of a pool do not survive a fork
-    folder = Path(sys.argv[1])
-    facts = {"versions": versions()}
-    able = [item for item in (*FACTS, *ENDINGS) if item not in NEED_CALIBRATOR or facts["versions"]["calibrator"]]
-    endings = {item.__name__: ending(item, folder) for item in ENDINGS if item in able}
-    facts |= {item.__name__: item() for item in FACTS if item in able}
-    print(json.dumps({**facts, "endings": endings}))
+    place, *scenarios = sys.argv[1:]
+    found = installed()
+    print(json.dumps({"installed": found, **{name: ending(name, Path(place)) for name in scenarios}}))
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ Where the wheels or a C compiler cannot be had, the reason goes to ``<folder>/un
 skip with it, and the exit code is 0; with ``--strict`` it is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The environments that ``environment.py`` makes (``make test`` does it); CONTRACT_DIR names another place."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

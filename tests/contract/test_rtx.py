@@ -1,7 +1,5 @@
 """Our ONNX files with explicit quantization in the real parser and builder of TensorRT-RTX, which need no GPU."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
