@@ -3,8 +3,6 @@
 Each break is made in a temporary copy of the checkout. The tests named with it must pass before and fail after.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Fixtures that all tests share: where things lie, the data, the tools that a machine may lack."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -95,7 +93,7 @@ def command(request: pytest.FixtureRequest) -> Callable[..., subprocess.Complete
     A first argument that ends in ``.py`` is a script of the checkout; any other is a module (``python -m``). It is a
     process of its own, forked from one that has imported the libraries. With ``fresh``, Python starts anew, which
     takes seconds; ``env``, which adds variables, implies it (libraries read some when they are loaded); None as a
-    value removes one. The exit code is the caller's to check.
+    value removes one. It must end with the exit code ``code``; None: the caller looks at it.
     """
 
     def run(
@@ -105,20 +103,23 @@ def command(request: pytest.FixtureRequest) -> Callable[..., subprocess.Complete
         env: dict[str, str | None] | None = None,
         fresh: bool = False,
         timeout: float = 600,
+        code: int | None = 0,
     ) -> subprocess.CompletedProcess[str]:
         variables = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
         words = [os.fspath(argument) for argument in arguments]
         template = None if fresh or env else request.getfixturevalue("template")
         if template is not None:
             ended = template.start([name, *words], cwd or ROOT, variables=variables).wait(timeout)
-            return subprocess.CompletedProcess([name, *words], ended.code, ended.stdout, ended.stderr)
+            result = subprocess.CompletedProcess([name, *words], ended.code, ended.stdout, ended.stderr)
+            assert code in (None, result.returncode), result.stderr
+            return result
         for key, value in (env or {}).items():
             if value is None:
                 variables.pop(key, None)
             else:
                 variables[key] = value
         program = [str(ROOT / name)] if name.endswith(".py") else ["-m", name]
-        return subprocess.run(
+        result = subprocess.run(
             [sys.executable, *program, *words],
             cwd=cwd or ROOT,
             env=variables,
@@ -128,5 +129,7 @@ def command(request: pytest.FixtureRequest) -> Callable[..., subprocess.Complete
             timeout=timeout,
             check=False,
         )
+        assert code in (None, result.returncode), result.stderr
+        return result
 
     return run

@@ -1,8 +1,5 @@
 """Small networks that exercise what the product accepts, with weights that make their values lively."""
 
-from __future__ import annotations
-
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,7 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.calibrator import calibrate
@@ -185,10 +182,28 @@ def mnist(folder: Path) -> ImageData:
     return open_data(DataConfig(dataset="mnist", dir=folder, download=False), seed=1)
 
 
-def padded_unevenly() -> Network:
-    """A convolution with padding by name and dilation, which ONNX Runtime takes with padding by number alone."""
-    layers = {"conv": nn.Conv2d(1, 2, 3, padding="same", dilation=2), "flat": nn.Flatten()}
-    return trace(nn.Sequential(OrderedDict(layers)), "Same", (1, 6, 6))
+class _BeyondTheEnd(torch.autograd.Function):
+    """A function whose ONNX operator reads beyond the end of its input."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def symbolic(g, x):
+        return g.op("Gather", x, g.op("Constant", value_t=torch.tensor([99])), axis_i=1)
+
+
+@fx.wrap
+def beyond_the_end(x: Tensor) -> Tensor:
+    return _BeyondTheEnd.apply(x)
+
+
+class Unrunnable(nn.Module):
+    """What loads in ONNX Runtime and does not run there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return beyond_the_end(x).flatten(1)
 
 
 def run_onnx(model: onnx.ModelProto, batch: Tensor) -> np.ndarray:

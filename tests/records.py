@@ -1,7 +1,5 @@
 """What the commands write, made up: the provenance of a calibration table, and a report."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from calib.cache import Provenance, SubsetRecord

@@ -1,7 +1,5 @@
 """A run on the bundled digits, as train.py leaves it, for tests of what comes after."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """The long form of the fault and fuzzing tests, ``make soak``: prints what was tried; exit code 1 if any failed."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 import importlib.util

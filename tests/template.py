@@ -4,8 +4,6 @@ Importing PyTorch and Lightning takes seconds, forking takes milliseconds. What 
 runs the real command, `train.py` or another, and can be killed like any other. Requests and answers are JSON lines.
 """
 
-from __future__ import annotations
-
 import ctypes
 import gc
 import json

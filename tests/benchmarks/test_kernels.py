@@ -1,7 +1,5 @@
 """The time of a network by kind of operator."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -12,23 +10,6 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from benchmarks import kernels
-
-
-@pytest.mark.parametrize(
-    ("operator", "kind"),
-    [
-        ("QLinearConv", kernels.PRODUCTS),
-        ("FusedGemm", kernels.PRODUCTS),
-        ("MatMulInteger", kernels.PRODUCTS),
-        ("NhwcMaxPool", "pooling"),
-        ("DequantizeLinear", "conversion of type and layout"),
-        ("ReorderOutput", "conversion of type and layout"),
-        ("Softmax", kernels.OTHERS),
-        ("QLinearLeakyRelu", kernels.OTHERS),
-    ],
-)
-def test_operators_have_a_kind(operator: str, kind: str) -> None:
-    assert kernels.kind_of(operator) == kind
 
 
 def test_a_model_is_taken_apart() -> None:

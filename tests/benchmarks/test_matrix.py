@@ -1,7 +1,5 @@
 """The table of networks: what becomes of a network, and that a run goes on where it was cut off."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

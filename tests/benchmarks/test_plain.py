@@ -1,7 +1,5 @@
 """The plain loop that the benchmark compares with is the definition: it finds the calibrator's thresholds."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

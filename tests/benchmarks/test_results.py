@@ -1,12 +1,10 @@
-from __future__ import annotations
-
 import dataclasses
 import json
 
 import pytest
 
 from benchmarks.command import BENCHMARKS, ELSEWHERE, add
-from benchmarks.page import markdown, number, print_benchmark, print_targets
+from benchmarks.page import markdown, number
 from benchmarks.results import (
     FORMAT,
     Benchmark,
@@ -127,22 +125,6 @@ def test_tables_keep_their_columns():
     for index, line in enumerate(lines):
         if line.startswith("|") and lines[index - 1].startswith("|"):
             assert line.replace("\\|", "").count("|") == lines[index - 1].replace("\\|", "").count("|")
-
-
-def test_the_terminal_shows_tables_and_targets(capsys):
-    print_benchmark(benchmark())
-    print_targets(dataclasses.replace(results(benchmark("calibration", target(0.7))), quick=True))
-
-    shown = capsys.readouterr().out
-    for text in (
-        "Calibration: side by side",
-        "0.1 to 0.3",
-        "A note.",
-        "skipped: a tool",
-        "at most 0.5 s",
-        "mean nothing",
-    ):
-        assert text in shown
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Histogram and entropy calibration by their plain definitions: slow, and free of the tricks of the code under test."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

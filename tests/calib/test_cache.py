@@ -1,7 +1,5 @@
 """When a calibration table is reused, and what its side file records."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """calibrate(): from images to the table."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """INT8 arithmetic: rounding, saturation, weight scales."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from hypothesis import given

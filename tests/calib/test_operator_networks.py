@@ -13,9 +13,8 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.__main__ import main
-from calib.table import CalibrationTable, scale_from_hex
-from tests.calib.onnx.networks import stored_models
+from calib.table import scale_from_hex
+from tests.calib.onnx.networks import stored_models, table_of
 
 HERE = Path(__file__).parent / "tensorrt" / "operators"
 TABLES = json.loads((HERE / "tables.json").read_text())
@@ -50,10 +49,7 @@ def test_tables_of_tensorrt(case, networks, tmp_path):
     shape = [size.dim_value for size in networks[name].graph.input[0].type.tensor_type.shape.dim]
     onnx.save(networks[name], tmp_path / "network.onnx")
     np.save(tmp_path / "images.npy", images(name, shape))
-    files = [str(tmp_path / file) for file in ("network.onnx", "images.npy", "made.cache")]
-    arguments = [files[0], "--images", files[1], "--output", files[2], "--algorithm", algorithm]
-    assert main(["calibrate", *arguments]) == 0
-    found = CalibrationTable.read(Path(files[2])).scales
+    found = table_of(tmp_path / "network.onnx", tmp_path / "images.npy", tmp_path, "--algorithm", algorithm).scales
     wanted = {entry: scale_from_hex(digits) for entry, digits in TABLES[name][algorithm].items()}
     if algorithm == "entropy":
         # After layer fusion, the names of three networks are all found; what is fused in the others is not.

@@ -1,7 +1,5 @@
 """Which layers run in INT8, and with which scales."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """Which table a run takes: the cached one or a new one, and how it is made."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -11,10 +9,9 @@ import torch
 from calib.cache import read_provenance
 from calib.calibrator import calibrate, find_thresholds
 from calib.collect import collect
-from calib.kept import check_layers
 from calib.run_table import collector, run_table
 from calib.tracing import trace
-from common.config import EngineConfig, QuantizationConfig
+from common.config import EngineConfig
 from common.errors import InputError
 from common.processes import ALONE
 from models import LeNet
@@ -88,9 +85,3 @@ def test_the_collector_counts_all_batches(network, images):
     assert histograms.images == 8
     assert len(histograms.batch_seconds) == len(images)
     assert find_thresholds(histograms, "entropy2").table == calibrate(network, images)
-
-
-def test_only_layers_can_be_kept_in_float(network):
-    check_layers(network, QuantizationConfig(keep_fp=["conv1"]))
-    with pytest.raises(InputError, match="no layer 'conv7' in LeNet"):
-        check_layers(network, QuantizationConfig(keep_fp=["conv7"]))

@@ -6,13 +6,13 @@ import json
 import numpy as np
 import pytest
 
-from calib.__main__ import main
 from calib.algorithms import threshold
 from calib.histogram.base import BINS, AbsHistogram
 from calib.onnx.model import read_float_model
 from calib.onnx.observe import Observed
 from calib.onnx.rules import entries
 from calib.table import CalibrationTable
+from tests.calib.onnx.networks import table_of
 from tests.calib.seeded_networks import HERE, write
 from tests.calib.test_tensorrt_thresholds import histograms  # noqa: F401
 
@@ -43,10 +43,8 @@ def test_tables_of_tensorrt(name, tmp_path):
     network, algorithm, _ = name.split(".")
     onnx_file, batches = write(network, tmp_path)
     wanted = CalibrationTable.read(HERE / "tables" / name)
-    output = tmp_path / "made.cache"
-    arguments = ["--images", batches, "--output", output, "--algorithm", algorithm, "--tensorrt-version", "10.6.0"]
-    assert main(["calibrate", *map(str, [onnx_file, *arguments])]) == 0
-    found = CalibrationTable.read(output)
+    version = ["--algorithm", algorithm, "--tensorrt-version", "10.6.0"]
+    found = table_of(onnx_file, batches, tmp_path, *version)
     assert found.header == wanted.header
 
     fused = algorithm == "entropy"

@@ -1,7 +1,5 @@
 """The representative subset."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given
@@ -58,16 +56,12 @@ def test_stratified_is_full_unique_and_covers_every_class(sizes: list[int], shar
         ({"skip": 1}, "goes with the subset 'first'"),
         ({"batches": 1, "batch_size": 5}, "no image of class"),
         ({"strategy": "first", "batches": 1, "batch_size": 9}, "no image of class 9"),
+        ({"num_classes": 11}, "no image of class 10"),
     ],
 )
 def test_impossible_subsets_are_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        select(LABELS, 10, **arguments)  # type: ignore[arg-type]
-
-
-def test_a_class_without_images_is_missed() -> None:
-    with pytest.raises(InputError, match="no image of class 10"):
-        select(LABELS, 11)
+        select(LABELS, **{"num_classes": 10, **arguments})  # type: ignore[arg-type]
 
 
 def test_data_sets_with_very_many_classes_may_lack_some() -> None:

@@ -1,7 +1,5 @@
 """What a network is for, found and asked for."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

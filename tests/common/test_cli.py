@@ -1,7 +1,5 @@
 """The command line and the configuration file: what is wrong is one line and exit code 2, and nothing is executed."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import subprocess
@@ -232,11 +230,6 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(capsys, option,
     one_line_or_config(capsys, [f"--{option}={value}"])
 
 
-@given(st.dictionaries(st.sampled_from([name.partition(".")[0] for name in OPTIONS]) | st.text(max_size=5), VALUES))
-def test_any_mapping_in_a_file_is_taken_or_refused_in_one_line(capsys, tmp_path, content):
-    one_line_or_config(capsys, ["--config", write(tmp_path, yaml.safe_dump(content))])
-
-
 PARSER = config_parser("train.py", "Train.", {})
 
 
@@ -256,8 +249,8 @@ def one_line_or_config(capsys, arguments):
 @pytest.mark.parametrize("name", COMMANDS)
 def test_wrong_options_end_each_command_with_two(command, name, tmp_path):
     for argument in ("--nonsense", "--seed=x", "--config=/no/such/file", "--run=../x"):
-        ended = command(f"{name}.py", argument, cwd=tmp_path)
-        assert (ended.returncode, ended.stdout) == (2, "")
+        ended = command(f"{name}.py", argument, cwd=tmp_path, code=2)
+        assert ended.stdout == ""
         assert ended.stderr.startswith("error: ")
         assert ended.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
-from __future__ import annotations
-
 import logging
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -55,3 +55,19 @@ def test_control_characters_are_shown_as_escapes(text, shown):
 @given(st.text())
 def test_any_text_becomes_printable(text):
     assert all(character.isprintable() or character in "\n\t" for character in printable(text))
+
+
+def test_what_libraries_print_goes_to_stderr(root):
+    script = (
+        "import os\n"
+        "from common.console import stdout_to_stderr\n"
+        "print('before')\n"
+        "with stdout_to_stderr():\n"
+        "    print('from Python')\n"
+        "    os.write(1, b'from C\\n')\n"
+        "    os.system('echo from a child')\n"
+        "print('after')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout == "before\nafter\n"
+    assert sorted(result.stderr.splitlines()) == ["from C", "from Python", "from a child"]

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -10,8 +8,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common import files
 from common.errors import InputError
@@ -100,13 +96,6 @@ def test_folders_that_cannot_be(tmp_path):
         with pytest.raises(InputError, match=r"^cannot write "):
             write_text(path, "new")
     assert names(tmp_path) == ["file", "folder"]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_folder(tmp_path):
-    tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match="Permission denied"):
-        write_text(tmp_path / "file", "new")
 
 
 def test_a_name_with_nul_is_bad_input(tmp_path):
@@ -273,14 +262,3 @@ def test_what_is_not_json_is_one_line(tmp_path, text):
 def test_a_name_that_is_not_text_does_not_stop_a_report(tmp_path):
     write_text(tmp_path / "file", "artifacts/\udcff/run")
     assert (tmp_path / "file").read_text() == "artifacts/\\udcff/run"
-
-
-@given(st.binary(max_size=200))
-def test_any_bytes_are_read_or_refused(tmp_path, content):
-    path = tmp_path / "file"
-    path.write_bytes(content)
-    for read in (read_text, read_json):
-        try:
-            read(path)
-        except InputError as error:
-            assert str(path) in str(error)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest
@@ -18,13 +16,20 @@ COUNT = MacCount(
 )
 
 
-def test_the_summary_names_the_largest_layers_in_float_first() -> None:
-    assert COUNT.summary() == ("INT8: 99.7 % of 903.0 k multiply-accumulates; in float: attention (2.0 k), fc (1.0 k)")
-    assert COUNT.warning() is None
+SUMMARY = "INT8: 99.7 % of 903.0 k multiply-accumulates; in float: attention (2.0 k), fc (1.0 k)"
 
 
-def test_layers_that_could_not_be_counted_are_said() -> None:
-    assert replace(COUNT, uncounted=["loop"]).summary().endswith("; not counted: loop")
+@pytest.mark.parametrize(
+    ("count", "summary"),
+    [
+        (COUNT, SUMMARY),
+        (replace(COUNT, uncounted=["loop"]), f"{SUMMARY}; not counted: loop"),
+        (MacCount("", []), "INT8: the network has no convolution and no matrix product"),
+    ],
+)
+def test_the_summary_names_the_largest_layers_in_float_first(count: MacCount, summary: str) -> None:
+    assert count.summary() == summary
+    assert count.warning() is None
 
 
 def test_a_small_share_is_a_warning_with_its_reasons_the_costliest_first() -> None:
@@ -59,12 +64,6 @@ def test_the_warning_comes_below_enough(int8: int, warned: bool) -> None:
 
     assert ENOUGH == 90
     assert (MacCount("", layers).warning() is not None) is warned
-
-
-def test_a_network_that_multiplies_nothing_has_no_share() -> None:
-    assert MacCount("", []).share is None
-    assert MacCount("", []).warning() is None
-    assert MacCount("", []).summary() == "INT8: the network has no convolution and no matrix product"
 
 
 @given(st.integers(0, 10**12), st.integers(1, 10**12))

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from common.threads import SPINS, share_cores

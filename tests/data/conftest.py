@@ -1,7 +1,5 @@
 """Where no data set is."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,12 +1,11 @@
-"""Small data sets in MNIST's format, made by the tests."""
-
-from __future__ import annotations
+"""Small data sets, made by the tests: in MNIST's format, and folders of images."""
 
 import gzip
 import struct
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 
@@ -30,3 +29,19 @@ def write_set(
             path = folder / f"{name}-{kind}{separator}idx{values.ndim}-ubyte{suffix}"
             path.write_bytes(gzip.compress(content) if suffix else content)
     return folder
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0, mode: str = "RGB") -> Path:
+    """Random pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+    Image.fromarray(values.numpy()).convert(mode).save(path)
+    return path
+
+
+def write_part(root: Path, part: str, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> None:
+    """A folder of images ``PART/CLASS/NUMBER.png`` of several sizes."""
+    for label, name in enumerate(classes):
+        for number in range(count):
+            write_image(root / part / name / f"{number}.png", (40 + number % 3, 36), seed=100 * label + number)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import threading
 from pathlib import Path
 
@@ -10,24 +8,11 @@ from PIL import Image
 
 from common.config import DataConfig
 from common.errors import InputError
-from data import Preprocessing, batches, folder, open_data
+from data import Preprocessing, batches, open_data
 from data.folder import IMAGENET_MEAN, IMAGENET_STD, FolderImages, decode, open_folders
+from tests.data.sets import write_image, write_part
 
 SMALL = Preprocessing(3, 24, 24, mean=IMAGENET_MEAN, std=IMAGENET_STD, resize=32)
-
-
-def write_image(path: Path, size: tuple[int, int] = (40, 36), seed: int = 0, mode: str = "RGB") -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
-    Image.fromarray(values.numpy()).convert(mode).save(path)
-    return path
-
-
-def write_part(root: Path, part: str, count: int, classes: tuple[str, ...] = ("cat", "dog")) -> None:
-    for label, name in enumerate(classes):
-        for number in range(count):
-            write_image(root / part / name / f"{number}.png", (40 + number % 3, 36), seed=100 * label + number)
 
 
 def config(root: Path, validation: int = 5000) -> DataConfig:
@@ -113,17 +98,20 @@ def test_batches_are_in_order_whatever_the_workers(images, workers):
     assert torch.equal(images.images(torch.tensor([7, 2])), expected[[7, 2]])
 
 
-def test_images_are_decoded_ahead_and_not_all_at_once(images, monkeypatch):
+def test_images_are_decoded_ahead_and_not_all_at_once(images):
     decoded = []
     enough = threading.Event()
 
-    def record(path, preprocessing):
-        decoded.append(path)
-        if len(decoded) == 3:
-            enough.set()
-        return torch.zeros(preprocessing.shape, dtype=torch.uint8)
+    class Recording:
+        channels = 3
 
-    monkeypatch.setattr(folder, "decode", record)
+        def __call__(self, image):
+            decoded.append(image)
+            if len(decoded) == 3:
+                enough.set()
+            return torch.zeros(SMALL.shape)
+
+    images.transform = Recording()
     stream = images.stream([slice(position, position + 1) for position in range(11)])
     next(stream)
     # Two batches beyond the first are decoded while nobody asks for them, and no more.
@@ -186,20 +174,6 @@ def test_validation_folder_is_the_test_set_where_there_is_no_other(tmp_path):
     assert (len(data.train), len(data.validation), len(data.test)) == (20, 4, 4)
     assert data.validation.labels.tolist() == [0, 0, 1, 1]
     assert "val/ is the test set" in data.info.notes[0]
-
-
-def test_epoch_over_a_folder(tmp_path):
-    write_part(tmp_path, "train", 6)
-    write_part(tmp_path, "val", 2)
-    write_part(tmp_path, "test", 2)
-    data = open_data(config(tmp_path), seed=1)
-    given = list(data.train_dataloader())
-    assert [part.shape for part, _ in given] == [(4, 3, 24, 24)] * 3
-    assert sum(len(labels) for _, labels in data.val_dataloader()) == 4
-    data.augment = None
-    for part, labels in data.train_dataloader():
-        assert part.dtype == torch.float32
-        assert labels.dtype == torch.int64
 
 
 def test_fingerprint_tells_files_and_sizes(tmp_path):

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import gzip
 import shutil
 from dataclasses import replace
@@ -66,31 +64,34 @@ def swap(folder: Path, one: str, other: str) -> None:
     (folder / "third").rename(folder / other)
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ("train-images-idx3-ubyte", r"train-images.* holds labels .*swapped"),
-        ("t10k-labels-idx1-ubyte", r"train-images.* holds 60 images but .*train-labels.* 20 labels"),
-    ],
-)
-def test_swapped_files(tmp_path, other, message):
-    write_set(tmp_path)
-    swap(tmp_path, "train-labels-idx1-ubyte", other)
-    with pytest.raises(InputError, match=message):
-        load(MNIST, tmp_path)
+def too_large(folder: Path) -> None:
+    write_set(folder, size=32)
 
 
-def test_images_of_another_size(tmp_path):
-    with pytest.raises(InputError, match=r"train-images.* 32 x 32 pixels, not 28 x 28"):
-        load(MNIST, write_set(tmp_path, size=32))
-
-
-def test_label_out_of_range(tmp_path):
-    write_set(tmp_path)
+def out_of_range(folder: Path) -> None:
     labels = torch.arange(20, dtype=torch.uint8) % 10
     labels[13] = 10
-    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
-    with pytest.raises(InputError, match=r"t10k-labels.* the label 10, outside 0 to 9 \(first at position 13\)"):
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(labels))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda folder: swap(folder, "train-labels-idx1-ubyte", "train-images-idx3-ubyte"),
+            r"train-images.* holds labels .*swapped",
+        ),
+        (
+            lambda folder: swap(folder, "train-labels-idx1-ubyte", "t10k-labels-idx1-ubyte"),
+            r"train-images.* holds 60 images but .*train-labels.* 20 labels",
+        ),
+        (too_large, r"train-images.* 32 x 32 pixels, not 28 x 28"),
+        (out_of_range, r"t10k-labels.* the label 10, outside 0 to 9 \(first at position 13\)"),
+    ],
+)
+def test_files_that_do_not_fit(tmp_path, damage, message):
+    damage(write_set(tmp_path))
+    with pytest.raises(InputError, match=message):
         load(MNIST, tmp_path)
 
 

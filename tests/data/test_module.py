@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import subprocess
 import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -10,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 
 from common.config import DataConfig
 from common.errors import InputError
@@ -146,48 +143,6 @@ class Recorder(LightningModule):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Interrupt(Callback):
-    """Saves a checkpoint after some steps and stops."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps = steps
-
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if trainer.global_step == self.steps:
-            trainer.save_checkpoint(Path(trainer.default_root_dir) / "last.ckpt")
-            trainer.limit_val_batches = 0
-            trainer.should_stop = True
-
-
-def trainer(tmp_path, **arguments) -> Trainer:
-    return Trainer(
-        default_root_dir=tmp_path,
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        **arguments,
-    )
-
-
-@pytest.mark.parametrize("steps", [4, 10, 13])
-def test_lightning_resumes_where_it_stopped(small, tmp_path, steps):
-    whole = Recorder()
-    trainer(tmp_path, max_epochs=3).fit(whole, datamodule=open_data(small, seed=1))
-    assert len(whole.seen) == 30
-    assert whole.evaluated >= 3 * 100
-    assert whole.seen[0][1] != whole.seen[10][1]
-
-    first, second = Recorder(), Recorder()
-    trainer(tmp_path, max_epochs=3, callbacks=[Interrupt(steps)]).fit(first, datamodule=open_data(small, seed=1))
-    checkpoint = tmp_path / "last.ckpt"
-    trainer(tmp_path, max_epochs=3).fit(second, datamodule=open_data(small, seed=1), ckpt_path=checkpoint)
-    assert len(first.seen) == steps
-    assert first.seen + second.seen == whole.seen
-    assert torch.equal(second.linear.weight, whole.linear.weight)
 
 
 def test_device_copies_are_made_once(small):

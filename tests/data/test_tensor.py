@@ -1,10 +1,8 @@
-from __future__ import annotations
-
 import pytest
 import torch
 
 from data import Preprocessing, TensorImages, batches
-from data.tensor import Selection, preprocess
+from data.tensor import Selection
 
 PLAIN = Preprocessing(channels=1, height=4, width=3)
 COLOUR = Preprocessing(channels=3, height=4, width=3, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.5))
@@ -14,12 +12,6 @@ def make(count: int, preprocessing: Preprocessing) -> TensorImages:
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (count, *preprocessing.shape), dtype=torch.uint8, generator=generator)
     return TensorImages(pixels, torch.arange(count), preprocessing)
-
-
-def test_pixels_are_scaled_to_zero_to_one():
-    images = preprocess(torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3), PLAIN)
-    assert images.dtype == torch.float32
-    assert images.flatten().tolist() == pytest.approx([0.0, 0.2, 1.0])
 
 
 def test_mean_and_deviation_are_per_channel():

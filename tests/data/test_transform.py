@@ -1,7 +1,5 @@
 """Own preprocessing, gray images, images without classes and with targets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

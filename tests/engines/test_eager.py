@@ -1,7 +1,5 @@
 """Eager PyTorch, and the choice of an engine."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from common.config import EngineConfig, PrecisionName, QuantizationConfig
 from common.errors import InputError
 from engines.base import EngineError
 from engines.eager import TorchEngine
-from engines.select import make_engine, select_engine
+from engines.select import select_engine
 from models import LeNet
 
 
@@ -73,11 +71,6 @@ def test_int8_needs_a_table(network: Network) -> None:
 def test_the_float_network_is_not_touched_by_half_precision(network: Network, table: CalibrationTable) -> None:
     TorchEngine(EngineConfig(), QuantizationConfig()).compile(network, "fp16", table)
     assert all(parameter.dtype == torch.float32 for parameter in network.module.parameters())
-
-
-def test_an_engine_is_made_by_name(tmp_path: Path) -> None:
-    for name in ("torch", "onnxruntime", "torch-tensorrt"):
-        assert make_engine(name, EngineConfig(), QuantizationConfig(), tmp_path).name == name  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -12,32 +12,37 @@ def test_a_cpu_build_of_torch(monkeypatch):
         find_gpu(0)
 
 
-def test_no_driver(monkeypatch):
-    def init():
-        raise RuntimeError("Found no NVIDIA driver on your system. Please check\nmore")
-
+@pytest.fixture
+def one_gpu(monkeypatch):
+    """A machine with one GPU."""
     monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+def fails(message):
+    def fail(*_):
+        raise RuntimeError(f"{message}\nmore")
+
+    return fail
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_no_driver(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "init", fails("Found no NVIDIA driver on your system. Please check"))
     with pytest.raises(GpuError, match=r"^no NVIDIA GPU can be used: Found no NVIDIA driver on your system$"):
         find_gpu(0)
 
 
-def test_no_such_gpu(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+@pytest.mark.usefixtures("one_gpu")
+def test_no_such_gpu():
     with pytest.raises(GpuError, match="there is no GPU 1: this machine has 1"):
         find_gpu(1)
 
 
+@pytest.mark.usefixtures("one_gpu")
 def test_a_gpu_without_memory_for_cuda_itself(monkeypatch):
-    def full(index):
-        raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later")
-
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "init", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", full)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", fails("CUDA error: out of memory"))
     with pytest.raises(GpuError, match=r"^GPU 0 cannot be used \(CUDA error: out of memory\): end what else uses it$"):
         find_gpu(0)
 

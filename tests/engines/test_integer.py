@@ -1,7 +1,5 @@
 """The integer simulation is exact: compared with int64 arithmetic on the codes."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from engines.onnx.int8 import int8_model
 from engines.onnxruntime.engine import open_session
 from engines.onnxruntime.form import for_onnxruntime
 from models import LeNet
+from tests.networks import images, make_network, make_plan
 
 # The most that a sum can reach: every product at its extreme. 1032 terms are the last that float32 holds.
 TERMS = [1, 25, 500, 1032, 1033, 5000]
@@ -103,22 +102,14 @@ def test_lenet_is_the_arithmetic_of_the_definition() -> None:
 
 
 def test_layers_kept_in_float_are_untouched() -> None:
-    torch.manual_seed(0)
-    model = LeNet().eval()
-    images = torch.rand(4, 1, 28, 28)
-    network, table = trace(model), calibrate(model, [images])
-    kept = IntegerNetwork(plan_int8(network, table, ["conv1", "conv2", "ip1", "ip2"]))
+    plan, batch = make_plan(make_network("lenet"), ("conv1", "conv2", "ip1", "ip2")), images("lenet", 4)
     with torch.no_grad():
-        assert torch.equal(kept(images), network.module(images))
+        assert torch.equal(IntegerNetwork(plan)(batch), plan.network.module(batch))
 
 
 def test_the_output_is_quantized_only_when_asked() -> None:
-    torch.manual_seed(0)
-    model = LeNet().eval()
-    images = torch.rand(4, 1, 28, 28)
-    network, table = trace(model), calibrate(model, [images])
-    result = IntegerNetwork(plan_int8(network, table, quantize_output=True))(images)
-    codes = result / table.scales["prob"]
+    plan = make_plan(make_network("lenet"), quantize_output=True)
+    codes = IntegerNetwork(plan)(images("lenet", 4)) / plan.output_scale
     torch.testing.assert_close(codes, codes.round(), atol=1e-4, rtol=0)
 
 

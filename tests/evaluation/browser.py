@@ -1,17 +1,12 @@
-"""A headless Chromium, driven over the DevTools protocol through a pipe: no driver, no network, no package.
-
-As a program it takes the report's screenshots: ``python tests/evaluation/browser.py REPORT.html FOLDER``.
-"""
+"""A headless Chromium, driven over the DevTools protocol through a pipe: no driver, no network, no package."""
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import select
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -125,15 +120,6 @@ class Browser:
         feature = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[feature])
 
-    def screenshot(self, path: Path, *, full: bool = False) -> None:
-        """Save what is seen, or the whole page, as PNG."""
-        parameters: dict[str, Any] = {"format": "png"}
-        if full:
-            size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-            parameters["clip"] = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-            parameters["captureBeyondViewport"] = True
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", **parameters)["data"]))
-
     def _next(self, deadline: float) -> dict[str, Any]:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, deadline - time.monotonic()))
@@ -154,21 +140,3 @@ class Browser:
             self.console.append((values["entry"]["level"], values["entry"]["text"]))
         elif event.get("method") == "Runtime.exceptionThrown":
             self.exceptions.append(json.dumps(values["exceptionDetails"])[:500])
-
-
-def main(report: Path, folder: Path) -> None:
-    """Screenshots of the report at phone and desktop width, light and dark, folded and open."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with Browser(shutil.which("chromium") or "chromium") as browser:
-        for name, width, height, mobile in (("desktop", 1280, 1000, False), ("phone", 390, 844, True)):
-            for dark in (False, True):
-                browser.view(width, height, dark=dark, mobile=mobile)
-                browser.open(report)
-                shade = "dark" if dark else "light"
-                browser.screenshot(folder / f"{name}-{shade}.png", full=mobile)
-                browser.evaluate("document.getElementById('all').click()")
-                browser.screenshot(folder / f"{name}-{shade}-open.png", full=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

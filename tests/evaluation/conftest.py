@@ -1,7 +1,5 @@
 """A run on the digits, trained for a moment, calibrated and evaluated once for all tests of this folder."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path

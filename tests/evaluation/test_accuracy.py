@@ -1,7 +1,5 @@
 """Predictions of several precisions over the same images, and the figures made of them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import cast
 
@@ -109,27 +107,20 @@ def test_outputs_that_are_not_finite_count_as_wrong_and_are_counted() -> None:
     assert paired(second, first, target).lost == 2
 
 
-def test_a_reference_that_is_not_finite_is_refused() -> None:
-    outputs = torch.full((4, 3), float("nan"))
-
-    with pytest.raises(InputError, match="FP32 outputs are not finite for 4 of 4 images"):
-        predict([network(lookup(outputs))], stream(torch.zeros(4, dtype=torch.int64)), 3)
-
-
-@pytest.mark.parametrize("label", [-1, 3])
-def test_labels_out_of_range_are_refused(label: int) -> None:
-    with pytest.raises(InputError, match="but the network has 3 classes"):
-        predict([network(lookup(torch.eye(3)))], stream(torch.tensor([0, label, 1])), 3)
-
-
-def test_an_output_of_another_shape_is_refused() -> None:
-    with pytest.raises(InputError, match="not a classifier of this data set"):
-        predict([network(lookup(torch.eye(4)))], stream(torch.tensor([0, 1])), 3)
-
-
-def test_no_images_are_refused() -> None:
-    with pytest.raises(InputError, match="no images"):
-        predict([network(lookup(torch.eye(3)))], [], 3)
+@pytest.mark.parametrize(
+    ("outputs", "labels", "message"),
+    [
+        (torch.full((4, 3), torch.nan), [0, 0, 0, 0], "FP32 outputs are not finite for 4 of 4 images"),
+        (torch.eye(3), [0, -1, 1], "but the network has 3 classes"),
+        (torch.eye(3), [0, 3, 1], "but the network has 3 classes"),
+        (torch.eye(4), [0, 1], "not a classifier of this data set"),
+        (torch.eye(3), [], "no images"),
+    ],
+)
+def test_what_has_no_accuracy_is_refused(outputs: Tensor, labels: list[int], message: str) -> None:
+    batches = stream(torch.tensor(labels)) if labels else []
+    with pytest.raises(InputError, match=message):
+        predict([network(lookup(outputs))], batches, 3)
 
 
 def images(count: int) -> TensorImages:

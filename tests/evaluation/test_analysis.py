@@ -1,7 +1,5 @@
 """Tensors against FP32, the sensitivity of layers, what to keep in float, and the images that changed."""
 
-from __future__ import annotations
-
 import base64
 import io
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Gates: which changes from one report to another fail, and how the tool says so."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace

@@ -1,7 +1,5 @@
 """What is said of the machine, with and without an NVIDIA driver."""
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What runs a precision that the chosen engine cannot."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The sentences that a reader should take away, and figures as text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

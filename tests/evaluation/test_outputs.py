@@ -1,7 +1,5 @@
 """Networks that give no class: what their outputs are compared by, the verdict on them, and their report."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The pages made of a report: complete, escaped, self-contained, equal to the figures."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -17,7 +15,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.errors import InputError
 from evaluation.charts import all_charts, log_ticks, ticks
 from evaluation.findings import findings
 from evaluation.measures import ClassAccuracy
@@ -220,13 +217,6 @@ def test_markdown_tables_have_a_blank_line_before_and_equal_widths(report: Repor
             index += 1
             body.append(lines[index])
         assert {line.replace("\\|", "").count("|") for line in body} == {width}
-
-
-def test_an_unwritable_folder_is_one_line(report: Report, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-
-    with pytest.raises(InputError, match="cannot write"):
-        write_report(report, tmp_path / "file")
 
 
 def test_a_report_with_little_in_it(report: Report) -> None:

@@ -1,7 +1,5 @@
 """Calibration studies on the digits."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,16 +1,12 @@
 """What is evaluated, and every way in which it can be missing, stale or broken."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from calib.table import CalibrationTable
-from common.config import DataConfig, QuantizationConfig
+from common.config import QuantizationConfig
 from common.errors import InputError
 from common.run import Run
 from evaluation.subject import open_subject
@@ -20,41 +16,9 @@ from tests.evaluation.conftest import make_config
 TABLE = "CalibrationTableLeNet"
 
 
-def test_the_recorded_table_serves(own_run: Run) -> None:
-    subject = open_subject(make_config(own_run.artifacts), own_run)
-
-    assert subject.int8.table is not None
-    assert subject.int8.table.scales == CalibrationTable.read(own_run.folder / TABLE).scales
-    assert subject.int8.description is not None
-    assert subject.int8.description.source["maker"] == "reference"
-    assert subject.info.name == "digits"
-    assert any("digits" in note for note in subject.notes)
-
-
 @pytest.mark.parametrize(("split", "images"), [("test", 355), ("validation", 200), ("train", 1442)])
 def test_the_split(own_run: Run, split: str, images: int) -> None:
     assert len(open_subject(make_config(own_run.artifacts, split=split), own_run).images) == images
-
-
-def test_a_missing_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"no checkpoint .*run train\.py"):
-        open_subject(make_config(tmp_path), Run("digits", tmp_path))
-
-
-def test_another_data_set_than_the_network_was_trained_on(own_run: Run) -> None:
-    config = replace(make_config(own_run.artifacts), data=DataConfig(dataset="mnist"))
-
-    with pytest.raises(InputError, match="trained on digits, not on mnist"):
-        open_subject(config, own_run)
-
-
-def test_without_quantize_there_is_no_table(own_run: Run) -> None:
-    (own_run.folder / "quantization.json").unlink()
-
-    int8 = open_subject(make_config(own_run.artifacts), own_run).int8
-
-    assert int8.table is None
-    assert "no calibration table yet: run quantize.py" in int8.problem
 
 
 def test_a_table_that_is_gone(own_run: Run) -> None:

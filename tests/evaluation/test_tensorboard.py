@@ -1,7 +1,5 @@
 """The event file that TensorBoard reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """One template process for the session, a finished run to damage, and the counting of what was tried."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

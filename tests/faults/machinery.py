@@ -1,7 +1,5 @@
 """Starting the commands with faults, and telling whether what they leave is whole."""
 
-from __future__ import annotations
-
 import hashlib
 import shutil
 import signal

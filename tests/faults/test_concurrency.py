@@ -1,12 +1,10 @@
 """Two commands at once, readers beside writers, and a lock that dies with its holder."""
 
-from __future__ import annotations
-
 import signal
 import time
 
 import pytest
-from machinery import COMMANDS, check_whole, digests, leftovers
+from machinery import COMMANDS, check_whole, digests
 
 from tests.forking import Fault
 
@@ -37,18 +35,6 @@ def test_second_command_stops_with_a_line(scene, second, tried):
     first.signal(signal.SIGCONT)
     assert first.wait().code == 0
     tried("second command")
-
-
-def test_lock_dies_with_its_holder(scene, tried):
-    scene.reset()
-    first = stopped(scene, scene.operations // 2)
-    assert scene.template.run(scene.argv, scene.folder).code == 2
-    first.signal(signal.SIGKILL)
-    assert first.wait().code == -signal.SIGKILL
-    ended = scene.template.run(scene.argv, scene.folder)
-    assert ended.code == 0, ended.stderr
-    assert not leftovers(scene.run)
-    tried("holder killed")
 
 
 def test_reading_while_another_writes(scene, moments, tried):

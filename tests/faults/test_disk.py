@@ -1,7 +1,5 @@
 """A full disk, a failing disk and missing rights: one clear line, no traceback, and nothing half written."""
 
-from __future__ import annotations
-
 import errno
 
 import pytest

@@ -1,7 +1,5 @@
 """Killed, interrupted or terminated at any moment, a command leaves each file old or new, and the next run works."""
 
-from __future__ import annotations
-
 import random
 import signal
 import time

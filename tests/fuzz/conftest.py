@@ -1,7 +1,5 @@
 """Makes ``targets`` importable."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Coverage-guided fuzzing of what reads files, with atheris: ``python tests/fuzz/fuzz.py TARGET RUNS``."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -4,8 +4,6 @@ A target that returns took the input for valid. Inputs are made from the valid o
 those with hypothesis, ``fuzz.py`` with atheris (libFuzzer), which is guided by the code that an input reaches.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Files from elsewhere, mutated: each is taken or refused with an InputError, and none runs anything."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

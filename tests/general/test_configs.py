@@ -1,7 +1,5 @@
 """Every configuration that ships is one that the commands take, and says what it is for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """The Python of the README and the documentation runs as it is written."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

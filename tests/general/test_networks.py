@@ -1,9 +1,6 @@
 """What holds for LeNet holds for every network that torch.fx traces: names, sharing, arithmetic, ONNX files."""
 
-from __future__ import annotations
-
 from functools import cache
-from pathlib import Path
 
 import onnx
 import onnxruntime
@@ -11,11 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from calib.calibrator import calibrate
 from calib.explicit import fake_quantize
 from calib.network import Network
 from calib.plan import Int8Plan
-from calib.table import CalibrationTable
 from engines.integer import IntegerNetwork
 from engines.onnx.float import float_model
 from engines.onnx.int8 import int8_model
@@ -72,28 +67,10 @@ def test_names_are_unique_and_those_of_every_trace(name: str) -> None:
     assert len({layer.name for layer in again.layers}) == len(again.layers)
 
 
-def test_the_table_names_every_tensor_and_survives_its_file(name: str, tmp_path: Path) -> None:
-    table = calibrate(network(name), [zoo.images_of(name, 4)])
-    table.write(tmp_path / "table")
-
-    assert tuple(table.scales) == network(name).tensors
-    assert CalibrationTable.read(tmp_path / "table").scales == table.scales
-
-
 def test_operations_that_stay_in_float_are_named(name: str) -> None:
     assert set(network(name).unsupported.values()) == zoo.UNSUPPORTED.get(name, set())
     assert network(name).unsupported.keys().isdisjoint(layer.name for layer in network(name).layers)
     assert not plan(name).kept
-
-
-def test_tensors_that_share_a_scale_do(name: str) -> None:
-    """Pooling over windows has its input's scale."""
-    described, table = network(name), calibrate(network(name), [zoo.images_of(name, 4)])
-    for node in described.module.graph.nodes:
-        inputs = [item.name for item in node.all_input_nodes if item.name in described.tensor_of]
-        if described.kinds.get(node.name) == "maxpool" and node.name in described.tensor_of:
-            scales = {table.scales[described.tensor_of[item]] for item in (node.name, *inputs)}
-            assert len(scales) == 1, node.name
 
 
 def test_explicit_quantization_agrees_with_the_simulation(name: str) -> None:

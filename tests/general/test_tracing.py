@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from torch.utils import _pytree
 
 from calib.calibrator import calibrate
-from calib.plan import plan_int8
+from calib.network import Network
+from calib.plan import Int8Plan, plan_int8
 from calib.tracing import trace
 from common.errors import InputError
 from engines.integer import IntegerNetwork
@@ -37,6 +38,30 @@ class Body(nn.Module):
         return self.fc(self.function(self.conv(x)).flatten(1))
 
 
+def traced(model: nn.Module) -> Network:
+    """Trace a model whose network computes what it does, for another number of images than it was traced with."""
+    network = trace(model.eval(), input_shape=SHAPE)
+    images = torch.rand(5, *SHAPE)
+    with torch.no_grad():
+        torch.testing.assert_close(network.module(images), model(images))
+    return network
+
+
+def planned(network: Network) -> Int8Plan:
+    """Calibrated on random images."""
+    return plan_int8(network, calibrate(network, [torch.rand(4, *SHAPE)]))
+
+
+def assert_file_gives(model: nn.Module) -> None:
+    """The ONNX file has all of the model's outputs, for any number of images."""
+    session, _ = open_session(float_model(trace(model, input_shape=SHAPE)), 1)
+    images = torch.rand(5, *SHAPE)
+    with torch.no_grad():
+        expected = _pytree.tree_leaves(model(images))
+    for value, reference in zip(session.run(None, {"data": images.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(value), reference)
+
+
 def statement(change: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
     """What changes its argument in place, its own result unused."""
 
@@ -48,12 +73,8 @@ def statement(change: Callable[[Tensor], object]) -> Callable[[Tensor], Tensor]:
 
 
 def test_a_single_value_is_no_class_and_stays_as_it_is() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1)).eval()
-    network = trace(model, "score", input_shape=SHAPE)
-    images = torch.rand(5, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
-    assert network.task == "regress"
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 1))
+    assert traced(model).task == "regress"
 
 
 @pytest.mark.parametrize(
@@ -68,20 +89,12 @@ def test_a_single_value_is_no_class_and_stays_as_it_is() -> None:
     ],
 )
 def test_what_works_in_place_is_not_lost(function: Callable[[Tensor], Tensor]) -> None:
-    model = Body(function).eval()
-    images = torch.randn(2, *SHAPE)
-    with torch.no_grad():
-        expected = model(images)
-        torch.testing.assert_close(trace(model, input_shape=SHAPE).module(images), expected)
-        assert not torch.allclose(expected, Body(lambda x: x).eval()(images))
+    network, images = traced(Body(function)), torch.rand(5, *SHAPE)
+    assert not torch.allclose(network.module(images), Body(lambda x: x)(images))
 
 
 def test_a_value_changed_through_a_view_is_followed_by_torch_export() -> None:
-    model = Body(statement(lambda x: x.view(-1).mul_(2))).eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(5, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
+    network = traced(Body(statement(lambda x: x.view(-1).mul_(2))))
     assert network.traced_by.startswith("torch.export, since torch.fx cannot: network Body computes something else")
 
 
@@ -90,52 +103,7 @@ def test_a_value_changed_in_a_part_is_put_together_from_its_parts() -> None:
         x[:, 1:3] *= 2
         return x
 
-    model = Body(function).eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(5, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
-    assert set(network.unsupported.values()) == {"mul"}
-
-
-def test_a_random_network_is_refused() -> None:
-    with pytest.raises(InputError, match="Body computes something else once traced: random"):
-        trace(Body(lambda x: x * torch.rand(1)), input_shape=SHAPE)
-
-
-def test_batch_normalisation_of_another_axis_is_not_folded_in_silence() -> None:
-    class Rows(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(6, 6)
-            self.norm = nn.BatchNorm1d(6)  # of the rows, not of the linear layer's features
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.norm(self.linear(x[:, 0])).flatten(1)
-
-    model = Rows()
-    nn.init.uniform_(model.norm.weight)
-    with pytest.raises(InputError, match="computes something else once traced"):
-        trace(model, input_shape=SHAPE)
-
-
-def test_in_place_without_a_pure_counterpart_is_refused_by_name() -> None:
-    with pytest.raises(InputError, match="copy_, which works in place"):
-        trace(Body(lambda x: x.copy_(x + 1)))
-
-
-def test_images_that_the_model_does_not_take_are_refused_with_the_place() -> None:
-    with pytest.raises(InputError, match=r"network Body does not take images of shape \(2, 3, 8, 8\): .*test_tracing"):
-        trace(Body(lambda x: x), input_shape=(3, 8, 8))
-
-
-def test_assignment_to_a_part_is_refused_with_the_place() -> None:
-    def function(x: Tensor) -> Tensor:
-        x[:, 0] = 0
-        return x
-
-    with pytest.raises(InputError, match=r"Body cannot be traced: .*item assignment.*test_tracing\.py:\d+: x\[:, 0\]"):
-        trace(Body(function))
+    assert set(traced(Body(function)).unsupported.values()) == {"mul"}
 
 
 def test_masks_and_indices_have_no_range(caplog: pytest.LogCaptureFixture) -> None:
@@ -210,16 +178,11 @@ class Reads(nn.Module):
     ids=["parameter", "layer_on_buffer", "embedding", "dropout", "five_dimensions"],
 )
 def test_what_depends_on_no_image_is_a_constant(constant: Callable[[Reads], Tensor]) -> None:
-    model = Reads(constant).eval()
-    images = torch.rand(4, *SHAPE)
-    network = trace(model, input_shape=SHAPE)
-    plan = plan_int8(network, calibrate(network, [images]))
+    network, images = traced(Reads(constant)), torch.rand(4, *SHAPE)
+    plan = planned(network)
 
-    with torch.no_grad():
-        expected = model(images)
-    torch.testing.assert_close(network.module(images), expected)
     assert {layer.name for layer in plan.weighted} == {"conv", "fc"}
-    torch.testing.assert_close(IntegerNetwork(plan)(images), expected, atol=0.1, rtol=0)
+    torch.testing.assert_close(IntegerNetwork(plan)(images), network.module(images), atol=0.1, rtol=0)
     int8_model(plan)
 
 
@@ -271,23 +234,10 @@ class Windows(nn.Module):
 
 
 def test_a_multiple_of_the_number_of_images_stays_one_for_any_number() -> None:
-    model = Windows().eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(7, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
+    network = traced(Windows())
     reshapes = [node for node in network.module.graph.nodes if node.target is torch.reshape]
     assert reshapes
     assert all(isinstance(size, int) for node in reshapes for size in node.args[1])
-
-
-def test_a_network_that_goes_image_by_image_is_refused() -> None:
-    class OneByOne(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.stack([image.mean() * len(x) for image in x])
-
-    with pytest.raises(InputError, match="OneByOne .* for another number of images"):
-        trace(OneByOne(), input_shape=SHAPE)
 
 
 def test_a_map_made_for_each_image_goes_through_layers() -> None:
@@ -301,12 +251,7 @@ def test_a_map_made_for_each_image_goes_through_layers() -> None:
             free = ~torch.zeros((len(x), *x.shape[2:])).to(torch.bool)
             return self.conv(x + self.project(free.cumsum(1, dtype=torch.float32)[:, None])).mean((2, 3))
 
-    model = Positions().eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(5, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
-    plan = plan_int8(network, calibrate(network, [images]))
+    plan = planned(traced(Positions()))
     assert {layer.name for layer in plan.weighted} == {"project", "conv"}
     int8_model(plan)
 
@@ -340,12 +285,9 @@ def normalised(layer: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.M
     ids=["weight_norm", "spectral_norm", "norm_without_weights", "data_parallel", "compile"],
 )
 def test_computed_weights_and_wrappers_are_no_obstacle_and_stay(make: Callable[[], nn.Module]) -> None:
-    model = make().eval()
+    model = make()
     names = list(model.state_dict())
-    images = torch.rand(3, *SHAPE)
-    network = trace(model, input_shape=SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
+    network = traced(model)
     assert network.traced_by == "torch.fx"
     assert len(network.layers) == 2
     assert list(model.state_dict()) == names
@@ -392,21 +334,42 @@ class Found:
     ids=["twice", "images", "dataclass", "dataclass_of_one", "scores_and_class"],
 )
 def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], object]) -> None:
-    model = Gives(result).eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(3, *SHAPE)
-    with torch.no_grad():
-        expected = _pytree.tree_leaves(model(images))
-    session, _ = open_session(float_model(network), 1)
-    found = session.run(None, {"data": images.numpy()})
-    assert len(found) == len(expected)
-    for value, reference in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(value), reference)
+    assert_file_gives(Gives(result).eval())
+
+
+class Rows(nn.Module):
+    """Batch normalisation of the rows, not of the linear layer's features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        nn.init.uniform_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.linear(x[:, 0])).flatten(1)
+
+
+class OneByOne(nn.Module):
+    """Goes through the images one by one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([image.mean() * len(x) for image in x])
+
+
+def assigns(x: Tensor) -> None:
+    x[:, 0] = 0
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: Body(lambda x: x * torch.rand(1)), "net computes something else once traced: random"),
+        (Rows, "computes something else once traced"),
+        (OneByOne, "for another number of images"),
+        (lambda: Body(lambda x: x.copy_(x + 1)), "copy_, which works in place"),
+        (lambda: Body(statement(assigns)), r"cannot be traced: .*item assignment.*test_tracing\.py:\d+: x\[:, 0\]"),
+        (lambda: Body(lambda x: x, 4), r"net does not take images of shape \(2, 3, 6, 6\): .*test_tracing"),
         (lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(108, 5))), "it is TorchScript; pass the nn"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"its module 1 \(LazyLinear\) has no weights yet"),
         (lambda: Gives(lambda x, y: (y, torch.ones(1))), "output 2 of 2 does not depend on the images"),
@@ -435,22 +398,10 @@ def test_masks_of_minus_infinity_are_calibrated_around() -> None:
             later = torch.full((18, 18), float("-inf")).triu(1)
             return self.attention(tokens, tokens, tokens, attn_mask=later)[0].mean(1)
 
-    model = Causal().eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(4, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
-    plan = plan_int8(network, calibrate(network, [images]))
-    assert [layer.kind for layer in network.layers] == [
-        "linear",
-        "matmul",
-        "matmul",
-        "linear",
-        "matmul",
-        "matmul",
-        "linear",
-    ]
-    assert not plan.kept
+    network = traced(Causal())
+    attention = ["linear", "matmul", "matmul"]
+    assert [layer.kind for layer in network.layers] == [*attention, *attention, "linear"]
+    assert not planned(network).kept
 
 
 @pytest.mark.parametrize("equation", ["...c,cd->...d", "bhwc,dc->bdhw"])
@@ -463,12 +414,7 @@ def test_a_product_by_index_with_a_matrix_of_weights_is_a_linear_layer(equation:
         def forward(self, x: Tensor) -> Tensor:
             return torch.einsum(equation, x, self.weight).flatten(1)
 
-    model = Product().eval()
-    network = trace(model, input_shape=SHAPE)
-    images = torch.rand(4, *SHAPE)
-    with torch.no_grad():
-        torch.testing.assert_close(network.module(images), model(images))
-    assert [layer.kind for layer in network.layers] == ["linear"]
+    assert [layer.kind for layer in traced(Product()).layers] == ["linear"]
 
 
 def test_a_product_by_index_of_a_diagonal_stays_as_it_is() -> None:
@@ -508,8 +454,4 @@ def test_a_state_made_for_each_image_is_one_for_any_number_in_the_file() -> None
         def forward(self, x: Tensor) -> Tensor:
             return self.fc(self.gru(x.flatten(1, 2))[1][-1])
 
-    model = Recurrent().eval()
-    images = torch.rand(5, *SHAPE)
-    session, _ = open_session(float_model(trace(model, input_shape=SHAPE)), 1)
-    with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {"data": images.numpy()})[0]), model(images))
+    assert_file_gives(Recurrent().eval())

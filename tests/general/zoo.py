@@ -1,7 +1,5 @@
 """Networks beside those of ``tests.networks``: what users' code does, and what torchvision ships."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence

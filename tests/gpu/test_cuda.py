@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from common.config import EngineConfig
-from data.base import Preprocessing
-from data.tensor import TensorImages
-from engines.base import EngineError
 from engines.cuda import CudaEngine, CudaGraphs, baselines
-from engines.gpu import GpuError, find_gpu
+from engines.gpu import find_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -21,12 +18,6 @@ def test_the_gpu_is_found():
     gpu = find_gpu(0)
     assert gpu.name == torch.cuda.get_device_name(0)
     assert gpu.capability == torch.cuda.get_device_capability(0)
-
-
-def test_a_gpu_that_is_not_there():
-    count = torch.cuda.device_count()
-    with pytest.raises(GpuError, match=f"there is no GPU {count}: this machine has {count}"):
-        find_gpu(count)
 
 
 @pytest.mark.parametrize("graphs", [False, True])
@@ -52,16 +43,6 @@ class TestBaselines:
         result = compiled.run_on_device(images(8).cuda())
         assert result.is_cuda
         torch.testing.assert_close(result.cpu(), network.module(images(8)), atol=1e-5, rtol=1e-4)
-
-    def test_there_is_no_int8(self, network, graphs):
-        with pytest.raises(EngineError, match="no INT8 kernels"):
-            CudaEngine(EngineConfig(), graphs).compile(network, "int8")
-
-    def test_a_gpu_that_is_not_there(self, network, graphs):
-        engine = CudaEngine(EngineConfig(device=torch.cuda.device_count()), graphs)
-        assert "there is no GPU" in str(engine.unavailable())
-        with pytest.raises(EngineError, match="there is no GPU"):
-            engine.compile(network, "fp32")
 
 
 class TestCudaGraphs:
@@ -99,23 +80,6 @@ def test_baselines_are_eager_and_graphs_in_both_precisions(network):
         ("torch-cuda-graphs", "fp32"),
         ("torch-cuda-graphs", "fp16"),
     ]
-
-
-def test_latency_harness(network):
-    from evaluation.latency import GPU_RUNS, measure_latency
-
-    pixels = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
-    source = TensorImages(pixels, torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28))
-    compiled = baselines(network, EngineConfig(), ("fp32", "fp16"))
-    results = measure_latency(compiled, source, [1, 32], seconds=0.1, runs=10)
-    assert len(results) == len(compiled)
-    for entries in results:
-        assert [entry.batch_size for entry in entries] == [1, 32]
-        for entry in entries:
-            assert entry.compute.runs >= GPU_RUNS
-            assert 0 < entry.compute.median <= entry.compute.p90 <= entry.compute.p99
-            assert entry.end_to_end is not None
-            assert entry.end_to_end.median > 0
 
 
 def test_auto_falls_back_with_a_notice(tmp_path):

@@ -1,7 +1,5 @@
 """A made-up data set that a small network learns in a second, and checkpoints of it."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Small networks for images of 1x8x8 in three classes."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Backbone and heads of torchvision's detectors, and what is said of a whole one."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

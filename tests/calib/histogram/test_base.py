@@ -96,13 +96,6 @@ def test_threads_count_as_one_does(limit, last):
     assert (shared.range, shared.fits) == (alone.range, alone.fits)
 
 
-def test_which_values_form_the_first_batch_does_matter():
-    # Not a promise but a property of the method: the range starts from the first batch.
-    assert histogram_of([1.0], [3.0]).range == 4.0
-    assert histogram_of([3.0], [1.0]).range == 3.0
-    assert histogram_of([1.0, 3.0]).range == 3.0
-
-
 def test_range_doubles_and_bins_merge_in_pairs():
     histogram = histogram_of([0.25, 0.5, 1.0])
     assert np.flatnonzero(histogram.counts).tolist() == [512, 1024, 2047]
@@ -110,14 +103,6 @@ def test_range_doubles_and_bins_merge_in_pairs():
     assert histogram.range == 4.0
     assert histogram.maximum == 3.5
     assert np.flatnonzero(histogram.counts).tolist() == [128, 256, 511, 1792]
-
-
-def test_leading_zeros_are_counted_and_leave_the_range_open():
-    histogram = histogram_of([0.0, -0.0], [0.0])
-    assert (histogram.range, histogram.maximum, histogram.total) == (0.0, 0.0, 3)
-    histogram.add(tensor([0.5, 0.0]))
-    assert histogram.range == 0.5
-    assert (histogram.counts[0], histogram.counts[-1], histogram.total) == (4, 1, 5)
 
 
 @pytest.mark.parametrize(("value", "word"), [(float("nan"), "NaN"), (float("inf"), "inf"), (-float("inf"), "inf")])

@@ -1,7 +1,5 @@
 """Histograms counted on their device, and shared by processes: the counts of ``AbsHistogram``, to the last one."""
 
-from __future__ import annotations
-
 import ctypes
 import shutil
 import subprocess
@@ -72,11 +70,7 @@ def test_counts_as_one_histogram_does(batches: list[list[float]]) -> None:
     assert_counts_are_equal([torch.tensor(batch, dtype=torch.float32) for batch in batches])
 
 
-@pytest.mark.parametrize("counter", [CpuCounter, TorchCounter])
-def test_counts_difficult_batches_as_one_histogram_does(
-    counter: type[Counter], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_histogram, "_counter_class", lambda device: counter)
+def test_counts_difficult_batches_as_one_histogram_does() -> None:
     for batches in difficult():
         assert_counts_are_equal(batches)
 
@@ -163,40 +157,39 @@ def launcher_on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> type[cuda_h
     return LauncherOnTheCPU
 
 
-def test_the_gpu_kernels_arithmetic_is_the_cpus(
-    launcher_on_the_cpu: type[cuda_histogram.Launcher], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_histogram, "Launcher", launcher_on_the_cpu)
-    monkeypatch.setattr(device_histogram, "_counter_class", lambda device: CudaCounter)
-    for batches in difficult():
-        assert_counts_are_equal(batches)
-    odd = torch.randn(5000)
-    assert_counts_are_equal([odd.half(), odd[1:], 9 * odd[:70]])
-
-
-@given(BATCHES)
-@settings(max_examples=30)
-def test_all_counters_have_the_same_state_after_each_batch(
-    launcher_on_the_cpu: type[cuda_histogram.Launcher], batches: list[list[float]]
-) -> None:
-    """The second tensor is late: only its maxima count."""
-    with mock.patch.object(cuda_histogram, "Launcher", launcher_on_the_cpu):
+def assert_counters_agree(launcher: type[cuda_histogram.Launcher], batches: list[Tensor]) -> None:
+    """They have the same state after each batch; the second tensor is late: only its maxima count."""
+    with mock.patch.object(cuda_histogram, "Launcher", launcher):
         found = []
         for kind in (TorchCounter, CpuCounter, CudaCounter):
             tallies = Tallies(2, CPU)
             tallies.late[1] = True
             counter: Counter = kind(tallies)
             states = []
-            for batch in filter(None, batches):
+            for batch in batches:
                 record = torch.empty(2, 2, dtype=torch.float64)
                 for tensor in range(2):
-                    counter.count(tensor, torch.tensor(batch), maximum_alone=tensor == 1)
+                    counter.count(tensor, batch, maximum_alone=tensor == 1)
                 counter.enter(record)
                 # Bin 0 may be left out.
                 parts = (tallies.base, tallies.ranges, tallies.counts[:, 1:], record, tallies.largest, tallies.batch)
                 states.append([part.tolist() for part in parts])
             found.append(states)
     assert found[0] == found[1] == found[2]
+
+
+@given(BATCHES)
+@settings(max_examples=30)
+def test_all_counters_count_alike(
+    launcher_on_the_cpu: type[cuda_histogram.Launcher], batches: list[list[float]]
+) -> None:
+    assert_counters_agree(launcher_on_the_cpu, [torch.tensor(batch) for batch in batches if batch])
+
+
+def test_all_counters_count_difficult_batches_alike(launcher_on_the_cpu: type[cuda_histogram.Launcher]) -> None:
+    odd = torch.randn(5000)
+    for batches in [*difficult(), [odd.half(), odd[1:], 9 * odd[:70]]]:
+        assert_counters_agree(launcher_on_the_cpu, batches)
 
 
 class Dying(nn.Module):

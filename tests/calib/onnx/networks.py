@@ -1,13 +1,14 @@
 """Small ONNX networks that tests make."""
 
-from __future__ import annotations
-
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from calib.__main__ import main
+from calib.table import CalibrationTable
 
 
 def node(kind, inputs, outputs, **attributes):
@@ -105,6 +106,14 @@ def two_inputs():
 def save(made, path):
     onnx.save(made, path)
     return path
+
+
+def table_of(network, images, folder, *arguments):
+    """The table that ``python -m calib calibrate`` makes, in ``folder/made.cache``."""
+    output = folder / "made.cache"
+    line = ["calibrate", network, "--images", images, "--output", output, *arguments]
+    assert main([str(argument) for argument in line]) == 0
+    return CalibrationTable.read(output)
 
 
 def stored_models(archive: Path) -> dict[str, onnx.ModelProto]:

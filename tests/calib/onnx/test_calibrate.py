@@ -11,14 +11,12 @@ from onnx import TensorProto, helper
 from PIL import Image
 
 from calib.__main__ import main
-from calib.algorithms import threshold
-from calib.histogram.base import AbsHistogram
 from calib.onnx import observe
 from calib.onnx.model import read_float_model
 from calib.onnx.rules import Graph
 from calib.table import CalibrationTable
 from common.errors import InputError
-from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs, weight
+from tests.calib.onnx.networks import classifier, detector, model, node, save, table_of, two_inputs, weight
 
 TENSORRT = Path(__file__).parents[1] / "tensorrt"
 TABLES = sorted(path.name for path in (TENSORRT / "tables").glob("*.cache"))
@@ -28,12 +26,6 @@ TIES = 2
 
 def run(*arguments):
     return main([str(argument) for argument in arguments])
-
-
-def table_of(network, source, tmp_path, *arguments):
-    output = tmp_path / "made.cache"
-    assert run("calibrate", network, "--images", source, "--output", output, *arguments) == 0
-    return CalibrationTable.read(output)
 
 
 @pytest.mark.parametrize("name", TABLES)
@@ -110,25 +102,6 @@ def test_an_array_with_batches_is_that_of_its_images(images, tmp_path, network):
     assert table_of(network, tmp_path / "batches.npy", tmp_path) == flat
     assert table_of(network, tmp_path / "named.npz", tmp_path, "--batch-size", "10") == flat
     assert table_of(network, tmp_path / "batches.npy", tmp_path, "--batches", "2") != flat
-
-
-def test_every_value_has_the_threshold_of_its_histogram(images, tmp_path, source, network):
-    table = table_of(network, source, tmp_path, "--batch-size", "40")
-    import onnxruntime
-    import torch
-
-    made = observe.with_outputs(read_float_model(network), ["relu", "fc"])
-    session = onnxruntime.InferenceSession(made.SerializeToString())
-    for name, value in zip(["relu", "fc"], session.run(None, {"data": images}), strict=True):
-        histogram = AbsHistogram()
-        histogram.add(torch.from_numpy(value))
-        assert table.scales[name] == pytest.approx(threshold(histogram).value / 127, rel=1e-4)
-    assert table.scales["pool"] == table.scales["relu"]
-    assert table.scales["/prob/Softmax_output"] == table.scales["prob"]
-    histogram = AbsHistogram()
-    weights = {item.name: onnx.numpy_helper.to_array(item) for item in read_float_model(network).graph.initializer}
-    histogram.add(torch.from_numpy(weights["fc.weight"].copy()))
-    assert table.scales["fc.weight_output"] == pytest.approx(threshold(histogram).value / 127, rel=1e-6)
 
 
 def test_a_detector_with_three_outputs(tmp_path, capsys):

@@ -1,7 +1,5 @@
 """Multiply-accumulates of small graphs whose numbers are known."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -9,12 +9,11 @@ import numpy as np
 import onnx
 import pytest
 
-from calib.__main__ import main
 from calib.onnx.names import network_names
 from calib.onnx.parser_names import ParserNames
 from calib.onnx.rules import Graph
-from calib.table import CalibrationTable, scale_from_hex
-from tests.calib.onnx.networks import stored_models
+from calib.table import scale_from_hex
+from tests.calib.onnx.networks import stored_models, table_of
 
 HERE = Path(__file__).parents[1] / "tensorrt" / "parser"
 NAMES = json.loads((HERE / "broadcasts.json").read_text())
@@ -60,9 +59,7 @@ def images(name):
 def test_tables_of_tensorrt(name, networks, tmp_path):
     onnx.save(networks[name], tmp_path / "network.onnx")
     np.save(tmp_path / "images.npy", images(name))
-    files = [str(tmp_path / file) for file in ("network.onnx", "images.npy", "made.cache")]
-    assert main(["calibrate", files[0], "--images", files[1], "--output", files[2]]) == 0
-    found = CalibrationTable.read(Path(files[2])).scales
+    found = table_of(tmp_path / "network.onnx", tmp_path / "images.npy", tmp_path).scales
     wanted = {entry: scale_from_hex(digits.zfill(8)) for entry, digits in TABLES[name].items()}
 
     known = network_names(tmp_path / "network.onnx")

@@ -83,14 +83,6 @@ def test_a_table_without_line_1(write, tmp_path, capsys):
     assert run("diff", path, tmp_path / "new") == 0
 
 
-def test_a_table_of_an_unnamed_version(write, tmp_path):
-    path = write("TRT-8XXX-EntropyCalibration2 \nimages: 3c010a14\n")
-    with pytest.raises(InputError, match="line 1: .*--tensorrt-version"):
-        run("show", path)
-    assert run("convert", path, path, "--tensorrt-version", "8.6.1") == 0
-    assert path.read_text() == "TRT-8601-EntropyCalibration2\nimages: 3c010a14\n"
-
-
 def test_ranges_of_sample_int8_api(write):
     path = write("gpu_0/data_0: 1.00024\ngpu_0/conv1_1: 5.43116\nsmall: 1e-05\nwhole: 3\n")
     ranges = formats.read(path, algorithm="minmax").dynamic_ranges

@@ -61,15 +61,6 @@ def test_dynamic_ranges_are_127_scales():
     assert table.dynamic_ranges == {"a": 63.5, "b": 254.0}
 
 
-def test_read_and_write_files(tmp_path):
-    path = tmp_path / "CalibrationTableLeNet"
-    table = CalibrationTable.loads(SAMPLE)
-    table.write(path)
-    assert path.read_bytes() == SAMPLE.encode()
-    assert CalibrationTable.read(path) == table
-    assert CalibrationTable.read(str(path)) == table
-
-
 @given(TABLES)
 def test_round_trip(table):
     again = CalibrationTable.loads(table.dumps())
@@ -179,6 +170,8 @@ def test_malformed_lines(line, complaint):
         ("TRT-9001-EntropyCalibration2", "9001 is not the number of a TensorRT version"),
         ("TRT-7202-EntropyCalibration3", "unknown algorithm 'EntropyCalibration3'"),
         ("TRT-7202-entropycalibration2", "unknown algorithm"),
+        *((line, "expected 'TRT-") for line in ("0", "0 1 2", "0 3ff0000000000000")),
+        ("1 3ff0000000000000 3fefffeb074a771d", "expected 'TRT-"),
     ],
 )
 def test_malformed_first_line(line, complaint):
@@ -283,12 +276,6 @@ def test_legacy_header_holds_cutoff_and_quantile():
     assert table != CalibrationTable(table.scales, "legacy", legacy=Legacy(0.5, 0.99999))
 
 
-@pytest.mark.parametrize("line", ["0", "0 1 2", "0 3ff0000000000000", "1 3ff0000000000000 3fefffeb074a771d"])
-def test_malformed_legacy_header(line):
-    ((number, message),) = problems(f"{line}\nconv1: 3c88edfc\n")
-    assert (number, "expected 'TRT-" in message) == (1, True)
-
-
 @pytest.mark.parametrize(
     ("header", "given", "expected"),
     [
@@ -345,19 +332,11 @@ def test_replaced_keeps_line_1_and_the_spelling():
     assert table.replaced({"a": 0.0, "b": 1.0}).dumps() == "TRT-8401-MinMaxCalibration\na: 0\nb: 3f800000\n"
 
 
-def test_files_that_cannot_be_read(tmp_path):
-    with pytest.raises(InputError, match="missing"):
-        CalibrationTable.read(tmp_path / "missing")
-    with pytest.raises(InputError, match="cannot read"):
-        CalibrationTable.read(tmp_path)
-    large = tmp_path / "large"
-    with open(large, "wb") as stream:
+def test_files_that_are_too_large_are_not_read(tmp_path):
+    with open(tmp_path / "large", "wb") as stream:
         stream.truncate(17 * 1024 * 1024)
     with pytest.raises(InputError, match="larger than"):
-        CalibrationTable.read(large)
-    (tmp_path / "latin").write_bytes(b"TRT-7202-EntropyCalibration2\nd\xe9but: 3c008912\n")
-    with pytest.raises(InputError, match="not UTF-8"):
-        CalibrationTable.read(tmp_path / "latin")
+        CalibrationTable.read(tmp_path / "large")
 
 
 def test_error_lines_stay_short():

@@ -1,7 +1,5 @@
 """Height and width left free in the ONNX files: they compute at other sizes what the network does, or are refused."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Convolutions that compute several columns of their output at once."""
 
-from __future__ import annotations
-
 from collections import Counter
 
 import onnx

@@ -1,8 +1,7 @@
 """The form for ONNX Runtime's kernels: no convolution in float, and the numbers of the simulation."""
 
-from __future__ import annotations
-
 import dataclasses
+from collections.abc import Callable
 
 import onnx
 import pytest
@@ -17,7 +16,7 @@ from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
 from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
-from engines.base import Compiled
+from common.macs import MacCount
 from engines.integer import IntegerNetwork
 from engines.onnx.int8 import int8_model
 from engines.onnxruntime.engine import OnnxRuntimeEngine, open_session
@@ -104,28 +103,28 @@ class InvertedBottleneck(nn.Module):
         return self.fc(torch.tanh(x).mean((2, 3)))
 
 
-def quantized(model: nn.Module, keep: tuple[str, ...] = ()) -> tuple[Network, CalibrationTable, Int8Plan]:
-    network = trace(model.eval(), "net", (3, 12, 12))
+def quantized(make: Callable[[], nn.Module], keep: tuple[str, ...] = ()) -> tuple[Network, CalibrationTable, Int8Plan]:
+    torch.manual_seed(0)
+    network = trace(make().eval(), "net", (3, 12, 12))
     table = calibrate(network, [torch.randn(32, 3, 12, 12)])
     return network, table, plan_int8(network, table, keep)
 
 
-def executed(network: Network, table: CalibrationTable) -> Compiled:
-    return OnnxRuntimeEngine(EngineConfig(threads=1), QuantizationConfig()).compile(network, "int8", table)
-
-
-@pytest.mark.parametrize("kind", [Dense, Capped])
-def test_every_convolution_is_computed_on_integers(kind: type[nn.Module]) -> None:
-    torch.manual_seed(0)
-    network, table, plan = quantized(kind())
-    compiled = executed(network, table)
+def executed(network: Network, table: CalibrationTable, atol: float) -> MacCount:
+    """What the kernels multiply, which give what the simulation does."""
+    compiled = OnnxRuntimeEngine(EngineConfig(threads=1), QuantizationConfig()).compile(network, "int8", table)
     batch = torch.randn(32, 3, 12, 12)
-    expected = IntegerNetwork(for_onnxruntime(plan))(batch)
-
+    expected = IntegerNetwork(for_onnxruntime(plan_int8(network, table)))(batch)
+    torch.testing.assert_close(compiled(batch), expected, atol=atol, rtol=1e-6)
     assert compiled.macs is not None
-    assert [layer.layer for layer in compiled.macs.in_float] == []
-    # Batch normalisation in float rounds otherwise in ONNX Runtime: a code may differ at a tie.
-    torch.testing.assert_close(compiled(batch), expected, atol=0.02 if kind is Dense else 1e-6, rtol=1e-6)
+    return compiled.macs
+
+
+# Batch normalisation in float rounds otherwise in ONNX Runtime: a code may differ at a tie.
+@pytest.mark.parametrize(("kind", "atol"), [(Dense, 0.02), (Capped, 1e-6)])
+def test_every_convolution_is_computed_on_integers(kind: type[nn.Module], atol: float) -> None:
+    network, table, _ = quantized(kind)
+    assert executed(network, table, atol).in_float == []
 
 
 @pytest.mark.parametrize("name", ["lenet", "residual", "tied", "sequence"])
@@ -143,8 +142,7 @@ def test_codes_are_those_of_the_simulation(name: str) -> None:
 
 
 def test_results_that_are_read_in_float_are_rounded_to_their_own_scale() -> None:
-    torch.manual_seed(0)
-    _, _, plan = quantized(Dense())
+    _, _, plan = quantized(Dense)
     form = for_onnxruntime(plan)
     values: dict[str, Tensor] = {}
     IntegerNetwork(form, lambda name, value: values.__setitem__(name, value.clone()))(torch.randn(4, 3, 12, 12))
@@ -159,64 +157,46 @@ def test_results_that_are_read_in_float_are_rounded_to_their_own_scale() -> None
 
 def test_relu6_is_no_limit_where_6_has_the_largest_code() -> None:
     """A wider scale, such as that of a sum, has codes beyond 6: there it is computed in float."""
-    torch.manual_seed(0)
-    network, table, _ = quantized(Capped())
+    network, table, _ = quantized(Capped)
     assert max(table.scales[name] for name in ("0", "2", "4")) <= 6.01 / 127
     wide = CalibrationTable({**table.scales, "0": 0.1})
-    batch = torch.randn(32, 3, 12, 12)
-    compiled = executed(network, wide)
-    assert compiled.macs is not None
-    assert [layer.operator for layer in compiled.macs.in_float] == ["Conv"]
-    expected = IntegerNetwork(for_onnxruntime(plan_int8(network, wide)))(batch)
-    assert (compiled(batch) - expected).abs().quantile(0.9) < 1e-3
+    assert [layer.operator for layer in executed(network, wide, 0.05).in_float] == ["Conv"]
 
 
 def test_a_pointwise_convolution_gives_float_and_the_last_one_stays() -> None:
-    torch.manual_seed(0)
-    network, table, plan = quantized(Gate())
+    network, table, plan = quantized(Gate)
     assert not for_onnxruntime(plan).rounded
-    compiled = executed(network, table)
-    assert compiled.macs is not None
-    assert {layer.layer: (layer.operator, layer.int8) for layer in compiled.macs.layers} == {
+    layers = executed(network, table, 0.01).layers
+    assert {layer.layer: (layer.operator, layer.int8) for layer in layers} == {
         "first": ("Conv", True),
         "point": ("MatMul", True),
         "last": ("Conv", False),
     }
-    batch = torch.randn(16, 3, 12, 12)
-    torch.testing.assert_close(compiled(batch), IntegerNetwork(plan)(batch), atol=0.01, rtol=0)
 
 
-@pytest.mark.parametrize("point", [False, True])
-def test_a_transposition_that_another_undoes(point: bool) -> None:
-    torch.manual_seed(0)
-    network, table, plan = quantized(ChannelsLast(point))
-    compiled = executed(network, table)
-    batch = torch.randn(16, 3, 12, 12)
-    assert compiled.macs is not None
-    assert [layer.layer for layer in compiled.macs.in_float] == ([] if point else ["patch"])
-    torch.testing.assert_close(compiled(batch), IntegerNetwork(for_onnxruntime(plan))(batch), atol=0.02, rtol=0)
+@pytest.mark.parametrize(("point", "in_float"), [(False, ["patch"]), (True, [])])
+def test_a_transposition_that_another_undoes(point: bool, in_float: list[str]) -> None:
+    network, table, _ = quantized(lambda: ChannelsLast(point))
+    assert [layer.layer for layer in executed(network, table, 0.02).in_float] == in_float
 
 
 @pytest.mark.parametrize("pointwise", [False, True])
 def test_layers_behind_a_normalised_and_transposed_value_are_in_int8(pointwise: bool) -> None:
     """Of a pointwise convolution's two transpositions the exporter leaves none: the product reads the norm."""
-    torch.manual_seed(0)
-    network, table, plan = quantized(InvertedBottleneck(pointwise))
-    compiled = executed(network, table)
-    batch = torch.randn(16, 3, 12, 12)
-    assert compiled.macs is not None
-    assert [layer.layer for layer in compiled.macs.in_float] == ["depthwise"]
-    torch.testing.assert_close(compiled(batch), IntegerNetwork(for_onnxruntime(plan))(batch), atol=0.01, rtol=0)
+    network, table, plan = quantized(lambda: InvertedBottleneck(pointwise))
+    assert [layer.layer for layer in executed(network, table, 0.01).in_float] == ["depthwise"]
 
     portable = int8_model(plan)
     assert count_macs(portable, "").in_float == []
+    batch = torch.randn(16, 3, 12, 12)
     session, _ = open_session(portable, 1, optimize=False)
     (found,) = session.run(None, {"data": batch.numpy()})
     torch.testing.assert_close(torch.from_numpy(found), IntegerNetwork(for_tensorrt(plan))(batch), atol=0.01, rtol=0)
 
 
 def test_what_a_layer_kept_in_float_reads_is_not_rounded() -> None:
-    _, _, plan = quantized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3)), ("2",))
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+    _, _, plan = quantized(lambda: nn.Sequential(*layers), ("2",))
     assert not for_onnxruntime(plan).rounded
 
 

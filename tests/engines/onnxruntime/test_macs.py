@@ -1,7 +1,5 @@
 """What ONNX Runtime's kernels multiply in INT8, on networks whose answer is known."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

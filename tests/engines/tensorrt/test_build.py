@@ -14,20 +14,21 @@ SHAPE = (2, 1, 28, 28)
 
 
 class TestBuilding:
-    def test_precisions_have_fp32_beside_them(self):
-        assert Build.of(EngineConfig(), "fp32").precisions == {"fp32"}
-        assert Build.of(EngineConfig(), "fp16").precisions == {"fp16", "fp32"}
-        assert Build.of(EngineConfig(), "int8").precisions == {"int8", "fp32"}
-        assert Build.of(EngineConfig(int8_fp16=True), "int8").precisions == {"int8", "fp16", "fp32"}
-
-    def test_a_dla_core_has_none(self):
-        assert Build.of(EngineConfig(dla_core=0), "fp16").precisions == {"fp16"}
-        assert Build.of(EngineConfig(dla_core=0), "int8").precisions == {"int8", "fp16"}
-
-    def test_fp32_stays_off_the_dla_core(self):
-        build = Build.of(EngineConfig(dla_core=0), "fp32")
-        assert build.precisions == {"fp32"}
-        assert build.dla_core is None
+    @pytest.mark.parametrize(
+        ("config", "precision", "precisions", "dla_core"),
+        [
+            ({}, "fp32", {"fp32"}, None),
+            ({}, "fp16", {"fp16", "fp32"}, None),
+            ({}, "int8", {"int8", "fp32"}, None),
+            ({"int8_fp16": True}, "int8", {"int8", "fp16", "fp32"}, None),
+            ({"dla_core": 0}, "fp32", {"fp32"}, None),  # on the GPU
+            ({"dla_core": 0}, "fp16", {"fp16"}, 0),
+            ({"dla_core": 0}, "int8", {"int8", "fp16"}, 0),
+        ],
+    )
+    def test_precisions_have_fp32_beside_them_but_on_a_dla_core(self, config, precision, precisions, dla_core):
+        build = Build.of(EngineConfig(**config), precision)
+        assert (build.precisions, build.dla_core) == (precisions, dla_core)
 
     def test_arguments(self):
         config = EngineConfig(device=1, tf32=True, timing_iterations=3, workspace=2, full_compilation=True)
@@ -43,14 +44,6 @@ class TestBuilding:
             "require_full_compilation": True,
             "truncate_long_and_double": True,
         }
-
-    def test_arguments_for_a_dla_core(self):
-        arguments = compile_arguments(Upstream(), SHAPE, Build.of(EngineConfig(dla_core=1), "fp16"))
-        assert arguments["device"] == {"device_type": "dla", "gpu_id": 0, "dla_core": 1, "allow_gpu_fallback": True}
-        assert torch.float not in arguments["enabled_precisions"]
-
-    def test_tf32_is_off_by_default(self):
-        assert compile_arguments(Upstream(), SHAPE, Build.of(EngineConfig(), "fp32"))["disable_tf32"]
 
     @pytest.mark.parametrize(
         ("version", "precision", "half"),

@@ -209,20 +209,6 @@ class TestInt8:
         assert "aten::fake_quantize_per_channel_affine" in str(module.inlined_graph)
         assert compiled.details["int8 layers"] == "conv1, conv2, ip1, ip2"
 
-    def test_a_layer_kept_in_float_goes_explicit(self, machine, network, tmp_path):
-        machine()
-        quantization = QuantizationConfig(keep_fp=["conv1"])
-        compiled = engine(tmp_path, (2,), quantization).compile(network, "int8", OURS)
-        assert "explicit" in compiled.details["quantization"]
-        assert "conv1 kept in float" in compiled.details["quantization"]
-        assert compiled.details["int8 layers"] == "conv2, ip1, ip2"
-
-    def test_percentile_goes_explicit(self, machine, network, tmp_path):
-        machine()
-        table = CalibrationTable(OURS.scales, "percentile")
-        compiled = engine(tmp_path, (2,)).compile(network, "int8", table)
-        assert "no percentile calibration" in compiled.details["quantization"]
-
     @pytest.mark.parametrize(
         ("theirs", "installed", "ours", "message"),
         [
@@ -310,12 +296,6 @@ class TestRefusing:
             engine(tmp_path).compile(trace(LeNet()), "fp32", None)
         with pytest.raises(EngineError, match="there is no GPU 3"):
             engine(tmp_path).mode("entropy2")
-
-    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-    def test_this_machine_has_no_gpu(self, tmp_path):
-        reason = str(engine(tmp_path).unavailable())
-        assert "\n" not in reason
-        assert "GPU" in reason
 
 
 def test_a_dla_core_is_named(machine, network, tmp_path):

@@ -1,7 +1,5 @@
 """The form of the plan that TensorRT fuses: what changes in it, and that nothing else does."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

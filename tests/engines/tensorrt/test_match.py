@@ -35,43 +35,6 @@ def names(pairs):
     return [(pair.reference, pair.tensorrt) for pair in pairs]
 
 
-def test_lenet_through_the_torchscript_front_end():
-    theirs = CalibrationTable(
-        {
-            "input_0": 0.011,
-            unnamed(0, "Convolution"): 0.02,
-            unnamed(1, "Pooling"): 0.03,
-            unnamed(2, "Convolution"): 0.04,
-            unnamed(3, "Pooling"): 0.05,
-            unnamed(4, "Shuffle"): 0.05,
-            unnamed(6, "Matrix Multiply"): 0.5,
-            unnamed(8, "ElementWise"): 0.6,
-            unnamed(9, "Activation"): 0.06,
-            unnamed(11, "Matrix Multiply"): 0.9,
-            unnamed(13, "ElementWise"): 0.07,
-            "output_0": 0.08,
-        }
-    )
-    pairs = compare(OURS, theirs, LENET)
-    assert [pair for pair in names(pairs) if None not in pair] == [
-        ("data", "input_0"),
-        ("conv1", unnamed(0, "Convolution")),
-        ("pool1", unnamed(1, "Pooling")),
-        ("conv2", unnamed(2, "Convolution")),
-        ("pool2", unnamed(3, "Pooling")),
-        ("ip1", unnamed(9, "Activation")),
-        ("ip2", unnamed(13, "ElementWise")),
-        ("prob", "output_0"),
-    ]
-    assert [pair.tensorrt for pair in pairs if pair.reference is None] == [
-        unnamed(4, "Shuffle"),
-        unnamed(6, "Matrix Multiply"),
-        unnamed(8, "ElementWise"),
-        unnamed(11, "Matrix Multiply"),
-    ]
-    assert pairs[0].ratio == pytest.approx(1.1)
-
-
 def test_the_table_that_tensorrt_wrote_for_lenet():
     """By Torch-TensorRT 2.8.0's DataLoaderCalibrator over TensorRT 10.6.0 on an H100."""
     theirs = CalibrationTable.read(TABLES / "LeNet.torch_tensorrt.cache")

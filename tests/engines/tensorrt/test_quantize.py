@@ -9,7 +9,6 @@ import pytest
 
 from calib.table import CalibrationTable
 from common.errors import InputError
-from engines.tensorrt.support import Installed
 from evaluate import main as evaluate
 from quantize import main
 from tests.runs import digits_run
@@ -119,24 +118,12 @@ def test_explicit_needs_no_calibration_by_tensorrt(machine, quantize, artifacts,
     assert ["calibrator" in arguments for _, arguments in upstream.calls] == [False]
 
 
-def test_a_newer_version_goes_explicit_by_itself(machine, quantize):
-    machine(installed=Installed("2.14.1", "2.14.0", "11.1.0.106"))
-    summary = quantize()
-    assert "2.14.0 has no DataLoaderCalibrator" in summary["engine"]["quantization"]
-
-
 def test_a_build_error_ends_the_command_in_one_line(machine, artifacts):
     machine(Upstream(error=RuntimeError("[Error thrown at a.cpp:1] no kernel image")))
     with pytest.raises(InputError, match="TensorRT could not build the engine: no kernel image") as caught:
         main(["--artifacts", str(artifacts)])
     assert "\n" not in str(caught.value)
     assert not (artifacts / "lenet_mnist" / "tensorrt" / "CalibrationTableLeNet").exists()
-
-
-def test_implicit_by_name_on_a_newer_version_is_refused(machine, artifacts):
-    machine(installed=Installed("2.14.1", "2.14.0", "11.1.0.106"))
-    with pytest.raises(InputError, match=r"2\.8\.0 was the last"):
-        main(["--artifacts", str(artifacts), "--quantization", "implicit"])
 
 
 QUICK = [

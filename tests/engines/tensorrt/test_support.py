@@ -25,7 +25,6 @@ from engines.tensorrt.support import (
     strongly_typed,
     table_problem,
 )
-from tests.upstream import Upstream
 
 ROOT = Path(__file__).parents[3]
 OPTIONAL = ("tensorrt", "torch_tensorrt")
@@ -154,12 +153,6 @@ class TestFinding:
         with pytest.raises(TensorRTError, match="cannot be imported") as caught:
             support.load()
         assert "\n" not in str(caught.value)
-
-    def test_a_gpu_that_is_too_old(self, monkeypatch):
-        monkeypatch.setattr(support, "find_gpu", lambda index: gpu(7, 0))
-        monkeypatch.setattr(support, "load", lambda: (Upstream(), installed()))
-        with pytest.raises(TensorRTError, match=r"compute capability 7\.0"):
-            support.usable(0)
 
 
 def imported(file):
