@@ -1,7 +1,5 @@
 """The house as CONTRIBUTING draws it: who may import whom, the one door to TensorRT, and where names are known."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -377,7 +377,10 @@ def assigns(x: Tensor) -> None:
         (lambda: Gives(lambda x, y: y.argmax(1)), "network net gives int64, as an argmax does: pass the network"),
         (lambda: Gives(lambda x, y: (y > 0, y.argmax(1))), "gives bool, as an argmax does"),
     ],
-    ids=["torchscript", "lazy", "constant_output", "number_of_the_batch", "argmax", "several_without_floats"],
+    ids=[
+        *("random", "norm_of_rows", "image_by_image", "copy", "assignment", "shape"),
+        *("torchscript", "lazy", "constant_output", "number_of_the_batch", "argmax", "several_without_floats"),
+    ],
 )
 def test_what_cannot_be_traced_is_one_line(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -1,9 +1,7 @@
 """What versions and GPUs can do, and which way INT8 goes: decided without either."""
 
-import ast
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +24,6 @@ from engines.tensorrt.support import (
     table_problem,
 )
 
-ROOT = Path(__file__).parents[3]
 OPTIONAL = ("tensorrt", "torch_tensorrt")
 
 
@@ -153,21 +150,6 @@ class TestFinding:
         with pytest.raises(TensorRTError, match="cannot be imported") as caught:
             support.load()
         assert "\n" not in str(caught.value)
-
-
-def imported(file):
-    """Roots of the names of the modules that a file imports, within functions too."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield str(node.module).partition(".")[0]
-
-
-def test_nothing_else_imports_tensorrt():
-    packages = ("benchmarks", "calib", "common", "data", "engines", "evaluation", "models")
-    files = [*ROOT.glob("*.py"), *(file for name in packages for file in (ROOT / name).rglob("*.py"))]
-    assert [file for file in files if set(OPTIONAL) & set(imported(file))] == [Path(support.__file__)]
 
 
 def test_nor_does_this_before_it_is_used(monkeypatch):
