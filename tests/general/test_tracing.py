@@ -106,6 +106,24 @@ def test_a_value_changed_in_a_part_is_put_together_from_its_parts() -> None:
     assert set(traced(Body(function)).unsupported.values()) == {"mul"}
 
 
+def assigns(x: Tensor) -> None:
+    x[:, 0] = 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x.copy_(x + 1), "copy_, which works in place"),
+        (assigns, r"Body cannot be traced: .*item assignment.*test_tracing\.py:\d+: x\[:, 0\]"),
+    ],
+)
+def test_in_place_without_a_pure_counterpart_is_refused_by_name(
+    change: Callable[[Tensor], object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        trace(Body(statement(change)))
+
+
 def test_masks_and_indices_have_no_range(caplog: pytest.LogCaptureFixture) -> None:
     network = trace(Body(lambda x: torch.where(x > 0, x, -x)), input_shape=SHAPE)
     table = calibrate(network, [torch.rand(2, *SHAPE)])
@@ -357,18 +375,12 @@ class OneByOne(nn.Module):
         return torch.stack([image.mean() * len(x) for image in x])
 
 
-def assigns(x: Tensor) -> None:
-    x[:, 0] = 0
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Body(lambda x: x * torch.rand(1)), "net computes something else once traced: random"),
         (Rows, "computes something else once traced"),
         (OneByOne, "for another number of images"),
-        (lambda: Body(lambda x: x.copy_(x + 1)), "copy_, which works in place"),
-        (lambda: Body(statement(assigns)), r"cannot be traced: .*item assignment.*test_tracing\.py:\d+: x\[:, 0\]"),
         (lambda: Body(lambda x: x, 4), r"net does not take images of shape \(2, 3, 6, 6\): .*test_tracing"),
         (lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(108, 5))), "it is TorchScript; pass the nn"),
         (lambda: nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), r"its module 1 \(LazyLinear\) has no weights yet"),
@@ -378,7 +390,7 @@ def assigns(x: Tensor) -> None:
         (lambda: Gives(lambda x, y: (y > 0, y.argmax(1))), "gives bool, as an argmax does"),
     ],
     ids=[
-        *("random", "norm_of_rows", "image_by_image", "copy", "assignment", "shape"),
+        *("random", "norm_of_rows", "image_by_image", "shape"),
         *("torchscript", "lazy", "constant_output", "number_of_the_batch", "argmax", "several_without_floats"),
     ],
 )

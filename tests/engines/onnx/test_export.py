@@ -1,6 +1,7 @@
 """The ONNX files: names, quantization, numbers."""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
