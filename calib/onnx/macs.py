@@ -27,6 +27,10 @@ _OPERANDS: Final[Mapping[str, tuple[int, int]]] = {
     "Gemm": (0, 1),
     "MatMul": (0, 1),
     "Einsum": (0, 1),
+    "DeformConv": (0, 1),
+    "LSTM": (0, 1),
+    "GRU": (0, 1),
+    "RNN": (0, 1),
     "ConvInteger": (0, 1),
     "MatMulInteger": (0, 1),
     "QLinearConv": (0, 3),
@@ -35,7 +39,10 @@ _OPERANDS: Final[Mapping[str, tuple[int, int]]] = {
 """Operator -> positions of the two operands among its inputs."""
 
 _INTEGER: Final = frozenset({"ConvInteger", "MatMulInteger", "QLinearConv", "QLinearMatMul"})
-_OPAQUE: Final = frozenset({"LSTM", "GRU", "RNN", "Attention", "DeformConv"})
+_RECURRENT: Final = frozenset({"LSTM", "GRU", "RNN"})
+_ALWAYS_FLOAT: Final = _RECURRENT | {"DeformConv"}
+"""Operators for which there is no integer kernel, whatever is quantized around them."""
+_OPAQUE: Final = frozenset({"Attention"})
 """Operators that multiply, and whose inner products are not counted here."""
 
 _MOVES: Final = RESHAPES | {
@@ -77,7 +84,7 @@ def count_macs(
         value
         for _, node in products(graph)
         if _macs(node, sizes) is None
-        for value in (*(node.input[slot] for slot in _OPERANDS[node.op_type]), node.output[0])
+        for value in (*(node.input[slot] for slot in _OPERANDS[node.op_type]), _result(node))
     }
     if unknown:
         sizes |= _observed_shapes(model, unknown, sizes)
@@ -98,7 +105,7 @@ def count_macs(
 def products(graph: Graph) -> Iterator[tuple[str, onnx.NodeProto]]:
     """The convolutions and matrix products that depend on an input, each with its layer's name."""
     for node in graph.nodes:
-        if node.op_type in _OPERANDS and node.output[0] not in graph.constant:
+        if node.op_type in _OPERANDS and _result(node) not in graph.constant:
             yield _layer(node, graph), node
 
 
@@ -160,13 +167,17 @@ def _multiplies(node: onnx.NodeProto) -> bool:
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int | None]]) -> int | None:
     """Multiply-accumulates of an operator for its shapes; None where a size is not known."""
     first, second = (shapes.get(node.input[slot]) for slot in _OPERANDS[node.op_type])
-    result = shapes.get(node.output[0])
+    result = shapes.get(_result(node))
     if first is None or second is None:
         return None
     factors: list[int | None]
     if node.op_type == "Einsum":
         return _einsum(node, shapes)
-    if node.op_type == "ConvTranspose":
+    if node.op_type in _RECURRENT:
+        # In each step, what is read and the state are multiplied by a matrix each: [directions, rows, columns].
+        columns = [(shapes.get(name) or [None])[-1] for name in node.input[1:3]]
+        factors = [*first[:2], *second[:2], None if None in columns else sum(size or 0 for size in columns)]
+    elif node.op_type == "ConvTranspose":
         factors = [*first, *second[1:]]
     elif result is None:
         return None
@@ -194,6 +205,8 @@ def _einsum(node: onnx.NodeProto, shapes: Mapping[str, list[int | None]]) -> int
 
 def _in_float(node: onnx.NodeProto, graph: Graph) -> list[str]:
     """What is in float of an operator's operands; empty where both are INT8."""
+    if node.op_type in _ALWAYS_FLOAT:
+        return [f"there is no integer kernel for {node.op_type}"]
     missing = []
     operands = range(len(node.input)) if node.op_type == "Einsum" else _OPERANDS[node.op_type]
     for name in (node.input[slot] for slot in operands):
@@ -220,12 +233,17 @@ def _is_dequantized(name: str, graph: Graph) -> bool:
     return True
 
 
+def _result(node: onnx.NodeProto) -> str:
+    """The value that an operator gives; a recurrent one may give its last state alone."""
+    return next(str(name) for name in node.output if name)
+
+
 def _layer(node: onnx.NodeProto, graph: Graph) -> str:
     """The layer's name: of the product's value or, where a bias is added to it alone, of that sum."""
-    name = node.output[0]
+    name = _result(node)
     after = graph.sole_reader(name)
     if node.op_type == "MatMul" and after is not None and after.op_type == "Add":
         other = next((value for value in after.input if value != name), name)
         if other in graph.constant:
             return str(after.output[0])
-    return str(name)
+    return name

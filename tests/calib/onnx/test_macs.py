@@ -60,6 +60,12 @@ CONV = np.ones((8, 3, 3, 3), CODES)
             {"w": (5, 3)},
             6 * 5 * 3,
         ),
+        (
+            make_node("LSTM", ["x", "w", "r"], ["", "y"], hidden_size=4, direction="bidirectional"),
+            {"x": [7, 1, 6]},
+            {"w": (2, 16, 6), "r": (2, 16, 4)},
+            7 * 2 * 16 * (6 + 4),
+        ),
     ],
     ids=lambda value: value.op_type if isinstance(value, onnx.NodeProto) else "",
 )
