@@ -117,9 +117,10 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
     if node.op == "call_method":
         kind = _METHODS.get(str(node.target), "other")
     elif node.target is operator.getitem:
-        source = node.all_input_nodes[0]
+        source, *indices = node.all_input_nodes
         part = gives_tuple(source) and kind_of(source, module) == "other"
-        kind = "shape" if _of_shapes(node, module) else "other" if part else "view"
+        computed = any(kind_of(index, module) not in ("get_attr", "shape") for index in indices)
+        kind = "shape" if _of_shapes(node, module) else "other" if part or computed else "view"
     elif _is_idle_stochastic_depth(node):
         kind = "nothing"
     else:

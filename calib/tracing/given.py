@@ -39,7 +39,10 @@ def refuse_unusable(model: nn.Module, name: str) -> None:
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy whose weights are plain float32 parameters, also those that the model computes from others."""
+    """A copy whose weights are plain float32 parameters, also those that the model computes from others.
+
+    Parts that ``torch.compile`` wraps are taken out of it.
+    """
     # A weight that a hook computes is no leaf of autograd, which deepcopy refuses.
     computed = [
         value
@@ -48,6 +51,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
         if isinstance(value, Tensor) and not value.is_leaf
     ]
     root = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
+    for path, module in list(root.named_modules()):
+        if path and unwrapped(module) is not module:
+            root.set_submodule(path, unwrapped(module))
     _bake(root)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in root.state_dict().values()):
         root.float()

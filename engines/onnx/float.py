@@ -66,6 +66,7 @@ def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.
     nodes = {node.name: node for node in module.graph.nodes}
     if rewrite is not None:
         rewrite(module, tensors.shapes)
+    _count_from_the_front(module.graph, tensors.shapes)
     asked = [node for node in tensors.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     outputs = [values[node] for node in network.outputs]
     asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
@@ -111,6 +112,21 @@ def overwritten_as(network: Network, name: str) -> str:
     while name not in network.observed:
         name = next(reader.name for reader in nodes[name].users if network.kinds.get(reader.name) == "relu")
     return network.observed[name]
+
+
+def _count_from_the_front(graph: fx.Graph, shapes: Mapping[str, torch.Size]) -> None:
+    """Name the dimension of ``unfold`` by its number from the front: the exporter gets the other way wrong, silently.
+
+    Args:
+        graph: To be exported; changed in place.
+        shapes: fx node -> shape of its value.
+    """
+    for node in graph.find_nodes(op="call_method", target="unfold"):
+        source = node.all_input_nodes[0]
+        given: list[Any] = [*node.args[1:], *node.kwargs.values()]
+        if given[0] < 0 and source.name in shapes:
+            given[0] += len(shapes[source.name])
+            node.args, node.kwargs = (source, *given), {}
 
 
 class _Tensors(fx.Interpreter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import onnx
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -131,6 +132,13 @@ def test_masks_and_indices_have_no_range(caplog: pytest.LogCaptureFixture) -> No
     assert table.scales["gt"] == 0
     assert set(table.unusable) == {"gt"}
     assert "gt" not in caplog.text
+
+
+def test_what_a_mask_picks_is_quantized_and_not_the_mask() -> None:
+    network = trace(Body(lambda x: x[x.amax((1, 2, 3)) > 0]), input_shape=SHAPE)
+    plan = plan_int8(network, calibrate(network, [torch.rand(2, *SHAPE)]))
+    assert network.tensor_of["flatten"] == "getitem"
+    onnx.checker.check_model(int8_model(plan, for_cpu=True), full_check=True)
 
 
 def test_attention_is_the_products_that_it_is_made_of() -> None:
@@ -290,6 +298,11 @@ def normalised(layer: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.M
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), norm(layer), nn.ReLU())
 
 
+def compiled(*layers: nn.Module) -> nn.Module:
+    """Layers in the wrapper of ``torch.compile``."""
+    return torch.compile(nn.Sequential(*layers), backend="eager")  # type: ignore[return-value]
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
 @pytest.mark.parametrize(
     "make",
@@ -298,9 +311,10 @@ def normalised(layer: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.M
         lambda: normalised(nn.Linear(64, 5), nn.utils.spectral_norm),
         lambda: normalised(nn.Linear(64, 5), lambda layer: nn.Sequential(layer, nn.BatchNorm1d(5, affine=False))),
         lambda: nn.DataParallel(Body(F.relu)),
-        lambda: torch.compile(Body(F.relu), backend="eager"),
+        lambda: compiled(Body(F.relu)),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), compiled(nn.Flatten(), nn.Linear(64, 5))),
     ],
-    ids=["weight_norm", "spectral_norm", "norm_without_weights", "data_parallel", "compile"],
+    ids=["weight_norm", "spectral_norm", "norm_without_weights", "data_parallel", "compile", "compiled_part"],
 )
 def test_computed_weights_and_wrappers_are_no_obstacle_and_stay(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -348,8 +362,9 @@ class Found:
         lambda x, y: Found(y, y.relu()),
         lambda x, y: Found(y),
         lambda x, y: (y, y.argmax(1)),
+        lambda x, y: x.unfold(-1, 3, 2),
     ],
-    ids=["twice", "images", "dataclass", "dataclass_of_one", "scores_and_class"],
+    ids=["twice", "images", "dataclass", "dataclass_of_one", "scores_and_class", "windows"],
 )
 def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], object]) -> None:
     assert_file_gives(Gives(result).eval())
@@ -388,10 +403,11 @@ class OneByOne(nn.Module):
         (lambda: Body(lambda x: x / x.abs().max().item()), "something else for another number of images"),
         (lambda: Gives(lambda x, y: y.argmax(1)), "network net gives int64, as an argmax does: pass the network"),
         (lambda: Gives(lambda x, y: (y > 0, y.argmax(1))), "gives bool, as an argmax does"),
+        (lambda: Body(Tensor.half), r"in fc \(Linear\): its forward changes the type of its values"),
     ],
     ids=[
-        *("random", "norm_of_rows", "image_by_image", "shape"),
-        *("torchscript", "lazy", "constant_output", "number_of_the_batch", "argmax", "several_without_floats"),
+        *("random", "norm_of_rows", "image_by_image", "shape", "torchscript", "lazy", "constant_output"),
+        *("number_of_the_batch", "argmax", "several_without_floats", "cast"),
     ],
 )
 def test_what_cannot_be_traced_is_one_line(make: Callable[[], nn.Module], message: str) -> None:
