@@ -82,6 +82,8 @@ def purpose(network: Network, asked: TaskName, classes: int, targets: int) -> Pu
         return Purpose("classify", f"one score for each of {classes} classes")
     if targets and shape in ((targets,), () if targets == 1 else None):
         return Purpose("regress", f"as many numbers for an image as data.targets has: {targets}")
+    if targets and len(shape) < 2:
+        raise InputError(f"data.targets has {targets} numbers for an image, but {shown}: leave it out, or --task embed")
     if network.task == "classify":
         if classes and network.gives_probabilities:
             raise InputError(

@@ -47,11 +47,14 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
         code = fail(str(error))
     except KeyboardInterrupt:
         code = _interrupted()
-    except SystemExit:
+    except SystemExit as stop:
         # Lightning turns an interrupt into exit code 1, which here would mean a verdict.
-        if not interrupted:
+        if interrupted:
+            code = _interrupted()
+        elif stop.code in (None, ExitCode.PASSED, ExitCode.BAD_INPUT, ExitCode.TERMINATED):
             raise
-        code = _interrupted()
+        else:
+            code = fail(f"code that was imported or called ended the program: sys.exit({stop.code!r})")
     except BrokenPipeError:
         # The reader of stdout has gone (as in `| head`): nobody is left to tell.
         _discard_output()

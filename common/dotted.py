@@ -53,5 +53,5 @@ def _module(name: str, parts: list[str], path: str, option: str, outer: bool) ->
         if outer and parent and f"{name}.".startswith(f"{error.name}."):
             return _module(parent, [last, *parts], path, option, outer)
         raise InputError(f"cannot import {option} {path!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"importing {option} {path!r} failed: {type(error).__name__}: {error}") from error

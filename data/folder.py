@@ -315,7 +315,7 @@ class _Listing:
                 line = f"{part.name}/{path.relative_to(part)}\0{path.stat().st_size}\0{label}\n"
                 self.digest.update(line.encode(errors="surrogateescape"))
         except OSError as error:
-            raise InputError(f"cannot read {part}: {error.strerror or error}") from error
+            raise InputError(f"cannot read {error.filename or part}: {error.strerror or error}") from error
         if not paths:
             raise InputError(f"{part} holds no images")
         return paths, torch.tensor(labels, dtype=torch.int64 if self.targets is None else torch.float32)

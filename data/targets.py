@@ -23,7 +23,8 @@ def read_targets(path: Path) -> dict[str, tuple[float, ...]]:
     """
     found: dict[str, tuple[float, ...]] = {}
     width = 0
-    for number, row in enumerate(csv.reader(io.StringIO(read_text(path, _MOST_BYTES))), start=1):
+    text = read_text(path, _MOST_BYTES).removeprefix("\ufeff")  # which spreadsheets write first
+    for number, row in enumerate(csv.reader(io.StringIO(text)), start=1):
         if not row:
             continue
         values = tuple(_number(cell) for cell in row[1:])
@@ -35,7 +36,9 @@ def read_targets(path: Path) -> dict[str, tuple[float, ...]]:
         width = width or len(numbers)
         if len(numbers) != width:
             raise InputError(f"{path} line {number} has {len(numbers)} numbers, the lines before {width}")
-        found[Path(row[0].strip()).as_posix()] = numbers
+        name = Path(row[0].strip()).as_posix()
+        if found.setdefault(name, numbers) != numbers:
+            raise InputError(f"{path} line {number} gives {name} other numbers than a line before")
     if not found:
         raise InputError(f"{path} holds no targets: a line is an image's path and its numbers")
     return found

@@ -316,10 +316,9 @@ def analyse(
         advice = "No layer of this network runs in INT8."
     elif passed:
         worst = found.layers[0]
-        advice = (
-            f"INT8 is within the tolerance: no layer needs higher precision. {worst.layer} makes the largest part of "
-            f"the noise in the outputs ({worst.noise_share:.0f} %)."
-        )
+        advice = "INT8 is within the tolerance: no layer needs higher precision."
+        if worst.noise_share > 0:
+            advice += f" {worst.layer} makes the largest part of the noise in the outputs ({worst.noise_share:.0f} %)."
     else:
         ranked = [layer.layer for layer in found.layers]
         kept = layers_to_keep(network, plan, ranked, images, batch_size, measure, limits)

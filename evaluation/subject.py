@@ -59,8 +59,18 @@ class TrainedRun:
             logger.warning("%s", note)
         logger.info("traced by %s", self.network.traced_by)
         logger.info("task: %s", self.purpose)
+        if self.network.unsupported:
+            logger.warning("in float, since INT8 gains nothing there or has no such operation: %s", self._in_float())
+
+    def _in_float(self) -> str:
+        """The operations that stay in float, each with the tensors that it makes."""
+        tensors: dict[str, list[str]] = {}
         for tensor, operation in self.network.unsupported.items():
-            logger.warning("%s (%s) is not understood by INT8 calibration: it stays in float", tensor, operation)
+            tensors.setdefault(operation, []).append(tensor)
+        return ", ".join(
+            f"{operation} ({names[0]}{f' and {len(names) - 1} more' if names[1:] else ''})"
+            for operation, names in tensors.items()
+        )
 
     def metadata(self, seed: int) -> dict[str, str]:
         """What its ONNX files say of it, as text by key."""

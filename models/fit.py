@@ -193,7 +193,7 @@ class Checkpoints(Checkpoint):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or is_trial(trainer) or trainer.state.fn != TrainerFn.FITTING:
             return
-        self._remove_earlier(trainer)
+        self.remove_earlier(trainer)
         # The same in every process: the metric is synchronised.
         score = float(trainer.callback_metrics["val_top1"])
         if self.best_score is None or score >= self.best_score:
@@ -204,9 +204,9 @@ class Checkpoints(Checkpoint):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Also of a training without validation.
         if not is_trial(trainer):
-            self._remove_earlier(trainer)
+            self.remove_earlier(trainer)
 
-    def _remove_earlier(self, trainer: Trainer) -> None:
+    def remove_earlier(self, trainer: Trainer) -> None:
         """Remove the earlier training, so that its checkpoints and logs are not mixed up with this one's."""
         if trainer.is_global_zero:
             for path in self.earlier:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.dotted import locate
-from common.errors import InputError
+from common.errors import InputError, first_line
 from models.archive import is_plain, load_archive
 
 _HOLDERS: Final = ("state_dict", "model_state_dict", "model")
@@ -61,7 +61,7 @@ def construct(factory: Callable[..., Any], class_path: str, arguments: Mapping[s
         network = factory(**arguments)
     except Exception as error:
         shown = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
-        raise InputError(f"{class_path}({shown}) failed: {type(error).__name__}: {error}") from error
+        raise InputError(f"{class_path}({shown}) failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(network, nn.Module):
         raise InputError(f"{class_path} made a {type(network).__name__}, not a torch.nn.Module")
     return network

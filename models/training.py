@@ -99,14 +99,18 @@ def train(
         InputError: the loss is not finite, nothing can be written, or another process of this training ended.
     """
     last = fit.checkpoint_to_resume(folder) if resume else None
-    if options.measure_precision:
+    as_it_is = is_taken_as_it_is(options)
+    if options.measure_precision and not as_it_is:
         options = options.with_precision(_precision(network, data.info, config.data.batch_size, last))
     fitting = fit.make_trainer(options, folder, config.optimizer.average, resume)
     trainer = fitting.trainer
     record = fit.training_record(config, data.info, options)
     classifier = Classifier(network, config.optimizer, len(data.info.classes), record)
     try:
-        fit.interruptible(lambda: trainer.fit(classifier, datamodule=data, ckpt_path=last))
+        if as_it_is:
+            fitting.checkpoints.remove_earlier(trainer)
+        else:
+            fit.interruptible(lambda: trainer.fit(classifier, datamodule=data, ckpt_path=last))
         epochs = fit.load_best(fitting, classifier)
         fit.interruptible(lambda: trainer.test(classifier, datamodule=data, verbose=False))
     except OSError as error:

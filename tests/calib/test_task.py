@@ -78,6 +78,7 @@ def test_a_trained_network_is_a_classifier() -> None:
         ("", "classify", 0, 0, "needs classes, and the images have none"),
         ("several", "classify", 5, 0, "but Model gives boxes 5, map 3x2x2"),
         ("", "regress", 0, 2, "data.targets has 2 numbers for an image, but Model gives 5"),
+        ("", "auto", 0, 2, "data.targets has 2 numbers for an image, but Model gives 5: leave it out"),
         ("softmax", "auto", 10, 0, "Model gives 5 by a softmax, and the images have 10 classes: not a classifier of"),
     ],
 )

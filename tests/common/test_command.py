@@ -60,6 +60,7 @@ def end(body: str, **options) -> subprocess.CompletedProcess[str]:
         ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", 130, "interrupted; finished files are kept\n"),
         ("os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)", 143, ""),
         ("raise SystemExit(2)", 2, ""),
+        ("sys.exit('bye')", 2, "error: code that was imported or called ended the program: sys.exit('bye')\n"),
     ],
 )
 def test_codes_and_words(body, code, error):

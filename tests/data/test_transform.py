@@ -185,12 +185,17 @@ def test_targets_take_the_place_of_labels(root: Path) -> None:
         (["train/00.png,1", "train/01.png"], "line 2 is not an image's path and numbers"),
         (["train/00.png,1", "train/01.png,inf"], "line 2 is not an image's path and numbers"),
         (["train/00.png,1", "train/01.png,old"], "line 2 is not"),
+        (["train/00.png,1", "train/00.png,2"], "line 2 gives train/00.png other numbers than a line before"),
         (["train/00.png,1", "train/01.png,1,2"], "line 2 has 2 numbers, the lines before 1"),
     ],
 )
 def test_targets_that_are_none(root: Path, lines: list[str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_targets(write_targets(root, lines))
+
+
+def test_a_spreadsheets_mark_is_no_part_of_the_first_path(root: Path) -> None:
+    assert read_targets(write_targets(root, ["\ufefftrain/00.png,1"])) == {"train/00.png": (1.0,)}
 
 
 def test_an_image_without_a_target_is_named(root: Path) -> None:
