@@ -114,7 +114,8 @@ def _explained(pair: Pair, thresholds: Mapping[str, Threshold]) -> Pair:
     excess = thresholds[pair.reference].excess(pair.tensorrt_scale * LEVELS)
     if excess is None:
         return pair
-    return dataclasses.replace(pair, note=f"another minimum: its divergence, by our counts, is {excess:.2%} larger")
+    note = f"another candidate of the search: its divergence, by our counts, is {100 * excess:.2f} % larger"
+    return dataclasses.replace(pair, note=note)
 
 
 def _table(used: RunTable) -> dict[str, Any]:

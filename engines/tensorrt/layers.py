@@ -78,8 +78,7 @@ def executed_macs(network: Network, layers: Sequence[EngineLayer], source: str) 
 
     A convolution or linear layer is found by the module that its TorchScript node names; where the node names none,
     or TensorRT has only a number for it, as for convolutions of quantized weights, by its place among those of its
-    kind. Those that cannot be told, such as inside a block that TensorRT compiled
-    as one, are listed as not counted.
+    kind. Those that cannot be told, such as inside a block that TensorRT compiled as one, are listed as not counted.
 
     Args:
         network: What TensorRT was given, traced with an ``input_shape``.
