@@ -72,6 +72,11 @@ def as_outputs(value: Tensor | Sequence[Tensor]) -> Outputs:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
+def map_outputs(change: Callable[[Tensor], Tensor], value: Tensor | Outputs) -> Tensor | Outputs:
+    """The same for each tensor that a network gives, in the form that it gives them."""
+    return change(value) if isinstance(value, Tensor) else tuple(map(change, value))
+
+
 @dataclass(frozen=True)
 class OwnCalibration:
     """The calibration table that an engine made for itself, by its own tensor names.

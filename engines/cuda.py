@@ -15,7 +15,7 @@ from torch import Tensor
 from calib.network import Network
 from calib.table import CalibrationTable
 from common.config import EngineConfig, PrecisionName
-from engines.base import Compiled, Engine, EngineError
+from engines.base import Compiled, Engine, EngineError, Outputs, map_outputs
 from engines.gpu import GpuError, find_gpu, precision_problem
 
 logger = logging.getLogger(__name__)
@@ -68,9 +68,9 @@ class CudaEngine(Engine):
         allow_tf32(self._config.tf32)
         torch.backends.cudnn.benchmark = True
 
-        def eager(images: Tensor) -> Tensor:
+        def eager(images: Tensor) -> Tensor | Outputs:
             with torch.inference_mode():
-                return module(images.half()).float() if half else module(images)  # type: ignore[no-any-return]
+                return map_outputs(Tensor.float, module(images.half())) if half else module(images)
 
         function = CudaGraphs(eager) if self._graphs else eager
         return Compiled(
@@ -98,17 +98,17 @@ def allow_tf32(allowed: bool) -> None:
         torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
-def on_cpu(run: Callable[[Tensor], Tensor], device: torch.device) -> Callable[[Tensor], Tensor]:
+def on_cpu(run: Callable[[Tensor], Tensor | Outputs], device: torch.device) -> Callable[[Tensor], Tensor | Outputs]:
     """``run``, from and to the CPU.
 
     Raises (when called):
         EngineError: the GPU has too little memory for the batch.
     """
 
-    def run_from_cpu(images: Tensor) -> Tensor:
+    def run_from_cpu(images: Tensor) -> Tensor | Outputs:
         try:
             with torch.cuda.device(device):
-                return run(images.to(device)).cpu()
+                return map_outputs(Tensor.cpu, run(images.to(device)))
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{device} has too little free memory for a batch of {len(images)}: take smaller batches"
@@ -126,11 +126,11 @@ class CudaGraphs:
         function: Launches the same kernels whenever the shape is the same, and never waits for the GPU.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Tensor], Tensor | Outputs]) -> None:
         self._function = function
-        self._captured: dict[tuple[Any, ...], tuple[Callable[[], Tensor], Tensor]] = {}
+        self._captured: dict[tuple[Any, ...], tuple[Callable[[], Tensor | Outputs], Tensor]] = {}
 
-    def __call__(self, images: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor | Outputs:
         key = (images.shape, images.dtype, images.device)
         # Throughout, since the buffers of a capture in inference mode can be written in no other.
         with torch.inference_mode():
@@ -142,7 +142,7 @@ class CudaGraphs:
             return replay()
 
 
-def capture(function: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[], Tensor]:
+def capture(function: Callable[[Tensor], Tensor | Outputs], images: Tensor) -> Callable[[], Tensor | Outputs]:
     """``function`` of whatever lies in ``images``, as a CUDA graph.
 
     Args:
@@ -163,7 +163,7 @@ def capture(function: Callable[[Tensor], Tensor], images: Tensor) -> Callable[[]
         with torch.cuda.graph(graph):
             result = function(images)
 
-    def replay() -> Tensor:
+    def replay() -> Tensor | Outputs:
         graph.replay()
         return result
 

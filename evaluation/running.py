@@ -13,7 +13,7 @@ from torch import Tensor
 from common.errors import InputError
 from common.processes import ALONE, Processes
 from data.base import ImageSet, batches
-from engines.base import Compiled, Outputs
+from engines.base import Compiled, EngineError, Outputs
 
 
 class Found(Protocol):
@@ -77,7 +77,7 @@ def run(
         The labels of all images, and what was found of each network.
 
     Raises:
-        InputError: an output does not fit ``measure``, or FP32's outputs are not finite.
+        InputError: an output does not fit ``measure``, FP32's outputs are not finite, or an engine stops.
     """
     return _finish([_collect(compiled, stream, measure)])
 
@@ -167,7 +167,10 @@ def _collect(compiled: Sequence[Compiled], stream: Iterable[tuple[Tensor, Tensor
         labels.append(target)
         reference: Outputs | None = None
         for network, collector in zip(compiled, collectors, strict=True):
-            outputs = network.outputs(images)
+            try:
+                outputs = network.outputs(images)
+            except EngineError as error:
+                raise InputError(f"{network.engine} in {network.precision} stopped: {error}") from error
             reference = outputs if reference is None else reference
             collector.add(outputs, reference, target)
     return _Part(labels, collectors)

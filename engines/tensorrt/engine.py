@@ -30,12 +30,12 @@ from common.config import AlgorithmName, EngineConfig, PrecisionName, Quantizati
 from common.errors import InputError, first_line
 from common.macs import MacCount
 from data.base import ImageSet
-from engines.base import Compiled, Engine, EngineError, OwnCalibration
+from engines.base import Compiled, Engine, EngineError, Outputs, OwnCalibration, map_outputs
 from engines.cuda import capture
 from engines.gpu import Gpu
 from engines.tensorrt import build as building
 from engines.tensorrt import files
-from engines.tensorrt.build import Build, BuilderLog, build_engine, takes_half
+from engines.tensorrt.build import Build, BuilderLog, build_engine, build_error, takes_half
 from engines.tensorrt.calibration import calibrate
 from engines.tensorrt.calibrator import CalibratorRun, table_calibrator
 from engines.tensorrt.files import EngineRecord
@@ -121,7 +121,7 @@ class TorchTensorRTEngine(Engine):
             engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
             if network.input_shape is not None:
                 for size in self._batch_sizes:
-                    engines.module((size, *network.input_shape))
+                    engines.try_once((size, *network.input_shape))
         except TensorRTError as error:
             raise EngineError(str(error)) from error
         counts = engines.macs()
@@ -309,8 +309,19 @@ class Engines:
             return self._files[0].stat().st_size
         return sum(item.numel() * item.element_size() for item in self._job.module.parameters())
 
-    def on_device(self, images: Tensor) -> Tensor:
-        """float32 [B, C, H, W] on the GPU -> float32 [B, classes] there; builds for exactly this B.
+    def try_once(self, shape: tuple[int, ...]) -> None:
+        """Build or load the engine for inputs of ``shape``, and run it on zeros: a full GPU may show only then.
+
+        Raises:
+            TensorRTError: it cannot be built.
+            EngineError: it does not run.
+            InputError: its file cannot be written.
+        """
+        self.module(shape)
+        self.on_cpu(torch.zeros(shape))
+
+    def on_device(self, images: Tensor) -> Tensor | Outputs:
+        """float32 [B, C, H, W] on the GPU -> what the network gives, float32, there; builds for exactly this B.
 
         The GPU must be the current device.
         """
@@ -318,15 +329,13 @@ class Engines:
         if module is None:
             module = self._from_engine_error(tuple(images.shape))
         with torch.no_grad():
-            if self._job.half:
-                return module(images.half()).float()  # type: ignore[no-any-return]
-            return module(images)  # type: ignore[no-any-return]
+            return map_outputs(Tensor.float, module(images.half())) if self._job.half else module(images)
 
-    def on_cpu(self, images: Tensor) -> Tensor:
-        """float32 [B, C, H, W] on the CPU -> float32 [B, classes] there; an odd B is padded to one that is built for.
+    def on_cpu(self, images: Tensor) -> Tensor | Outputs:
+        """float32 [B, C, H, W] on the CPU -> what the network gives there; an odd B is padded to one that is built for.
 
         Raises:
-            EngineError: the engine cannot be built, or the GPU has too little memory.
+            EngineError: the engine cannot be built, or does not run, as where the GPU has too little memory.
         """
         count = len(images)
         larger = [size for size in self._sizes if size >= count]
@@ -334,11 +343,13 @@ class Engines:
         batch = F.pad(images, (0, 0, 0, 0, 0, 0, 0, padded - count)) if padded > count else images
         try:
             with on(self._device):
-                return self.on_device(batch.to(self._device))[:count].cpu()
+                return map_outputs(lambda output: output[:count].cpu(), self.on_device(batch.to(self._device)))
         except torch.cuda.OutOfMemoryError as error:
             raise EngineError(
                 f"{self._gpu.name} has too little free memory for a batch of {padded}: take smaller batches"
             ) from error
+        except RuntimeError as error:  # of TensorRT's runtime and of CUDA
+            raise EngineError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
 
     def _from_engine_error(self, shape: tuple[int, ...]) -> Any:
         try:

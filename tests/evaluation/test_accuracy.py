@@ -11,7 +11,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from common.errors import InputError
 from data.base import Preprocessing
 from data.tensor import TensorImages
-from engines.base import Compiled
+from engines.base import Compiled, EngineError
 from evaluation.accuracy import Classes, Predictions, accuracy, paired
 from evaluation.running import check_range, run, run_shared, sqnr_db
 
@@ -121,6 +121,16 @@ def test_what_has_no_accuracy_is_refused(outputs: Tensor, labels: list[int], mes
     batches = stream(torch.tensor(labels)) if labels else []
     with pytest.raises(InputError, match=message):
         predict([network(lookup(outputs))], batches, 3)
+
+
+def test_an_engine_that_stops_is_told_in_one_line() -> None:
+    def full(images: Tensor) -> Tensor:
+        raise EngineError("the GPU has too little free memory")
+
+    labels = torch.zeros(4, dtype=torch.int64)
+    compiled = [network(lookup(probabilities(4, 3, 0))), network(full, "int8")]
+    with pytest.raises(InputError, match="^fake in int8 stopped: the GPU has too little free memory$"):
+        run(compiled, stream(labels), Classes(3))
 
 
 def images(count: int) -> TensorImages:

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from torch import nn
 
 from calib.table import CalibrationTable
 from calib.tracing import trace
@@ -47,7 +48,24 @@ def built_sizes(upstream):
     return [arguments["inputs"][0][0][0] for _, arguments in upstream.calls]
 
 
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x.mean((2, 3)), x.amax((2, 3))
+
+
 class TestCompiling:
+    def test_gives_every_output_of_a_padded_batch(self, machine, tmp_path):
+        machine()
+        network = trace(TwoHeads(), "Two", (1, 28, 28))
+        compiled = engine(tmp_path, (4,)).compile(network, "fp16", None)
+        for found, expected in zip(compiled.outputs(images(3)), network.module(images(3)), strict=True):
+            torch.testing.assert_close(found, expected)
+
     def test_computes_what_the_network_does(self, machine, network, tmp_path):
         machine()
         compiled = engine(tmp_path, (4,)).compile(network, "fp32", None)
@@ -282,6 +300,16 @@ class TestRefusing:
         monkeypatch.setattr(subject.Engines, "on_device", full)
         with pytest.raises(EngineError, match="too little free memory for a batch of 2"):
             compiled.run(images(2))
+
+    def test_an_engine_that_does_not_run_is_known_when_compiling(self, machine, network, tmp_path, monkeypatch):
+        machine()
+
+        def fails(*arguments):
+            raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
+
+        monkeypatch.setattr(subject.Engines, "on_device", fails)
+        with pytest.raises(EngineError, match="does not run its engine of batch 2: CUDA error: out of memory$"):
+            engine(tmp_path, (2,)).compile(network, "fp16", None)
 
     def test_unavailable_says_why(self, machine, tmp_path, monkeypatch):
         machine()
