@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, fx
 
@@ -41,72 +41,33 @@ def describe(
     kinds = {node.name: kind_of(node, module) for node in nodes}
     nodes = [node for node in nodes if kinds[node.name] != "shape"]
     outputs = next(node for node in module.graph.nodes if node.op == "output").all_input_nodes
+    softmax = outputs[0] if len(outputs) == 1 and kinds[outputs[0].name] == "softmax" else None
     masked = _masked(nodes, kinds, module)
     kinds.update(dict.fromkeys(masked, "other"))
     _keep_sums_in_float(nodes, kinds)
 
     # A ReLU that overwrites its input takes its name: "ip1" is the value after the in-place ReLU, as in Caffe.
     takes_name = {node.name for node in nodes if kinds[node.name] == "relu" and node.name in in_place}
-    own: dict[str, str] = {}
-    ends_in_softmax = len(outputs) == 1 and kinds[outputs[0].name] == "softmax"
-    used = {INPUT, OUTPUT} if ends_in_softmax else {INPUT}
-    for node in nodes:
-        if node.op == "placeholder":
-            own[node.name] = INPUT
-        elif ends_in_softmax and node is outputs[0]:
-            own[node.name] = OUTPUT
-        elif kinds[node.name] == "view" or node.name in takes_name:
-            own[node.name] = own[node.all_input_nodes[0].name]
-        else:
-            path = str(node.target) if node.op == "call_module" else node.meta.get("name", node.name)
-            own[node.name] = _unique(path, used)
-
-    # The value that carries a name is the last one written under it, among the first node and its in-place ReLUs.
-    observed: dict[str, str] = {}
-    holder: dict[str, str] = {}
-    for node in nodes:
-        tensor = own[node.name]
-        if kinds[node.name] == "view" or gives_tuple(node) or node.name in masked:
-            continue
-        if node.name in takes_name:
-            observed.pop(holder[tensor], None)
-        holder[tensor] = node.name
-        observed[node.name] = tensor
-    tensors = tuple(observed.values())
-    tensor_of = {
-        node.name: own[node.name]
-        for node in nodes
-        if kinds[node.name] == "view" or gives_tuple(node) or node.name in masked or node.name in observed
-    }
-    kind_by_tensor = {tensor: node for node, tensor in observed.items()}
-    layers = tuple(
-        Layer(
-            name=own[node.name],
-            kind=kinds[node.name],
-            node=node.name,
-            inputs=tuple(item.name for item in node.all_input_nodes if kinds.get(item.name) not in ("shape", None)),
-            target=str(node.target) if node.op == "call_module" else None,
-        )
-        for node in nodes
-        if kinds[node.name] in QUANTIZABLE or (ends_in_softmax and node is outputs[0])
-    )
-    unsupported = {
-        own[node.name]: str(module.get_submodule(str(node.target)).__class__.__name__)
-        if node.op == "call_module"
-        else getattr(node.target, "__name__", str(node.target))
-        for node in nodes
-        if kinds[node.name] in ("other", "batchnorm") and node.target is not operator.getitem
-    }
+    own = _names(nodes, kinds, takes_name, softmax)
+    # Neither has a range of its own: what moves another value, several tensors at once, and minus infinity.
+    without_range = {node.name for node in nodes if kinds[node.name] == "view" or gives_tuple(node)} | masked
+    observed = _observed([node.name for node in nodes if node.name not in without_range], own, takes_name)
     return Network(
         name=name,
         module=module,
-        tensors=tensors,
-        tensor_of=tensor_of,
+        tensors=tuple(observed.values()),
+        tensor_of={node.name: own[node.name] for node in nodes if node.name in without_range | observed.keys()},
         observed=observed,
-        scale_source=scale_sources(nodes, kinds, own, kind_by_tensor, module),
+        scale_source=scale_sources(nodes, kinds, own, {tensor: node for node, tensor in observed.items()}, module),
         kinds=kinds,
-        layers=layers,
-        unsupported=unsupported,
+        layers=tuple(
+            _layer(node, own[node.name], kinds) for node in nodes if kinds[node.name] in QUANTIZABLE or node is softmax
+        ),
+        unsupported={
+            own[node.name]: _operation(node, module)
+            for node in nodes
+            if kinds[node.name] in ("other", "batchnorm") and node.target is not operator.getitem
+        },
         input_shape=input_shape,
         outputs=tuple(node.name for node in outputs),
         output_names=output_names
@@ -115,6 +76,62 @@ def describe(
         task=find_task(outputs, kinds),
         traced_by=traced_by,
     )
+
+
+def _names(
+    nodes: Sequence[fx.Node], kinds: Mapping[str, str], takes_name: set[str], softmax: fx.Node | None
+) -> dict[str, str]:
+    """Name of the tensor that each fx node's value is, or is a part or another shape of.
+
+    Args:
+        nodes: In the network's order.
+        kinds: Of them.
+        takes_name: Nodes whose value has the name of what they read.
+        softmax: The one that gives the network's only output, if one does.
+    """
+    own: dict[str, str] = {}
+    used = {INPUT} if softmax is None else {INPUT, OUTPUT}
+    for node in nodes:
+        if node.op == "placeholder":
+            own[node.name] = INPUT
+        elif node is softmax:
+            own[node.name] = OUTPUT
+        elif kinds[node.name] == "view" or node.name in takes_name:
+            own[node.name] = own[node.all_input_nodes[0].name]
+        else:
+            path = str(node.target) if node.op == "call_module" else node.meta.get("name", node.name)
+            own[node.name] = _unique(path, used)
+    return own
+
+
+def _observed(nodes: Sequence[str], own: Mapping[str, str], takes_name: set[str]) -> dict[str, str]:
+    """What each fx node gives the value of: of a name's, the last one written under it, behind in-place ReLUs."""
+    observed: dict[str, str] = {}
+    holder: dict[str, str] = {}
+    for node in nodes:
+        tensor = own[node]
+        if node in takes_name:
+            observed.pop(holder[tensor], None)
+        holder[tensor] = node
+        observed[node] = tensor
+    return observed
+
+
+def _layer(node: fx.Node, name: str, kinds: Mapping[str, str]) -> Layer:
+    return Layer(
+        name=name,
+        kind=kinds[node.name],
+        node=node.name,
+        inputs=tuple(item.name for item in node.all_input_nodes if kinds.get(item.name) not in ("shape", None)),
+        target=str(node.target) if node.op == "call_module" else None,
+    )
+
+
+def _operation(node: fx.Node, module: fx.GraphModule) -> str:
+    """What an fx node does, for people: a module's class, or a function's name."""
+    if node.op == "call_module":
+        return type(module.get_submodule(str(node.target))).__name__
+    return getattr(node.target, "__name__", str(node.target))
 
 
 def _masked(nodes: Sequence[fx.Node], kinds: dict[str, str], module: fx.GraphModule) -> set[str]:
