@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from calib.onnx import command, from_qdq_command
 from calib.table import tools
-from common.command import run_command
-from common.errors import ExitCode
+from common.command import ToolParser, run_command
 
 DESCRIPTION = """\
 Tools for TensorRT's calibration tables (artifacts/<run>/CalibrationTable<NetworkName>).
@@ -18,16 +15,8 @@ Tools for TensorRT's calibration tables (artifacts/<run>/CalibrationTable<Networ
 Exit codes: 0 done, or nothing found; 1 the tables differ, or the table is not valid; 2 bad input."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's parser, with an error that is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(int(ExitCode.BAD_INPUT))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ToolParser(
         prog="python -m calib", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="TOOL")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import signal
@@ -77,6 +78,14 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             if signal.getsignal(number) in (interrupt, _terminate):
                 signal.signal(number, signal.SIG_DFL)
     raise SystemExit(int(code))
+
+
+class ToolParser(argparse.ArgumentParser):
+    """argparse's parser, with an error that is one line, for the ``python -m`` tools."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(int(ExitCode.BAD_INPUT))
 
 
 def is_foreign(error: ModuleNotFoundError) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 
@@ -28,6 +29,11 @@ class InputError(Exception):
 
     The commands print it as ``error: <line>`` on stderr and exit with 2, without a traceback.
     """
+
+
+def some(names: Sequence[str]) -> str:
+    """The first three of many names, and how many more there are, for a message of one line."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def first_line(error: BaseException) -> str:

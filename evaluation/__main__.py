@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import NoReturn
 
-from common.command import run_command
+from common.command import ToolParser, run_command
 from common.console import print_table
 from common.errors import ExitCode, InputError
 from common.run import Run
@@ -24,16 +22,8 @@ Exit codes: 0 done, or nothing got worse; 1 something got worse by more than all
 SCHEMA_ID = f"urn:int8-workflow:report:{VERSION}"
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's parser, with an error that is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"error: {message} (see {self.prog} --help)", file=sys.stderr)
-        raise SystemExit(int(ExitCode.BAD_INPUT))
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = ToolParser(
         prog="python -m evaluation", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="compare|render|schema")

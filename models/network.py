@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from common.config import ModelConfig
 from common.dotted import locate
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, some
 from models.archive import is_plain, load_archive
 
 _HOLDERS: Final = ("state_dict", "model_state_dict", "model")
@@ -126,7 +126,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     if not isinstance(content, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
     ):
-        keys = f" but {_some(list(map(str, content)))}" if isinstance(content, Mapping) else ""
+        keys = f" but {some(list(map(str, content)))}" if isinstance(content, Mapping) else ""
         raise InputError(f"{path} holds no state_dict (tensors by name){keys}")
     return content
 
@@ -166,9 +166,9 @@ def check_state(network: nn.Module, state: Mapping[str, Any], source: str) -> No
     """
     own = network.state_dict()
     if missing := [name for name in own if name not in state]:
-        raise InputError(f"{source} is of another architecture: it lacks {_some(missing)}")
+        raise InputError(f"{source} is of another architecture: it lacks {some(missing)}")
     if unexpected := [str(name) for name in state if name not in own]:
-        raise InputError(f"{source} is of another architecture: the network has no {_some(unexpected)}")
+        raise InputError(f"{source} is of another architecture: the network has no {some(unexpected)}")
     for name, value in state.items():
         if not isinstance(value, Tensor) or value.shape != own[name].shape:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -191,7 +191,3 @@ def _data_arguments(factory: Callable[..., Any], num_classes: int, channels: int
             arguments[name] = channels
             break
     return arguments
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -7,7 +7,6 @@ compares it with the model; ``describe`` names its tensors and layers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 
 import torch
 from torch import fx, nn
@@ -20,7 +19,7 @@ from calib.tracing.describe import describe
 from calib.tracing.fold import fold_batchnorm, remove_nothing
 from calib.tracing.given import plain_copy, refuse_unusable, unwrapped
 from calib.tracing.inplace import purify
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, some
 
 logger = logging.getLogger(__name__)
 
@@ -86,9 +85,9 @@ class _Tracing:
         if not hidden:
             return found
         try:
-            return self._exported(f"does not look into {_some(hidden)}")
+            return self._exported(f"does not look into {some(hidden)}")
         except InputError as error:
-            logger.warning("%s: %s stays in float, since torch.export fails: %s", self._name, _some(hidden), error)
+            logger.warning("%s: %s stays in float, since torch.export fails: %s", self._name, some(hidden), error)
             return found
 
     def _exported(self, reason: str) -> Network:
@@ -151,10 +150,6 @@ class _Tracing:
             else:
                 distinct.append(node)
         output.args = (tuple(distinct) if isinstance(output.args[0], tuple) else distinct[0],)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _work_channels_last(module: fx.GraphModule) -> None:
