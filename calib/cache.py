@@ -6,8 +6,8 @@ file ``<table>.json`` records them; a table is reused only when all of it still 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,10 +18,8 @@ from torch import nn
 from calib.subset import Strategy
 from calib.table import CalibrationTable
 from common.config import AlgorithmName
-from common.decode import decode, encode
 from common.errors import InputError
-from common.files import read_json
-from common.side_file import digest, side_file, write_side_file
+from common.side_file import changes, digest, read_record, side_file, write_side_file
 
 FORMAT = 1
 
@@ -124,13 +122,7 @@ def read_provenance(path: Path) -> Provenance | None:
     Raises:
         InputError: the side file is damaged or of another format.
     """
-    side = side_file(path)
-    if not side.exists():
-        return None
-    content = read_json(side)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{side} is not a side file of format {FORMAT}: remove it or give --recalibrate")
-    return decode(Provenance, {"rules": 1, **content}, str(side))
+    return read_record(Provenance, side_file(path), FORMAT, "remove it or give --recalibrate", missing={"rules": 1})
 
 
 def changed_since(path: Path, provenance: Provenance) -> bool:
@@ -172,12 +164,12 @@ def decide(path: Path, wanted: Provenance, *, named: bool, recalibrate: bool = F
     if named and (recorded.network, recorded.weights) != (wanted.network, wanted.weights):
         what = "other weights" if recorded.network == wanted.network else f"another network, {recorded.network}"
         raise InputError(f"{path} was made for {what}: name another file, or replace it with --recalibrate")
-    changes = changed(recorded, wanted)
+    differences = changed(recorded, wanted)
     if changed_since(path, recorded):
-        changes.append("the table was changed since")
-    if changes:
-        return Decision(None, "; ".join(changes))
-    return Decision(_named_algorithm(table, recorded), f"model, data, subset and algorithm are those of {path}")
+        differences.append("the table was changed since")
+    if differences:
+        return Decision(None, "; ".join(differences))
+    return Decision(under_its_algorithm(table, recorded), f"model, data, subset and algorithm are those of {path}")
 
 
 def _check_replaceable(path: Path) -> None:
@@ -191,27 +183,15 @@ def _check_replaceable(path: Path) -> None:
 def changed(recorded: Provenance, wanted: Provenance) -> list[str]:
     """What differs between two provenances, each difference in words."""
     names = {"weights": "the weights", "data": "the images"}
-    before, after = _flat(recorded), _flat(wanted)
-    differences = []
-    for name, old in before.items():
-        new = after[name]
-        if old != new:
-            differences.append(f"{names[name]} changed" if name in names else f"{name} changed from {old} to {new}")
+    differences = [
+        f"{names[name]} changed" if name in names else f"{name} changed from {old} to {new}"
+        for name, (old, new) in changes(recorded, wanted, apart=("table", "format", "rules")).items()
+    ]
     if recorded.maker == "reference" and recorded.rules != wanted.rules:
         differences.append(f"it was made by revision {recorded.rules} of the calibration rules, now {wanted.rules}")
     return differences
 
 
-def _named_algorithm(table: CalibrationTable, provenance: Provenance) -> CalibrationTable:
+def under_its_algorithm(table: CalibrationTable, provenance: Provenance) -> CalibrationTable:
     """The table under its true algorithm: line 1 calls ``percentile`` MinMaxCalibration."""
-    return CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
-
-
-def _flat(provenance: Provenance) -> dict[str, Any]:
-    """What counts of a provenance, one level deep, as JSON gives it back."""
-    content = json.loads(encode(provenance))
-    subset = content.pop("subset")
-    return {
-        **{name: value for name, value in content.items() if name not in ("table", "format", "rules")},
-        **{f"subset {name}": value for name, value in subset.items()},
-    }
+    return dataclasses.replace(table, algorithm=provenance.algorithm)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from common import side_file
 from common.config import QuantizationConfig
-from common.decode import decode, encode
-from common.errors import InputError
-from common.files import read_json, write_json
+from common.decode import plain
+from common.files import write_json
 
 FORMAT = 1
 
@@ -38,7 +37,7 @@ def _path(folder: Path) -> Path:
 
 def write_record(folder: Path, record: QuantizationRecord) -> None:
     """Write the record of the run in ``folder``, atomically."""
-    write_json(_path(folder), json.loads(encode(record)))
+    write_json(_path(folder), plain(record))
 
 
 def record_quantization(folder: Path, table: Path, weights: str, quantization: QuantizationConfig) -> None:
@@ -59,10 +58,4 @@ def read_record(folder: Path) -> QuantizationRecord | None:
     Raises:
         InputError: the file is damaged or of another format.
     """
-    path = _path(folder)
-    if not path.exists():
-        return None
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise InputError(f"{path} is not a quantization record of format {FORMAT}: run quantize.py again")
-    return decode(QuantizationRecord, content, str(path))
+    return side_file.read_record(QuantizationRecord, _path(folder), FORMAT, "run quantize.py again")

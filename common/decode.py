@@ -17,7 +17,17 @@ T = TypeVar("T")
 
 def encode(value: Any) -> str:
     """A dataclass as JSON text that :func:`decode` reads back; paths become strings, tuples lists."""
-    return json.dumps(dataclasses.asdict(value), default=str, allow_nan=False)
+    return json.dumps(value, default=_encoded, allow_nan=False)
+
+
+def _encoded(value: Any) -> Any:
+    is_record = dataclasses.is_dataclass(value) and not isinstance(value, type)
+    return dataclasses.asdict(value) if is_record else str(value)
+
+
+def plain(value: Any) -> Any:
+    """What :func:`encode` writes, as ``json.loads`` gives it back."""
+    return json.loads(encode(value))
 
 
 def decode(cls: type[T], value: Any, where: str) -> T:

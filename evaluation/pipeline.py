@@ -15,6 +15,7 @@ from torch import Tensor
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
 from common.config import Config, PrecisionName
+from common.decode import plain
 from common.errors import InputError
 from common.macs import MacCount
 from common.processes import ALONE, Processes
@@ -150,7 +151,7 @@ def evaluate(
         changed_total={},
         environment=environment(config.engine.device),
         seed=config.seed,
-        config=_plain(dataclasses.asdict(config)),
+        config=plain(config),
         notes=subject.notes,
     )
     return report, measured
@@ -293,11 +294,3 @@ def _data(config: Config, subject: Subject, images: int) -> Data:
         fingerprint=info.fingerprint,
         notes=list(info.notes),
     )
-
-
-def _plain(value: object) -> dict[str, object]:
-    """A configuration as JSON values: paths become text."""
-    import json
-
-    result: dict[str, object] = json.loads(json.dumps(value, default=str))
-    return result

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from calib.cache import Provenance, changed_since, read_provenance, weights_fingerprint
+from calib.cache import Provenance, changed_since, read_provenance, under_its_algorithm, weights_fingerprint
 from calib.collect import Histograms
 from calib.network import Network
 from calib.record import read_record
@@ -19,7 +17,7 @@ from calib.table import CalibrationTable
 from calib.task import Purpose, purpose
 from calib.tracing import trace
 from common.config import Config, QuantizationConfig
-from common.decode import encode
+from common.decode import plain
 from common.errors import InputError
 from common.processes import Processes
 from common.run import Run
@@ -239,9 +237,8 @@ def _read_table(path: Path, quantization: QuantizationConfig) -> OpenTable:
         logger.warning("%s", note)
         source, notes = {"maker": "unknown"}, [note]
     else:
-        table = CalibrationTable(table.scales, provenance.algorithm, table.tensorrt_version)
-        record: dict[str, Any] = json.loads(encode(provenance))
-        source, notes = {key: _text(value) for key, value in record.items() if key != "format"}, []
+        table = under_its_algorithm(table, provenance)
+        source, notes = {key: _text(value) for key, value in plain(provenance).items() if key != "format"}, []
     description = Calibration(table.algorithm, table.tensorrt_version, source, table.finite)
     return OpenTable(table, quantization, "", description, tuple(notes))
 

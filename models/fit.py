@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -25,6 +24,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from common.config import Config
+from common.decode import plain
 from common.errors import InputError
 from data.base import DatasetInfo
 from models.archive import load_archive
@@ -343,7 +343,7 @@ def training_record(config: Config, info: DatasetInfo, options: TrainerOptions) 
         "optimizer": dataclasses.asdict(config.optimizer),
         "trainer": {name: trainer[name] for name in _DECISIVE},
     }
-    record: dict[str, Any] = json.loads(json.dumps(sections, default=str))
+    record: dict[str, Any] = plain(sections)
     return record
 
 

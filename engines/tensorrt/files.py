@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.decode import decode
+from common import side_file
 from common.errors import InputError
-from common.files import atomic_path, read_json
-from common.side_file import digest, side_file, write_side_file
+from common.files import atomic_path
 from engines.tensorrt.layers import EngineLayer
 
 FORMAT = 1
@@ -69,9 +68,12 @@ def read_record(engine: Path) -> EngineRecord:
     """The side file of ``engine``.
 
     Raises:
-        InputError: there is none, or it is not one.
+        InputError: there is none, or it is damaged or of another format.
     """
-    return decode(EngineRecord, read_json(side_file(engine)), str(side_file(engine)))
+    record = side_file.read_record(EngineRecord, side_file.side_file(engine), FORMAT, "build the engine again")
+    if record is None:
+        raise InputError(f"{engine.name} has no side file")
+    return record
 
 
 def why_build(engine: Path, wanted: EngineRecord) -> str | None:
@@ -82,14 +84,9 @@ def why_build(engine: Path, wanted: EngineRecord) -> str | None:
         recorded = read_record(engine)
     except InputError as error:
         return f"nothing tells what the engine there was built from: {error}"
-    changed = [
-        item.name
-        for item in fields(EngineRecord)
-        if item.name not in ("engine", "layers") and getattr(recorded, item.name) != getattr(wanted, item.name)
-    ]
-    if changed:
+    if changed := side_file.changes(recorded, wanted, apart=("engine", "layers")):
         return f"changed since the engine was built: {', '.join(changed)}"
-    if recorded.engine != digest(engine):
+    if recorded.engine != side_file.digest(engine):
         return "the engine's file is not the one that was written"
     return None
 
@@ -98,4 +95,4 @@ def store(engine: Path, record: EngineRecord, save: Callable[[str], None]) -> No
     """Write an engine with ``save``, then its side file, each atomically."""
     with atomic_path(engine) as temporary:
         save(str(temporary))
-    write_side_file(engine, record, "engine")
+    side_file.write_side_file(engine, record, "engine")

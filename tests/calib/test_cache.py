@@ -10,7 +10,7 @@ import torch
 
 from calib.cache import RULES, SubsetRecord, decide, read_provenance, weights_fingerprint, write
 from calib.record import QuantizationRecord, read_record, write_record
-from calib.table import CalibrationTable
+from calib.table import CalibrationTable, Legacy
 from common.config import QuantizationConfig
 from common.errors import InputError
 from common.side_file import side_file
@@ -153,6 +153,13 @@ def test_percentile_reads_back_under_its_true_name(path: Path) -> None:
     decision = decide(path, wanted, named=False)
     assert decision.table is not None
     assert decision.table.algorithm == "percentile"
+
+
+def test_a_legacy_table_keeps_its_parameters(path: Path) -> None:
+    table = CalibrationTable(TABLE.scales, "legacy", legacy=Legacy(quantile=0.99))
+    wanted = dataclasses.replace(WANTED, algorithm="legacy", options={"quantile": 0.99})
+    write(path, table, wanted)
+    assert decide(path, wanted, named=False).table == table
 
 
 def test_the_fingerprint_sees_every_weight() -> None:
