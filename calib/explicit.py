@@ -20,6 +20,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
+from calib.network import Layer
 from calib.ops import MOVES_VALUES, clamps_at_6
 from calib.plan import Int8Plan
 
@@ -57,17 +58,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
     scales: dict[str, float] = {}
     partial: dict[str, tuple[float, frozenset[str]]] = {}
     for node in reversed(nodes):
-        wanted: dict[str, float | None] = {}
-        for reader in node.users:
-            if reader.op == "output":
-                wanted[reader.name] = plan.output_scale
-            elif reader.name in layers:
-                in_int8 = plan.reads_int8(layers[reader.name], node.name)
-                wanted[reader.name] = plan.scales[node.name] if in_int8 else None
-            elif _commutes(reader, plan, scales, before_relu):
-                wanted[reader.name] = scales.get(reader.name)
-            elif network.kinds[reader.name] != "shape":
-                wanted[reader.name] = None
+        wanted = _wanted(node, plan, layers, scales, before_relu)
         different = set(wanted.values())
         if node.name in plan.rounded:
             scales[node.name] = plan.own_scales[node.name]
@@ -101,6 +92,32 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
                 again.add(node.name)
     requantized = {name: scale for name, scale in points.items() if name in again or name in plan.rounded}
     return Placement(scales, points, partial, requantized)
+
+
+def _wanted(
+    node: fx.Node, plan: Int8Plan, layers: Mapping[str, Layer], scales: Mapping[str, float], before_relu: bool
+) -> dict[str, float | None]:
+    """What reads a value -> the scale with which it takes it; None where it takes it in float.
+
+    Args:
+        node: Gives the value.
+        plan: As :func:`place` takes it.
+        layers: The plan's, by their fx node.
+        scales: Of the values behind it.
+        before_relu: As :func:`place` takes it.
+    """
+    wanted: dict[str, float | None] = {}
+    for reader in node.users:
+        if reader.op == "output":
+            wanted[reader.name] = plan.output_scale
+        elif reader.name in layers:
+            in_int8 = plan.reads_int8(layers[reader.name], node.name)
+            wanted[reader.name] = plan.scales[node.name] if in_int8 else None
+        elif _commutes(reader, plan, scales, before_relu):
+            wanted[reader.name] = scales.get(reader.name)
+        elif plan.network.kinds[reader.name] != "shape":
+            wanted[reader.name] = None
+    return wanted
 
 
 def _commutes(node: fx.Node, plan: Int8Plan, scales: Mapping[str, float], before_relu: bool) -> bool:
