@@ -166,7 +166,7 @@ def _show_table(used: RunTable) -> None:
             (
                 name,
                 f"{found['range']:.6g}" if found else "-",
-                f"{found['threshold'] if found else scale * 127:.6g}",
+                f"{found['threshold'] if found else scale * LEVELS:.6g}",
                 f"{scale:.8g}",
                 f"{100 * found['clipped']:.4f} %" if found else "-",
             )

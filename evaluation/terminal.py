@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from common.console import print_table
-from evaluation.measures import TITLES, OutputFigures, Row
+from evaluation.measures import TITLES, Latency, OutputFigures, Row, Timing
 from evaluation.results import Report
 from evaluation.text import decibel, milliseconds, p_value, percent, points, rate, short, similarity, size
 
@@ -103,31 +103,36 @@ def _print_outputs(report: Report) -> None:
 
 
 def _print_latency(report: Report) -> None:
-    graphs = any(entry.without_graph for row in report.rows for entry in row.latency)
-    copies = any(entry.end_to_end for row in report.rows for entry in row.latency)
-    columns = ["", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"]
-    cells = []
-    for batch_size in sorted({entry.batch_size for row in report.rows for entry in row.latency}):
-        for row in report.rows:
-            for entry in row.latency:
-                if entry.batch_size == batch_size:
-                    timing, called, whole = entry.compute, entry.without_graph, entry.end_to_end
-                    cells.append(
-                        (
-                            report.title(row) + ("*" if row.latency_note else ""),
-                            str(batch_size),
-                            milliseconds(timing.median),
-                            milliseconds(timing.p90),
-                            milliseconds(timing.p99),
-                            milliseconds(timing.per_image),
-                            rate(timing.images_per_second),
-                            "" if entry.speedup is None else f"{entry.speedup:.2f}",
-                            *([milliseconds(called.median) if called else ""] if graphs else []),
-                            *([milliseconds(whole.median) if whole else ""] if copies else []),
-                        )
-                    )
-    more = [*(["without graph ms"] if graphs else []), *(["with copies ms"] if copies else [])]
-    print_table("Latency", [*columns, *more], cells)
+    """The timings, by batch size, so that the precisions stand below each other."""
+    timed = [(row, entry) for row in report.rows for entry in row.latency]
+    timed.sort(key=lambda found: found[1].batch_size)
+    graphs = any(entry.without_graph for _, entry in timed)
+    copies = any(entry.end_to_end for _, entry in timed)
+    columns = (
+        *("", "batch", "median ms", "p90 ms", "p99 ms", "ms/image", "images/s", "speed-up"),
+        *(["without graph ms"] if graphs else []),
+        *(["with copies ms"] if copies else []),
+    )
+
+    def median(timing: Timing | None) -> str:
+        return "" if timing is None else milliseconds(timing.median)
+
+    def cells(row: Row, entry: Latency) -> tuple[str, ...]:
+        timing = entry.compute
+        return (
+            report.title(row) + ("*" if row.latency_note else ""),
+            str(entry.batch_size),
+            milliseconds(timing.median),
+            milliseconds(timing.p90),
+            milliseconds(timing.p99),
+            milliseconds(timing.per_image),
+            rate(timing.images_per_second),
+            "" if entry.speedup is None else f"{entry.speedup:.2f}",
+            *([median(entry.without_graph)] if graphs else []),
+            *([median(entry.end_to_end)] if copies else []),
+        )
+
+    print_table("Latency", columns, [cells(row, entry) for row, entry in timed])
     tf32 = next((row.details["TF32"] for row in report.rows if row.precision == "fp32" and "TF32" in row.details), None)
     if tf32:
         print(f"FP32 on the GPU: TF32 {tf32}")

@@ -113,9 +113,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
             continue
         quantize_value(node.input[0], index)
         axis = _channel_axis(node, weight)
-        channels = weight[np.newaxis] if axis is None else np.moveaxis(weight, axis, 0)
-        scales = weight_scales(torch.from_numpy(channels.copy())).numpy()
-        scales = scales[0] if axis is None else scales
+        scales = _scales(weight, axis)
         readers = readers_of.setdefault((node.input[1], axis), set())
         readers.add(names[index])
         weights[node.input[1], axis] = Weight(node.input[1], axis, scales, None, usable[node.input[0]], readers)
@@ -206,6 +204,13 @@ def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int | None:
     if node.op_type == "Gemm":
         return 0 if integers.get("transB") else 1
     return 1 if weight.ndim == 2 else None
+
+
+def _scales(weight: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+    """The scales of a weight, float32 [channels] along ``axis``; the single one of the whole weight if None."""
+    channels = weight[np.newaxis] if axis is None else np.moveaxis(weight, axis, 0)
+    scales: NDArray[np.float32] = weight_scales(torch.from_numpy(channels.copy())).numpy()
+    return scales[0] if axis is None else scales
 
 
 def _others(graph: Graph, chosen: set[int]) -> Iterable[tuple[int, int]]:

@@ -202,13 +202,8 @@ def _constants(
 def _entry(graph: Graph, name: str, folder: Path) -> TableEntry | None:
     """The entry of a constant, or None where it is computed or no float."""
     import numpy as np
-    from onnx import numpy_helper
 
-    array: NDArray[Any] | None = None
-    if name in graph.weights:
-        array = numpy_helper.to_array(graph.weights[name], base_dir=str(folder))
-    elif name in graph.producer and graph.producer[name].op_type == "Constant":
-        array = constant_value(graph.producer[name])
+    array = _stored(graph, name, folder)
     if array is None or array.dtype not in (np.float32, np.float16) or not np.isfinite(array).all():
         return None
     return TableEntry(f"{name}_output", array=array.astype(np.float32))
@@ -274,14 +269,19 @@ def _first_channels(graph: Graph, node: onnx.NodeProto, folder: Path) -> bool:
 
 def _integers(graph: Graph, name: str, folder: Path) -> list[int] | None:
     """A constant vector of integers, or None where it is none."""
+    array = _stored(graph, name, folder)
+    return None if array is None or array.dtype.kind != "i" else [int(number) for number in array.reshape(-1)]
+
+
+def _stored(graph: Graph, name: str, folder: Path) -> NDArray[Any] | None:
+    """A constant that the file holds, or None where ``name`` is none."""
     from onnx import numpy_helper
 
-    array = None
     if name in graph.weights:
-        array = numpy_helper.to_array(graph.weights[name], base_dir=str(folder))
-    elif name in graph.producer and graph.producer[name].op_type == "Constant":
-        array = constant_value(graph.producer[name])
-    return None if array is None or array.dtype.kind != "i" else [int(number) for number in array.reshape(-1)]
+        return numpy_helper.to_array(graph.weights[name], base_dir=str(folder))
+    if name in graph.producer and graph.producer[name].op_type == "Constant":
+        return constant_value(graph.producer[name])
+    return None
 
 
 def _is(node: onnx.NodeProto | None, kinds: set[str]) -> bool:

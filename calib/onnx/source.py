@@ -147,35 +147,43 @@ def _arrays(source: Path, inputs: Sequence[NetworkInput]) -> _Opened:
             raise InputError(f"{source} has no array {missing[0]!r}: the inputs of the network are {needed}")
         raise InputError(f"the network has the inputs {needed}: give a .npz file with an array of each name")
     flat: dict[str, NDArray[Any]] = {}
-    types = {item.name: item.dtype for item in inputs}
     given: set[int | None] = set()
     for item in inputs:
         array = arrays[item.name]
-        what = f"{source}" + (f", array {item.name!r}" if named else "")
-        if item.dtype == "object":
-            raise InputError(f"input {item.name!r} of the network is text, which is not calibrated: cut it off")
-        # float16 networks are given what others are given.
-        if str(array.dtype) not in (item.dtype, "float32" if item.dtype == "float16" else item.dtype):
-            raise InputError(f"{what} is {array.dtype}, and the network takes {item.text()}: convert it first")
-        rank = array.ndim if item.shape is None else len(item.shape)
-        if not rank:
-            raise InputError(f"input {item.name!r} of the network is a single number, with no axis for images: fix it")
-        batched = array.ndim == rank + 1
-        sample = array.shape[2:] if batched else array.shape[1:]
-        if array.ndim not in (rank, rank + 1) or not _fits(sample, item.shape):
-            raise InputError(f"{what} is {list(array.shape)}, and the network takes {item.text()}")
-        if not array.size:
-            raise InputError(f"{what} is empty: {list(array.shape)}")
+        batched = _has_batches(array, item, f"{source}, array {item.name!r}" if named else f"{source}")
         given.add(array.shape[1] if batched else None)
-        flat[item.name] = array.reshape(-1, *sample) if batched else array
+        flat[item.name] = array.reshape(-1, *array.shape[2:]) if batched else array
     counts = {len(array) for array in flat.values()}
     if len(counts) > 1 or len(given) > 1:
         raise InputError(f"the arrays of {source} have different numbers of images or batches")
+    types = {item.name: item.dtype for item in inputs}
 
     def load(begin: int, end: int) -> Batch:
         return {name: np.array(array[begin:end], types[name]) for name, array in flat.items()}
 
     return counts.pop(), given.pop(), load
+
+
+def _has_batches(array: NDArray[Any], item: NetworkInput, what: str) -> bool:
+    """Whether an array has an axis of batches before that of the images; ``what`` names it in errors.
+
+    Raises:
+        InputError: it does not fit the network's input.
+    """
+    if item.dtype == "object":
+        raise InputError(f"input {item.name!r} of the network is text, which is not calibrated: cut it off")
+    # float16 networks are given what others are given.
+    if str(array.dtype) not in (item.dtype, "float32" if item.dtype == "float16" else item.dtype):
+        raise InputError(f"{what} is {array.dtype}, and the network takes {item.text()}: convert it first")
+    rank = array.ndim if item.shape is None else len(item.shape)
+    if not rank:
+        raise InputError(f"input {item.name!r} of the network is a single number, with no axis for images: fix it")
+    batched = array.ndim == rank + 1
+    if array.ndim not in (rank, rank + 1) or not _fits(array.shape[2:] if batched else array.shape[1:], item.shape):
+        raise InputError(f"{what} is {list(array.shape)}, and the network takes {item.text()}")
+    if not array.size:
+        raise InputError(f"{what} is empty: {list(array.shape)}")
+    return batched
 
 
 def _fits(sample: Sequence[int], shape: tuple[int | None, ...] | None) -> bool:
