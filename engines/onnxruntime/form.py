@@ -7,8 +7,8 @@ result something reads in float would be computed in float altogether. Two ways 
 - The result of any other is rounded to the scale that the calibration table has for it. That changes the numbers, by
   less than a rounding of what follows would: each convolution has a scale of its own.
 
-Depthwise convolutions and those that cut an image into patches stay as they are: they are few of the
-multiply-accumulates, the former no faster on integers, and what follows the latter in a transformer is float.
+Convolutions that cut an image into patches stay as they are: they are few of the multiply-accumulates, and what follows
+them in a transformer is float.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
     The integer convolution adds an int32 bias to its sum, a multiple of input scale * weight scale. What that rounds
     off is no more than half a step of the sum, which can still turn a code by one.
 
-    Rounded are only those of overlapping windows over several channels, and only inside the network: what no INT8 layer
-    follows, such as the scores of a segmentation network, stays in float, and so does what a layer reads that is kept
-    in float.
+    Rounded are only those of overlapping windows, and only inside the network: what no INT8 layer follows, such as the
+    scores of a segmentation network, stays in float, and so does what a layer reads that is kept in float.
 
     Args:
         plan: Which layers run in INT8.
@@ -53,7 +52,7 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
         conv = module.get_submodule(str(layer.target))
         if layer.node in quantized or not is_pointwise(conv):
             biases.add(layer.node)
-        if layer.node in quantized or not isinstance(conv, nn.Conv2d) or is_pointwise(conv) or _stays_in_float(conv):
+        if layer.node in quantized or not isinstance(conv, nn.Conv2d) or is_pointwise(conv) or _cuts_patches(conv):
             continue
         readers = list(node.users)
         if len(readers) == 1 and network.kinds.get(readers[0].name) == "relu":
@@ -84,10 +83,9 @@ def _readers(node: fx.Node, plan: Int8Plan) -> set[str]:
     return found
 
 
-def _stays_in_float(conv: nn.Conv2d) -> bool:
-    """Whether a convolution is depthwise, or cuts the image into patches: few multiply-accumulates either way."""
-    depthwise = conv.groups > 1 and conv.groups == conv.in_channels
-    return depthwise or (conv.kernel_size == conv.stride and conv.kernel_size != (1, 1))
+def _cuts_patches(conv: nn.Conv2d) -> bool:
+    """Whether a convolution has a window for each patch of the image."""
+    return conv.kernel_size == conv.stride and conv.kernel_size != (1, 1)
 
 
 def is_pointwise(conv: nn.Module) -> bool:
