@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torchvision.models import detection, get_model_builder, list_models
 
 from common.errors import InputError
 
@@ -26,8 +27,6 @@ class DetectorCore(nn.Module):
 
     def __init__(self, detector: str, **arguments: Any) -> None:
         super().__init__()
-        from torchvision.models import detection, get_model_builder, list_models
-
         if detector not in list_models(module=detection):
             raise InputError(f"{detector!r:.60} is none of {', '.join(list_models(module=detection))}")
         whole = get_model_builder(detector)(**{"weights": None, "weights_backbone": None, **arguments})

@@ -16,7 +16,7 @@ from calib.tracing.by_export import export_graph, is_exported, plain_execution
 from calib.tracing.by_fx import fx_graph, hidden_products
 from calib.tracing.check import ModelCheck, RefusedError, told
 from calib.tracing.describe import describe
-from calib.tracing.fold import fold_batchnorm, remove_nothing
+from calib.tracing.fold import ask_for_shapes, fold_batchnorm, remove_nothing
 from calib.tracing.given import plain_copy, refuse_unusable, unwrapped
 from calib.tracing.inplace import purify
 from common.errors import InputError, first_line, some
@@ -116,7 +116,8 @@ class _Tracing:
         """Normalise what was traced, check it against the model, and describe it."""
         remove_nothing(module)
         self._distinguish_outputs(module)
-        fold_batchnorm(module)
+        ask_for_shapes(module)
+        fold_batchnorm(module, self._check.shapes(module) if self._check is not None else {})
         in_place = purify(module)
         _work_channels_last(module)
         module.graph.eliminate_dead_code()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import linecache
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -63,15 +63,21 @@ class ModelCheck:
         self.output_names = tuple(outputs)
         self._expected = list(outputs.values())
 
-    def _run(self, model: nn.Module, images: Tensor) -> Any:
+    def _run(self, model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Any:
         try:
             with torch.no_grad():
-                return model(images.clone())
+                return (forward or model)(images.clone())
         except Exception as error:  # what user code raises is open-ended
             shape = tuple(self.images.shape)
             raise InputError(
                 f"network {self._name} does not take images of shape {shape}: {told(error, model)}"
             ) from error
+
+    def shapes(self, module: fx.GraphModule) -> dict[str, torch.Size]:
+        """Node of ``module`` -> shape of its value for the two images, where that is a tensor."""
+        shapes = _Shapes(module)
+        self._run(shapes.module, self.images, shapes.run)
+        return shapes.found
 
     def compare(self, module: nn.Module) -> None:
         """Raise InputError if ``module`` computes something else than the model, or only for this number of images."""
@@ -105,6 +111,21 @@ class ModelCheck:
             if not torch.allclose(value.double(), reference.double(), rtol=0, atol=tolerance, equal_nan=True):
                 return False
         return True
+
+
+class _Shapes(fx.Interpreter):
+    """Notes the shapes of values."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.found: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = value.shape
+        return value
 
 
 def _open_dataclasses(result: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -78,6 +79,16 @@ def _is_constant(node: fx.Node, values: dict[fx.Node, Any]) -> bool:
     return not random and all(item in values for item in node.all_input_nodes)
 
 
+def ask_for_shapes(module: fx.GraphModule) -> None:
+    """Write ``reshape_as`` and ``view_as`` as reshapes, which read a value's shape and not the value."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_method" and node.target in ("reshape_as", "view_as"):
+            value, other = node.all_input_nodes
+            with module.graph.inserting_before(node):
+                shape = module.graph.call_function(getattr, (other, "shape"))
+            node.target, node.args, node.kwargs = "reshape", (value, shape), {}
+
+
 def remove_nothing(module: fx.GraphModule) -> None:
     """Remove dropout and identities: in eval mode they do nothing."""
     for node in list(module.graph.nodes):
@@ -86,8 +97,15 @@ def remove_nothing(module: fx.GraphModule) -> None:
             module.graph.erase_node(node)
 
 
-def fold_batchnorm(module: fx.GraphModule) -> None:
-    """Fold each batch normalisation into the convolution or linear layer before it, as TensorRT does."""
+def fold_batchnorm(module: fx.GraphModule, shapes: Mapping[str, torch.Size]) -> None:
+    """Fold each batch normalisation into the convolution or linear layer before it, as TensorRT does.
+
+    Args:
+        module: Changed in place.
+        shapes: fx node -> shape of its value, as far as known. Of a value of three dimensions, batch normalisation
+            takes the second, which is not what a linear layer computes: that stays; and it may be such a value with
+            its first dimensions flattened, as in LeViT.
+    """
     uses: dict[str, int] = {}
     for node in module.graph.nodes:
         if node.op == "call_module":
@@ -95,8 +113,9 @@ def fold_batchnorm(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if kind_of(node, module) != "batchnorm":
             continue
-        before = node.args[0]
-        if not isinstance(before, fx.Node) or len(before.users) != 1:
+        value = node.args[0]
+        before = _before_flattening(value, module, shapes)
+        if before is None:
             continue
         kind = kind_of(before, module)
         if kind not in ("conv", "linear") or uses[str(before.target)] != 1:
@@ -106,15 +125,35 @@ def fold_batchnorm(module: fx.GraphModule) -> None:
             continue
         _fill_in(norm)
         fused: nn.Module
-        if isinstance(layer, nn.Conv2d):
+        if isinstance(layer, nn.Conv2d) and before is value:
             fused = fuse_conv_bn_eval(layer, norm)
-        elif isinstance(layer, nn.Linear) and layer.out_features == norm.num_features:
+        elif isinstance(layer, nn.Linear) and _normalises(shapes.get(value.name), layer, norm):
             fused = fuse_linear_bn_eval(layer, norm)
         else:
             continue
         module.set_submodule(str(before.target), fused.requires_grad_(False))
-        node.replace_all_uses_with(before)
+        node.replace_all_uses_with(value)
         module.graph.erase_node(node)
+
+
+def _normalises(shape: torch.Size | None, layer: nn.Linear, norm: nn.Module) -> bool:
+    """Whether batch normalisation of a value of this shape, where known, is of a linear layer's results."""
+    return layer.out_features == norm.num_features and (shape is None or len(shape) == 2)
+
+
+def _before_flattening(value: Any, module: fx.GraphModule, shapes: Mapping[str, torch.Size]) -> fx.Node | None:
+    """What a value is, or was before dimensions in front of its last were flattened; None where others read it, too."""
+    while isinstance(value, fx.Node):
+        if sum(kind_of(reader, module) != "shape" for reader in value.users) != 1:
+            return None
+        name = getattr(value.target, "__name__", value.target)
+        if value.op == "call_module" or name not in ("flatten", "reshape", "view"):
+            return value
+        source = value.all_input_nodes[0]
+        if value.name not in shapes or shapes[value.name][-1:] != shapes[source.name][-1:]:
+            return None
+        value = source
+    return None
 
 
 def _fill_in(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:

@@ -41,7 +41,7 @@ def refuse_unusable(model: nn.Module, name: str) -> None:
 def plain_copy(model: nn.Module) -> nn.Module:
     """A copy whose weights are plain float32 parameters, also those that the model computes from others.
 
-    Parts that ``torch.compile`` wraps are taken out of it.
+    Parts that ``torch.compile`` wraps are taken out of it, and frozen batch normalisation becomes PyTorch's own.
     """
     # A weight that a hook computes is no leaf of autograd, which deepcopy refuses.
     computed = [
@@ -52,12 +52,21 @@ def plain_copy(model: nn.Module) -> nn.Module:
     ]
     root = copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     for path, module in list(root.named_modules()):
-        if path and unwrapped(module) is not module:
-            root.set_submodule(path, unwrapped(module))
+        plain = _norm(module) if type(module).__name__ == "FrozenBatchNorm2d" else unwrapped(module)
+        if path and plain is not module:
+            root.set_submodule(path, plain)
     _bake(root)
     if any(value.is_floating_point() and value.dtype != torch.float32 for value in root.state_dict().values()):
         root.float()
     return root
+
+
+def _norm(frozen: nn.Module) -> nn.BatchNorm2d:
+    """The batch normalisation that torchvision's ``FrozenBatchNorm2d`` (or DETR's, without ``eps``) computes."""
+    state = frozen.state_dict()
+    norm = nn.BatchNorm2d(len(state["running_mean"]), eps=getattr(frozen, "eps", 1e-5))
+    norm.load_state_dict(state, strict=False)  # it counts no batches
+    return norm.to(state["running_mean"].device)
 
 
 def _bake(root: nn.Module) -> None:

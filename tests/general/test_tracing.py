@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree
+from torchvision.ops import FrozenBatchNorm2d
 
 from calib.calibrator import calibrate
 from calib.network import Network
@@ -298,6 +299,36 @@ def normalised(layer: nn.Module, norm: Callable[[nn.Module], nn.Module]) -> nn.M
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), norm(layer), nn.ReLU())
 
 
+class Tokens(nn.Module):
+    """A linear layer on tokens [B, 6, 6], whose result a function brings to batch normalisation."""
+
+    def __init__(self, function: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.linear = nn.Linear(6, 6)
+        self.norm = nn.BatchNorm1d(6)
+        nn.init.uniform_(self.norm.weight)
+        nn.init.uniform_(self.norm.running_mean)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.norm, self.linear(x[:, 0])).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("function", "folded"),
+    [
+        (lambda norm, x: norm(x), False),
+        (lambda norm, x: norm(x.flatten(0, 1)).reshape_as(x), True),
+        (lambda norm, x: norm(x.transpose(1, 2).flatten(0, 1)).view_as(x), False),
+    ],
+    ids=["of_rows", "of_features", "of_columns"],
+)
+def test_batch_normalisation_of_tokens_is_folded_where_it_is_of_the_features(
+    function: Callable[[nn.Module, Tensor], Tensor], folded: bool
+) -> None:
+    assert ("batchnorm" not in traced(Tokens(function)).kinds.values()) == folded
+
+
 def compiled(*layers: nn.Module) -> nn.Module:
     """Layers in the wrapper of ``torch.compile``."""
     return torch.compile(nn.Sequential(*layers), backend="eager")  # type: ignore[return-value]
@@ -310,11 +341,12 @@ def compiled(*layers: nn.Module) -> nn.Module:
         lambda: normalised(nn.Linear(64, 5), nn.utils.weight_norm),
         lambda: normalised(nn.Linear(64, 5), nn.utils.spectral_norm),
         lambda: normalised(nn.Linear(64, 5), lambda layer: nn.Sequential(layer, nn.BatchNorm1d(5, affine=False))),
+        lambda: nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.Flatten(), nn.Linear(64, 5)),
         lambda: nn.DataParallel(Body(F.relu)),
         lambda: compiled(Body(F.relu)),
         lambda: nn.Sequential(nn.Conv2d(3, 4, 3), compiled(nn.Flatten(), nn.Linear(64, 5))),
     ],
-    ids=["weight_norm", "spectral_norm", "norm_without_weights", "data_parallel", "compile", "compiled_part"],
+    ids=["weight_norm", "spectral_norm", "norm_without_weights", "frozen_norm", "data_parallel", "compile", "part"],
 )
 def test_computed_weights_and_wrappers_are_no_obstacle_and_stay(make: Callable[[], nn.Module]) -> None:
     model = make()
@@ -370,19 +402,6 @@ def test_every_output_is_one_of_the_file(result: Callable[[Tensor, Tensor], obje
     assert_file_gives(Gives(result).eval())
 
 
-class Rows(nn.Module):
-    """Batch normalisation of the rows, not of the linear layer's features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.norm = nn.BatchNorm1d(6)
-        nn.init.uniform_(self.norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.linear(x[:, 0])).flatten(1)
-
-
 class OneByOne(nn.Module):
     """Goes through the images one by one."""
 
@@ -394,7 +413,6 @@ class OneByOne(nn.Module):
     ("make", "message"),
     [
         (lambda: Body(lambda x: x * torch.rand(1)), "net computes something else once traced: random"),
-        (Rows, "computes something else once traced"),
         (OneByOne, "for another number of images"),
         (lambda: Body(lambda x: x, 4), r"net does not take images of shape \(2, 3, 6, 6\): .*test_tracing"),
         (lambda: torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(108, 5))), "it is TorchScript; pass the nn"),
@@ -406,7 +424,7 @@ class OneByOne(nn.Module):
         (lambda: Body(Tensor.half), r"in fc \(Linear\): its forward changes the type of its values"),
     ],
     ids=[
-        *("random", "norm_of_rows", "image_by_image", "shape", "torchscript", "lazy", "constant_output"),
+        *("random", "image_by_image", "shape", "torchscript", "lazy", "constant_output"),
         *("number_of_the_batch", "argmax", "several_without_floats", "cast"),
     ],
 )
