@@ -90,6 +90,8 @@ def calibrate_onnx(
     wanted = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
     heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole is not None}
     observed = Observed(path, model, wanted)
+    if not observed.values:
+        raise InputError(f"{path} computes with integers alone: there is nothing to calibrate")
     histograms, infinite = collect(observed, batches, progress, heads)
     seconds = time.perf_counter() - start
     arrays: dict[str, NDArray[Any]] = {entry.name: entry.array for entry in entries if entry.array is not None}

@@ -156,7 +156,7 @@ def _is_weight(model: onnx.ModelProto, name: str) -> bool:
     return any(weight.name == name for weight in model.graph.initializer)
 
 
-def _rounded(model: onnx.ModelProto, node: onnx.NodeProto, source: str | None, path: Path) -> NDArray[np.float32]:
+def _rounded(model: onnx.ModelProto, node: onnx.NodeProto, source: str | None, path: Path) -> NDArray[Any]:
     """The value of a weight behind its DequantizeLinear: of int8 codes, or of a float weight that is quantized."""
     axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
     scale = _constant(model, node, 1, path)
@@ -171,5 +171,5 @@ def _rounded(model: onnx.ModelProto, node: onnx.NodeProto, source: str | None, p
     if source is not None:
         limits = np.iinfo(zero.dtype)
         array = np.clip(np.rint(array / scale) + offset, limits.min, limits.max)
-    rounded: NDArray[np.float32] = ((array.astype(np.float32) - offset) * scale).astype(np.float32)
+    rounded: NDArray[Any] = ((array.astype(np.float32) - offset) * scale).astype(scale.dtype)
     return rounded

@@ -21,6 +21,9 @@ from calib.onnx.source import Batch, Batches
 from common.errors import InputError
 from common.threads import available_cores
 
+_KEPT = 2
+"""Waves of the first batch whose values are kept until their range is known; where there are more, they run twice."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -66,7 +69,9 @@ def collect(
                 if array.dtype.kind == "f" and not np.isfinite(array).all():
                     raise InputError(f"calibration batch {number}, input {name}: the values hold NaN or infinity")
             waves = list(_placed(observed.waves(batch)))
-            if number == 1 and len(waves) > 1:
+            if number == 1 and len(waves) <= _KEPT:
+                waves = [list(chain.from_iterable(waves))]
+            elif number == 1:
                 found = chain.from_iterable(pool.map(histograms.maxima, wave) for wave in waves)
                 histograms.widen(number, found)
             for wave in waves:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
-_MOVES = frozenset({"Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
+_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
 """Operators behind which exporters leave weights."""
 
 _SMALL = 1024
@@ -55,7 +56,10 @@ class NetworkInput:
 
 
 def read_model(path: Path) -> onnx.ModelProto:
-    """The network in the file ``path``: functions inlined, free sizes without a number, external weights left there.
+    """The network in the file ``path``, with its external weights left where they are.
+
+    Functions are inlined, sparse weights are dense, nodes follow those whose results they read (TensorRT's parser sorts
+    them, too), and free sizes have no number.
 
     Raises:
         InputError: the file cannot be read or is no ONNX network, or a file with its weights is missing.
@@ -91,12 +95,41 @@ def read_model(path: Path) -> onnx.ModelProto:
             model = inliner.inline_local_functions(model)
         except Exception as error:  # it raises what its C++ side raises
             raise InputError(f"{path}: its functions cannot be inlined: {first_line(error)}") from error
+    _make_dense(model.graph)
+    _sort(model.graph, path)
     # Some exporters write -1 for a size that is free.
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
             if size.dim_value < 0:
                 size.Clear()
     return model
+
+
+def _make_dense(graph: onnx.GraphProto) -> None:
+    """Replace sparse initializers by the same weights with their zeros."""
+    import numpy as np
+    from onnx import numpy_helper
+
+    for sparse in graph.sparse_initializer:
+        values, indices = numpy_helper.to_array(sparse.values), numpy_helper.to_array(sparse.indices)
+        dense = np.zeros(tuple(sparse.dims), values.dtype)
+        # Positions are those of the flat array, or rows of one number for each axis.
+        dense[np.unravel_index(indices, dense.shape) if indices.ndim == 1 else tuple(indices.T)] = values
+        graph.initializer.append(numpy_helper.from_array(dense, sparse.values.name))
+    del graph.sparse_initializer[:]
+
+
+def _sort(graph: onnx.GraphProto, path: Path) -> None:
+    """Put the nodes into an order in which each follows those whose results it reads."""
+    maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    before = [{maker[name] for name in values_read(node) if name in maker} for node in graph.node]
+    if all(other < index for index, others in enumerate(before) for other in others):
+        return
+    try:
+        order = list(TopologicalSorter(dict(enumerate(before))).static_order())
+    except CycleError as error:
+        raise InputError(f"{path} is no ONNX network: some of its operators read their own results") from error
+    replace_items(graph.node, [graph.node[index] for index in order])
 
 
 def read_float_model(path: Path) -> onnx.ModelProto:
@@ -143,16 +176,23 @@ def no_floats(model: onnx.ModelProto) -> set[str]:
     """Values of the main graph that are integers, booleans, text or sequences, as far as types can be inferred."""
     import onnx
 
+    floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
+    return {name for name, kind in element_types(model).items() if kind not in floats}
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int | None]:
+    """Value of the main graph -> its elements' type, as far as it can be inferred; None for what is no tensor."""
+    import onnx
+
     try:
         graph = onnx.shape_inference.infer_shapes(model).graph
     except Exception:  # noqa: BLE001 - it raises what its C++ side raises; the types in the file remain
         graph = model.graph
-    floats = (0, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
-    values = [*graph.input, *graph.value_info, *graph.output]
     return {
-        value.name
-        for value in values
-        if value.type.WhichOneof("value") not in (None, "tensor_type") or value.type.tensor_type.elem_type not in floats
+        value.name: value.type.tensor_type.elem_type
+        if value.type.WhichOneof("value") in (None, "tensor_type")
+        else None
+        for value in (*graph.input, *graph.value_info, *graph.output)
     }
 
 
@@ -222,6 +262,32 @@ def free_name(name: str, taken: set[str]) -> str:
         name += "_"
     taken.add(name)
     return name
+
+
+def name_nodes(model: onnx.ModelProto) -> list[str]:
+    """The names of a network's nodes, in order; those that have none, or another one's, get one of their own."""
+    taken = {node.name for node in model.graph.node}
+    seen = {""}
+    for index, node in enumerate(model.graph.node):
+        if node.name in seen:
+            node.name = free_name(f"{node.op_type}_{index}", taken)
+        seen.add(node.name)
+    return [node.name for node in model.graph.node]
+
+
+def values_read(node: onnx.NodeProto) -> list[str]:
+    """What a node reads, with what the graphs inside it read."""
+    return [*filter(None, node.input), *_outer_values(node)]
+
+
+def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
+    """What the graphs inside a node read, also of their own values, which have other names."""
+    for attribute in node.attribute:
+        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
+            for inner in graph.node:
+                yield from filter(None, inner.input)
+                yield from _outer_values(inner)
+            yield from (output.name for output in graph.output)
 
 
 def replace_items(field: Any, items: Iterable[Any]) -> None:

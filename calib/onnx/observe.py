@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from calib.onnx.model import name_nodes
 from calib.onnx.source import Batch
 from common.errors import InputError, first_line
 from common.threads import available_cores
@@ -86,8 +88,10 @@ class Observed:
         units = len(next(iter(batch.values()))) // unit
         if not self._images:
             self._divide({name: array[:unit] for name, array in batch.items()}, units)
-        count = -(-units // self._images)
-        bounds = [units * index // count * unit for index in range(count + 1)]
+        # As many for each thread, so that none waits for another one.
+        rounds = -(-units // self._at_a_time)
+        count = -(-rounds // max(self._images // self._at_a_time, 1))
+        bounds = [min(rounds * index // count * self._at_a_time, units) * unit for index in range(count + 1)]
         waves: list[list[Batch]] = []
         for begin, end in pairwise(bounds):
             length = unit if self._fixed else max(-(-(end - begin) // self._at_a_time), 1)
@@ -151,6 +155,7 @@ def with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelPro
 
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    name_nodes(copy)  # ONNX Runtime refuses two of one name, which TensorRT takes
     del copy.graph.output[:]
     known = {value.name: value for value in model.graph.output}
     copy.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in values)
@@ -179,8 +184,8 @@ def open_session(path: Path, model: onnx.ModelProto, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     except Exception as error:  # its exceptions share no base class of their own
-        if any(text in str(error) for text in _UNKNOWN_OPERATOR):
-            foreign = ", ".join(_foreign_operators(model)) or _reason(error)
+        foreign = ", ".join(_foreign_operators(model))
+        if foreign and any(text in str(error) for text in _UNKNOWN_OPERATOR):
             raise InputError(
                 f"{path} has operators that ONNX Runtime does not have: {foreign}; cut the network before them, "
                 "or calibrate with TensorRT"
@@ -204,9 +209,9 @@ def _foreign_operators(model: onnx.ModelProto) -> Iterator[str]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of ONNX Runtime's message, without the name of its error code."""
-    text = first_line(error)
-    return text.rpartition("[ONNXRuntimeError] : ")[2][:300]
+    """The first line of ONNX Runtime's message, without its error code."""
+    text = first_line(error).rpartition("[ONNXRuntimeError] : ")[2]
+    return re.sub(r"^[0-9]+ : [A-Z_]+ : ", "", text)[:300]
 
 
 def compare_outputs(

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
-from calib.onnx.model import constant, free_name, replace_items
-from calib.onnx.rules import Graph, values_read
+from calib.onnx.model import constant, free_name, replace_items, values_read
+from calib.onnx.rules import Graph
 
 if TYPE_CHECKING:
     import onnx
@@ -38,11 +38,13 @@ class Activation:
         scale: Its scale.
         readers: Names of the ONNX nodes that read it quantized.
         put_out: Whether it is put out quantized, too, if it is an output of the network.
+        half: Whether the value is float16, and so its scale is.
     """
 
     scale: float
     readers: set[str]
     put_out: bool = False
+    half: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Weight:
     Attributes:
         name: The initializer, or what a Constant node gives.
         axis: Of its output channels, or None where there is one scale for all.
-        scales: One for each of them, float32 [channels] or [].
+        scales: One for each of them, [channels] or []; of float16 where the weight is, else of float32.
         bias: The initializer of the layer's bias, or None.
         input_scale: Of the value that the layer reads.
         readers: Names of the ONNX nodes that read it quantized; None for all.
@@ -60,7 +62,7 @@ class Weight:
 
     name: str
     axis: int | None
-    scales: NDArray[np.float32]
+    scales: NDArray[Any]
     bias: str | None
     input_scale: float
     readers: Set[str] | None = None
@@ -128,7 +130,8 @@ class _Pairs:
         """
         values = self._constant(weight.name)
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
-        codes = values / (weight.scales if weight.axis is None else weight.scales.reshape(shape))
+        scales = weight.scales.astype(np.float32)
+        codes = values / (scales if weight.axis is None else scales.reshape(shape))
         np.rint(codes, out=codes)
         np.clip(codes, -WEIGHT_MAX, WEIGHT_MAX, out=codes)
         if unsigned:
@@ -165,7 +168,7 @@ class _Pairs:
 
         zero_point = np.array(_MIDDLE, np.uint8) if unsigned else np.array(0, np.int8)
         parameters = [
-            self._store(f"{value}_scale", np.array(activation.scale, np.float32)),
+            self._store(f"{value}_scale", np.array(activation.scale, np.float16 if activation.half else np.float32)),
             self._store(f"{value}_zero_point", zero_point),
         ]
         is_output = activation.put_out and value in self._outputs

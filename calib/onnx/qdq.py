@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
 from calib.onnx.form import linear_as_convolution
-from calib.onnx.model import constant, free_name, no_floats
+from calib.onnx.model import constant, element_types, name_nodes, no_floats
 from calib.onnx.pairs import Activation, Weight, write_pairs
 from calib.onnx.pools import pad_in_front
 from calib.onnx.rules import RESHAPES, WEIGHTED, Graph
@@ -35,6 +35,12 @@ if TYPE_CHECKING:
 
 PER_CHANNEL_OPSET: Final = 13
 """First operator set whose DequantizeLinear takes a scale for each channel."""
+
+_HALF_OPSET: Final = 19
+"""First operator set whose QuantizeLinear takes float16."""
+
+_BIAS_CODES: Final = 2**15
+"""Codes of a bias at most, in steps of input scale * weight scale, where these are float16, which ends at 2**16."""
 
 _NEWEST_OPSET: Final = 20
 """From 21 on, ONNX Runtime (1.32) mixes up the types of the pairs that it adds itself on x86, and refuses the network:
@@ -92,16 +98,19 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     graph = Graph(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    names = _name_nodes(result)
+    names = name_nodes(result)
     activations: dict[str, Activation] = {}
     weights: dict[tuple[str, int | None], Weight] = {}
     readers_of: dict[tuple[str, int | None], set[str]] = {}
     missing: dict[str, str] = {}
     chosen: set[int] = set()
 
+    types = element_types(model)
+
     def quantize_value(name: str, index: int) -> None:
         chosen.add(index)
-        activations.setdefault(name, Activation(usable[name], set())).readers.add(names[index])
+        half = types.get(name) == onnx.TensorProto.FLOAT16
+        activations.setdefault(name, Activation(usable[name], set(), half=half)).readers.add(names[index])
 
     newest = _opset(model) > _NEWEST_OPSET
     for index, node in enumerate(graph.nodes):
@@ -113,7 +122,10 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
             continue
         quantize_value(node.input[0], index)
         axis = _channel_axis(node, weight)
-        scales = _scales(weight, axis)
+        scales: NDArray[Any] = _scales(weight, axis)
+        if weight.dtype == np.float16:
+            bias = constant(model, node.input[2], path.parent) if len(node.input) > 2 and node.input[2] else None
+            scales = _half_scales(scales, bias, usable[node.input[0]])
         readers = readers_of.setdefault((node.input[1], axis), set())
         readers.add(names[index])
         weights[node.input[1], axis] = Weight(node.input[1], axis, scales, None, usable[node.input[0]], readers)
@@ -129,7 +141,8 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
         raise InputError(f"nothing in {path} can be quantized with this table: it has no scale for what layers read")
     if not chosen:
         raise InputError(
-            f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights"
+            f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights "
+            "or float16 ones"
         )
     write_pairs(result, activations, list(weights.values()), folder=path.parent)
     pad_in_front(result)
@@ -143,49 +156,78 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     return QuantizedModel(result, dict(kinds.most_common()), dict(rest.most_common()), missing)
 
 
-def _name_nodes(model: onnx.ModelProto) -> list[str]:
-    """The names of a network's nodes, in order; those that have none, or another one's, get one of their own."""
-    taken = {node.name for node in model.graph.node}
-    seen = {""}
-    for index, node in enumerate(model.graph.node):
-        if node.name in seen:
-            node.name = free_name(f"{node.op_type}_{index}", taken)
-        seen.add(node.name)
-    return [node.name for node in model.graph.node]
-
-
 def _opset(model: onnx.ModelProto) -> int:
     return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 1)
 
 
 def _with_opset(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
-    """The model in an operator set that knows a scale for each channel, and that ONNX Runtime loads with pairs."""
+    """The model in an operator set whose pairs can hold its values, and that ONNX Runtime loads with pairs."""
     import onnx
 
     version = _opset(model)
-    if PER_CHANNEL_OPSET <= version <= _NEWEST_OPSET:
+    half = onnx.TensorProto.FLOAT16 in element_types(model).values()
+    least, what = (_HALF_OPSET, "pairs in float16") if half else (PER_CHANNEL_OPSET, "int8 weights per channel")
+    if least <= version <= _NEWEST_OPSET:
         return model
+    given = onnx.ModelProto()
+    given.CopyFrom(model)
+    # Before version 4 all weights are inputs as well; the converter insists on it, ONNX Runtime does not.
+    given.ir_version = max(model.ir_version, 4)
     try:
-        return onnx.version_converter.convert_version(model, min(max(version, PER_CHANNEL_OPSET), _NEWEST_OPSET))
+        converted = onnx.version_converter.convert_version(given, min(max(version, least), _NEWEST_OPSET))
     except Exception as error:  # it raises what its C++ side raises
         if version > _NEWEST_OPSET:
             return model
         raise InputError(
-            f"{path} has operator set {version}, and int8 weights per channel need {PER_CHANNEL_OPSET}, to which it "
-            f"cannot be converted: {first_line(error)}"
+            f"{path} has operator set {version}, and {what} need {least}, to which it cannot be converted: "
+            f"{first_line(error)}"
         ) from error
+    converted.ir_version = model.ir_version
+    _keep_names(converted, model)
+    return converted
 
 
-def _weight(node: onnx.NodeProto, model: onnx.ModelProto, graph: Graph, path: Path) -> NDArray[np.float32] | None:
-    """The constant weight of a layer that can compute in INT8, or None."""
+def _keep_names(converted: onnx.ModelProto, model: onnx.ModelProto) -> None:
+    """Give the values of a converted network, whose operators may have become others, the names that the table has."""
+    known = {name for node in model.graph.node for name in (*node.input, *node.output)}
+    before = {node.output[0]: node for node in model.graph.node if node.output}
+    names: dict[str, str] = {}
+    for node in converted.graph.node:
+        given = before.get(node.output[0])
+        if given is not None and given.op_type == node.op_type:
+            pairs = zip(node.input, given.input, strict=False)
+            names.update({new: old for new, old in pairs if new not in known and old in before})
+    for node in converted.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def _weight(node: onnx.NodeProto, model: onnx.ModelProto, graph: Graph, path: Path) -> NDArray[Any] | None:
+    """The constant weight of a layer that can compute in INT8, float32 or float16, or None."""
     if node.op_type not in WEIGHTED or len(node.input) < 2 or node.input[0] in graph.constant:
         return None
     if node.op_type == "Gemm" and any(attribute.name == "transA" and attribute.i for attribute in node.attribute):
         return None
     array = constant(model, node.input[1], path.parent) if node.input[1] in graph.constant else None
-    if array is None or array.dtype != np.float32 or array.ndim < 2 or not np.isfinite(array).all():
+    if array is None or array.dtype not in (np.float32, np.float16) or array.ndim < 2 or not np.isfinite(array).all():
         return None
     return array
+
+
+def _half_scales(scales: NDArray[np.float32], bias: NDArray[Any] | None, input_scale: float) -> NDArray[np.float16]:
+    """The scales of a float16 weight, in float16.
+
+    ONNX Runtime divides the bias by input scale * weight scale, in float16: the scales are so large that the product is
+    not 0 and the quotient not infinite. That takes larger steps where the bias of a channel is far above its products.
+    """
+    smallest = np.float32(np.finfo(np.float16).smallest_subnormal)
+    steps: NDArray[Any] = np.full_like(scales, smallest)
+    if bias is not None:
+        offsets = np.abs(bias.astype(np.float32))
+        # A Gemm may broadcast its bias, and a weight of one scale has it for all channels.
+        offsets = offsets.reshape(scales.shape) if offsets.size == scales.size else offsets.max()
+        steps = np.maximum(steps, offsets / _BIAS_CODES)
+    return np.maximum(scales, np.maximum(steps / input_scale, smallest)).astype(np.float16)
 
 
 def _has_bias_behind(graph: Graph, node: onnx.NodeProto) -> bool:
@@ -206,10 +248,10 @@ def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int | None:
     return 1 if weight.ndim == 2 else None
 
 
-def _scales(weight: NDArray[np.float32], axis: int | None) -> NDArray[np.float32]:
+def _scales(weight: NDArray[Any], axis: int | None) -> NDArray[np.float32]:
     """The scales of a weight, float32 [channels] along ``axis``; the single one of the whole weight if None."""
     channels = weight[np.newaxis] if axis is None else np.moveaxis(weight, axis, 0)
-    scales: NDArray[np.float32] = weight_scales(torch.from_numpy(channels.copy())).numpy()
+    scales: NDArray[np.float32] = weight_scales(torch.from_numpy(channels.astype(np.float32))).numpy()
     return scales[0] if axis is None else scales
 
 

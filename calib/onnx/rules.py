@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from calib.algorithms import ALGORITHMS
 from calib.onnx.layers import inner_values, layers_of
-from calib.onnx.model import constant_value, replace_items
+from calib.onnx.model import constant_value, replace_items, values_read
 from calib.onnx.parser_names import ParserNames
 
 if TYPE_CHECKING:
@@ -97,21 +97,6 @@ class Graph:
         """The only node that reads ``value``, or None if there are others or it is an output."""
         readers = self.readers.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.outputs else None
-
-
-def values_read(node: onnx.NodeProto) -> list[str]:
-    """What a node reads, with what the graphs inside it read."""
-    return [*filter(None, node.input), *_outer_values(node)]
-
-
-def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
-    """What the graphs inside a node read, also of their own values, which have other names."""
-    for attribute in node.attribute:
-        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in graph.node:
-                yield from filter(None, inner.input)
-                yield from _outer_values(inner)
-            yield from (output.name for output in graph.output)
 
 
 def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[TableEntry], onnx.ModelProto]:

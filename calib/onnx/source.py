@@ -106,6 +106,8 @@ def open_source(
     Raises:
         InputError: nothing is there, it cannot be read, or it does not fit the network.
     """
+    if not inputs:
+        raise InputError("the network has no input, and so nothing to calibrate with")
     fixed = {item.batch for item in inputs if item.batch}
     if len(fixed) > 1:
         raise InputError(f"the inputs of the network have different fixed batch sizes: {sorted(fixed)}")

@@ -7,7 +7,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from calib.__main__ import main
@@ -75,11 +75,12 @@ def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, mon
     assert found.scales["mul"] == pytest.approx(wanted.scales["mul"], rel=1e-4)
 
 
-def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch, network):
+@pytest.mark.parametrize("budget", [1, 300_000], ids=["the first batch runs twice", "its values are kept"])
+def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch, network, budget):
     images[7] *= 3
     np.save(tmp_path / "images.npy", images)
     whole = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
-    monkeypatch.setattr(observe, "_BUDGET", 1)
+    monkeypatch.setattr(observe, "_BUDGET", budget)
     parts = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
     assert dict(parts.scales) == pytest.approx(dict(whole.scales), rel=1e-5)
 
@@ -194,6 +195,25 @@ def test_a_float16_network_takes_float32_images(images, tmp_path):
         np.save(tmp_path / "images.npy", images.astype(kind))
         tables.append(table_of(network, tmp_path / "images.npy", tmp_path))
     assert tables[0] == tables[1]
+
+
+def test_files_that_tensorrt_takes_and_onnx_runtime_does_not(tmp_path, source):
+    # Nodes in any order, two of one name, a sparse weight.
+    nodes = [node("Relu", ["c"], ["relu"]), node("Conv", ["data", "w"], ["c"]), node("Conv", ["relu", "v"], ["out"])]
+    generator = np.random.default_rng(0)
+    weights = {"w": weight(generator, 4, 3, 3, 3), "v": weight(generator, 2, 4, 1, 1)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 2, 14, 14]}, weights)
+    expected = table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
+    dense = weights["v"].reshape(-1)
+    for indices in (np.arange(8), np.stack(np.unravel_index(np.arange(8), (2, 4, 1, 1)), axis=1)):
+        made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 2, 14, 14]}, {"w": weights["w"]})
+        values, places = numpy_helper.from_array(dense, "v"), numpy_helper.from_array(indices)
+        made.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [2, 4, 1, 1]))
+        for item in made.graph.node:
+            item.name = "same"
+        int8 = tmp_path / "int8.onnx"
+        assert table_of(save(made, tmp_path / "network.onnx"), source, tmp_path, "--qdq", int8) == expected
+        assert read_float_model(tmp_path / "network.onnx").graph.node[0].op_type == "Conv"
 
 
 def test_a_name_that_the_table_cannot_hold_has_no_entry(tmp_path, source, capsys):
@@ -407,6 +427,19 @@ def test_a_single_number_as_input(images, tmp_path, refused):
     made = model(nodes, {"data": ["N", 3, 16, 16], "factor": []}, {"out": ["N", 3, 16, 16]}, {})
     np.savez(tmp_path / "inputs.npz", data=images, factor=np.float32(2))
     refused(save(made, tmp_path / "network.onnx"), tmp_path / "inputs.npz", "input 'factor' of the network is a single")
+
+
+def test_networks_of_integers_or_of_types_that_onnx_runtime_does_not_compute(images, tmp_path, refused):
+    made = model([node("Neg", ["data"], ["out"])], {"data": ["N", 3]}, {"out": ["N", 3]}, {}, data=6, out=6)
+    np.savez(tmp_path / "integers.npz", data=np.arange(12, dtype=np.int32).reshape(4, 3))
+    refused(save(made, tmp_path / "network.onnx"), tmp_path / "integers.npz", "computes with integers alone")
+    made = model([node("Neg", ["one"], ["out"])], {}, {"out": [1]}, {"one": np.ones(1, np.float32)})
+    refused(save(made, tmp_path / "network.onnx"), tmp_path / "integers.npz", "has no input")
+    wide = weight(np.random.default_rng(0), 4, 3, 3, 3).astype(np.float64)
+    nodes = [node("Cast", ["data"], ["wide"], to=TensorProto.DOUBLE), node("Conv", ["wide", "w"], ["out"])]
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 4, 14, 14]}, {"w": wide}, out=TensorProto.DOUBLE)
+    np.save(tmp_path / "images.npy", images)
+    refused(save(made, tmp_path / "network.onnx"), tmp_path / "images.npy", "take .*onnx: Could not find an implement")
 
 
 def test_text_as_input(images, tmp_path, refused):

@@ -7,14 +7,14 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import TensorProto, numpy_helper
 
 from calib.__main__ import main
 from calib.onnx.model import read_float_model
 from calib.onnx.qdq import quantize
 from calib.table import CalibrationTable
 from common.errors import InputError
-from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs
+from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs, weight
 
 TENSORRT = Path(__file__).parents[1] / "tensorrt"
 
@@ -187,6 +187,63 @@ def test_a_file_of_the_old_format(images, tmp_path, capsys):
     onnx.checker.check_model(written, full_check=True)
     assert [item.name for item in written.graph.input] == ["data"]
     assert found["macs"] == {"total": 57856, "int8": 57856}
+
+
+def test_an_old_upsampling_keeps_its_name(images, tmp_path, capsys):
+    # In operator set 13 it is a Resize, behind a value of another name.
+    generator = np.random.default_rng(0)
+    nodes = [
+        node("Upsample", ["data", "sizes"], ["up"], mode="nearest"),
+        node("Conv", ["up", "w"], ["out"]),
+    ]
+    weights = {"sizes": np.array([1, 1, 2, 2], np.float32), "w": weight(generator, 4, 3, 3, 3)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 4, 30, 30]}, weights, opset=9)
+    made.ir_version = 3  # older than a file in which weights are no inputs
+    found, table, int8 = calibrated(save(made, tmp_path / "network.onnx"), images, tmp_path, capsys)
+    assert found["int8"] == {"Conv": 1}
+    assert pairs(onnx.load(int8)) == {"up": (table.scales["up"], ["Conv"])}
+
+
+def test_a_float16_network_has_pairs_in_float16(images, tmp_path, capsys):
+    generator = np.random.default_rng(0)
+    nodes = [
+        node("Cast", ["data"], ["half"], to=TensorProto.FLOAT16),
+        node("Conv", ["half", "w", "b"], ["c"]),
+        node("Relu", ["c"], ["relu"]),
+        node("Flatten", ["relu"], ["flat"]),
+        node("Gemm", ["flat", "fc"], ["scores"], transB=1),
+        node("Cast", ["scores"], ["out"], to=TensorProto.FLOAT),
+    ]
+    convolution = weight(generator, 4, 3, 3, 3) * np.array([1, 1e-3, 1, 0]).reshape(4, 1, 1, 1)
+    weights = {"w": convolution, "b": weight(generator, 4, 1)[:, 0], "fc": weight(generator, 5, 4 * 14 * 14)}
+    halves = {name: array.astype(np.float16) for name, array in weights.items()}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 5]}, halves)
+    found, table, int8 = calibrated(save(made, tmp_path / "network.onnx"), images, tmp_path, capsys)
+    assert found["int8"] == {"Conv": 2}
+    assert found["sqnr_db"]["out"] > 20
+    written = onnx.load(int8)
+    onnx.checker.check_model(written, full_check=True)
+    stored = constants(written)
+    assert {name: array.dtype for name, array in stored.items() if name.endswith("_scale")} == {
+        "w_scale": np.float16,
+        "fc_convolution_scale": np.float16,
+        "half_scale": np.float16,
+        "relu_scale": np.float16,
+    }
+    assert stored["half_scale"] == pytest.approx(table.scales["half"], rel=2**-11)
+    assert (stored["w_scale"] > 0).all()
+    back, plain = tmp_path / "back.cache", tmp_path / "plain.onnx"
+    assert run("from-qdq", int8, "--output", back, "--onnx", plain) == 0
+    onnx.checker.check_model(onnx.load(plain), full_check=True)
+    assert CalibrationTable.read(back).scales["relu"] == pytest.approx(table.scales["relu"], rel=2**-11)
+
+
+def test_float16_weights_of_a_float32_network_are_quantized(images, tmp_path, capsys):
+    nodes = [node("Cast", ["stored"], ["w"], to=TensorProto.FLOAT), node("Conv", ["data", "w"], ["out"])]
+    weights = {"stored": weight(np.random.default_rng(0), 4, 3, 3, 3).astype(np.float16)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 4, 14, 14]}, weights)
+    found, *_ = calibrated(save(made, tmp_path / "network.onnx"), images, tmp_path, capsys)
+    assert found["int8"] == {"Conv": 1}
 
 
 def test_a_fixed_batch_counts_for_one_image(images, tmp_path, capsys):
