@@ -116,7 +116,7 @@ def test_adversarial_histograms(name):
     assert_equals_plain_definition(ADVERSARIAL[name])
 
 
-@settings(max_examples=15)
+@settings(max_examples=6)
 @given(
     st.dictionaries(st.integers(0, BINS - 1), st.integers(1, 10**6), min_size=1, max_size=30),
     st.floats(1e-6, 1e6),

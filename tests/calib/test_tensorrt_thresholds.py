@@ -62,7 +62,8 @@ def test_every_scale_is_tensorrts(histograms, scales, algorithm):
 def test_the_search_for_a_gpu_finds_the_same_divergences(histograms):
     alive = {name: histogram for name, histogram in histograms.items() if histogram.maximum > 0}
     assert len(alive) > 290
-    for name, histogram in alive.items():
+    for name in list(alive)[::4]:
+        histogram = alive[name]
         counts = np.concatenate([histogram.counts[1:2], histogram.counts[1:]])
         found = device_search.divergences(torch.from_numpy(counts)[None])[0].numpy()
         np.testing.assert_allclose(found, threshold(histogram).divergences, rtol=0, atol=1e-12, err_msg=name)

@@ -83,7 +83,7 @@ def free_port() -> int:
         return port
 
 
-def torchrun(count: int, *arguments: str | Path, program: str = "evaluate.py") -> subprocess.CompletedProcess[str]:
+def torchrun(count: int, program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """Run a command in several processes."""
     launcher = ["torch.distributed.run", "--nproc_per_node", str(count), "--master_port", str(free_port()), "--"]
     return subprocess.run(
@@ -97,17 +97,25 @@ def torchrun(count: int, *arguments: str | Path, program: str = "evaluate.py") -
     )
 
 
-def forked(template: Template, count: int, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run ``evaluate.py`` in several processes that are forked, with the variables that ``torchrun`` sets."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    running = []
-    for rank in map(str, range(count)):
-        variables = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
-        running.append(template.start(["evaluate.py", *map(str, arguments)], ROOT, variables=variables))
-    first, *others = [one.wait() for one in running]
-    assert [ended.stdout for ended in others] == [""] * (count - 1)
-    return subprocess.CompletedProcess("evaluate.py", first.code, first.stdout, first.stderr)
+@pytest.fixture
+def together(template: Template | None) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command in several processes, forked with the variables that ``torchrun`` sets where that can be."""
+
+    def run(count: int, program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        if template is None:
+            return torchrun(count, program, *arguments)
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        running = []
+        for rank in map(str, range(count)):
+            variables = {**os.environ, **common, "RANK": rank, "LOCAL_RANK": rank}
+            running.append(template.start([program, *map(str, arguments)], ROOT, variables=variables))
+        ended = [one.wait() for one in running]
+        assert [one.stdout for one in ended[1:]] == [""] * (count - 1)
+        errors = "".join(one.stderr for one in ended)
+        return subprocess.CompletedProcess(program, max(one.code for one in ended), ended[0].stdout, errors)
+
+    return run
 
 
 def figures(result: subprocess.CompletedProcess[str]) -> list[dict[str, Any]]:
@@ -161,7 +169,7 @@ def test_two_processes_train_as_one_does(digits: tuple[Path, dict[str, Any]]) ->
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_processes_evaluate_with_the_figures_of_one(
-    digits: tuple[Path, dict[str, Any]], command: Command, template: Template | None
+    digits: tuple[Path, dict[str, Any]], command: Command, together: Command
 ) -> None:
     options = (
         *("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", digits[0], "--json", "--batch-size", "64"),
@@ -171,7 +179,7 @@ def test_processes_evaluate_with_the_figures_of_one(
 
     assert [row["precision"] for row in alone] == ["fp32", "fp16", "int8"]
     for count in (2, 3):
-        assert figures(forked(template, count, *options) if template else torchrun(count, *options)) == alone
+        assert figures(together(count, "evaluate.py", *options)) == alone
 
 
 def write_images(folder: Path) -> Path:
@@ -206,7 +214,7 @@ def test_an_error_of_one_process_ends_the_training_of_all_in_one_line_each(tmp_p
 @pytest.mark.e2e
 @pytest.mark.slow
 def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(
-    tmp_path: Path, command: Command, template: Template | None
+    tmp_path: Path, command: Command, together: Command
 ) -> None:
     from common.config import DataConfig
     from data import open_data
@@ -225,12 +233,11 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(
         *("--engine", "torch"),
     )
 
-    together = forked(template, 2, *options) if template else torchrun(2, *options)
-    assert figures(together) == figures(command("evaluate.py", *options, code=None))
+    assert figures(together(2, "evaluate.py", *options)) == figures(command("evaluate.py", *options, code=None))
 
     # The last images are the second process's.
     broken.write_bytes(bytes(broken.stat().st_size))
-    result = torchrun(2, *options)
+    result = together(2, "evaluate.py", *options)
     assert result.returncode != 0
     assert f"error: {broken} is not a readable image" in result.stderr
     assert "internal error" not in result.stderr
@@ -238,7 +245,9 @@ def test_processes_evaluate_a_folder_and_the_first_tells_what_another_finds(
 
 @pytest.mark.e2e
 @pytest.mark.slow
-def test_processes_calibrate_with_the_table_of_one(digits: tuple[Path, dict[str, Any]], command: Command) -> None:
+def test_processes_calibrate_with_the_table_of_one(
+    digits: tuple[Path, dict[str, Any]], command: Command, together: Command
+) -> None:
     artifacts = digits[0]
     common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", artifacts, "--engine", "torch")
     table = artifacts / "lenet_digits" / "CalibrationTableLeNet"
@@ -248,8 +257,7 @@ def test_processes_calibrate_with_the_table_of_one(digits: tuple[Path, dict[str,
     expected = table.read_bytes()
     table.unlink()
 
-    # torchrun would take --run for an option of its own, but for the -- in front of the command.
-    shared = torchrun(2, *options, "--run", "lenet_digits", program="quantize.py")
+    shared = together(2, "quantize.py", *options)
 
     assert shared.returncode == 0, shared.stderr
     assert table.read_bytes() == expected
@@ -258,19 +266,17 @@ def test_processes_calibrate_with_the_table_of_one(digits: tuple[Path, dict[str,
     assert ours["calibration"]["images"] == 300
     assert len(ours["calibration"]["batch_seconds"]) == 3
     # The cached table serves, and the other process is not needed.
-    again = torchrun(2, *options[:-1], program="quantize.py")
+    again = together(2, "quantize.py", *options[:-1])
     assert again.returncode == 0, again.stderr
     assert not json.loads(again.stdout)["table"]["calibrated"]
 
 
 @pytest.mark.e2e
 @pytest.mark.slow
-@pytest.mark.parametrize("arguments", [("--batches", "1000"), ("--keep-fp", "no_layer")])
-def test_what_one_process_cannot_do_ends_the_others(
-    digits: tuple[Path, dict[str, Any]], arguments: tuple[str, ...]
-) -> None:
+def test_what_one_process_cannot_do_ends_the_others(digits: tuple[Path, dict[str, Any]]) -> None:
     common = ("--config", ROOT / "configs/lenet_digits.yaml", "--artifacts", digits[0], "--engine", "torch")
-    result = torchrun(2, *common, "--recalibrate", *arguments, program="quantize.py")
+    # torchrun would take --run for an option of its own, but for the -- in front of the command.
+    result = torchrun(2, "quantize.py", *common, "--recalibrate", "--batches", "1000", "--run", "lenet_digits")
 
     assert result.returncode != 0
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
