@@ -35,11 +35,6 @@ def test_slow_contestants_take_part_in_the_first_rounds_alone():
     assert (len(figures["a"]), len(figures["b"])) == (3, 1)
 
 
-def test_no_warm_up_where_none_is_wanted():
-    calls: list[str] = []
-    assert in_turns({"a": recorder(calls, "a", [1.0, 2.0])}, 2, warm_up=False) == {"a": [1.0, 2.0]}
-
-
 def test_times_are_those_of_the_clock(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])

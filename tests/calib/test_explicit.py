@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from calib.calibrator import calibrate
 from calib.explicit import fake_quantize, place
 from calib.int8 import quantize
-from calib.plan import Int8Plan, plan_int8
+from calib.plan import plan_int8
 from calib.tracing import trace
 from engines.integer import IntegerNetwork
 from engines.onnx.int8 import int8_model
@@ -123,13 +123,6 @@ def options(network, option):
     return {"keep_fp": kept, "quantize_output": option == "output"}
 
 
-@pytest.fixture(scope="module", params=[(name, option) for name in NETWORKS for option in OPTIONS], ids="-".join)
-def plan(request) -> Int8Plan:
-    name, option = request.param
-    network = make_network(name)
-    return make_plan(network, **options(network, option))
-
-
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_codes_are_those_of_the_simulation(name, option):
@@ -141,8 +134,9 @@ def test_codes_are_those_of_the_simulation(name, option):
         assert torch.equal(fake_quantize(plan)(batch), IntegerNetwork(plan)(batch))
 
 
-def test_it_scripts_and_traces(plan):
-    module, batch = fake_quantize(plan), images(plan.network.name, 4, seed=5)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_it_scripts_and_traces(name):
+    module, batch = fake_quantize(make_plan(make_network(name))), images(name, 4, seed=5)
     with torch.inference_mode():
         expected = module(batch)
         assert torch.equal(torch.jit.script(module)(batch), expected)

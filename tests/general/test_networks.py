@@ -12,6 +12,7 @@ from calib.explicit import fake_quantize
 from calib.network import Network
 from calib.plan import Int8Plan
 from engines.integer import IntegerNetwork
+from engines.onnx import float as onnx_float
 from engines.onnx.float import float_model
 from engines.onnx.int8 import int8_model
 from engines.onnxruntime.form import for_onnxruntime
@@ -86,15 +87,17 @@ def test_int8_differs_from_float(name: str) -> None:
     assert float((simulated(name) - reference).abs().max()) > 1e-5
 
 
-def test_every_tensor_of_the_table_is_a_value_of_the_float_onnx_file(name: str) -> None:
-    """The network's outputs among them."""
+def check_float_file(name: str) -> None:
+    """Each tensor of the table, looked up in the file, has the value that calibration observes."""
     model = float_model(network(name))
     expected: dict[str, Tensor] = {}
-    images = zoo.images_of(name, 2)
+    images = zoo.images_of(name, 3)
     outputs = network(name).run(images, lambda tensor, value: expected.update({tensor: value.clone()}))
     values = {output for node in model.graph.node for output in node.output}
     assert values >= set(network(name).tensors) - {"data"}
-    torch.testing.assert_close(_run(model, images), outputs, atol=2e-5, rtol=1e-3)
+    assert [value.name for value in model.graph.input] == ["data"]
+    for count in (1, 3):
+        torch.testing.assert_close(_run(model, images[:count]), outputs[:count], atol=2e-5, rtol=1e-3)
     del model.graph.output[:]
     model.graph.output.extend(onnx.ValueInfoProto(name=tensor) for tensor in expected if tensor != "data")
 
@@ -105,16 +108,32 @@ def test_every_tensor_of_the_table_is_a_value_of_the_float_onnx_file(name: str) 
         torch.testing.assert_close(torch.from_numpy(value), expected[output.name], atol=1e-4 * largest + 1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("for_cpu", [False, True], ids=["portable", "for_cpu"])
-def test_onnx_runtime_agrees_with_the_simulation_in_int8(name: str, for_cpu: bool) -> None:
+def check_int8_file(name: str, for_cpu: bool) -> None:
     """In a plain session; the file for any reader needs the option that docs/onnx.md names, on some CPUs."""
-    found = _run(
-        int8_model(plan(name), for_cpu), zoo.images_of(name, IMAGES), None if for_cpu else without_saturation()
-    )
+    model = int8_model(plan(name), for_cpu)
+    onnx.checker.check_model(model, full_check=True)
+    found = _run(model, zoo.images_of(name, IMAGES), None if for_cpu else without_saturation())
 
     form = (for_onnxruntime if for_cpu else for_tensorrt)(plan(name))
     expected = IntegerNetwork(form)(zoo.images_of(name, IMAGES))
     torch.testing.assert_close(found, expected, atol=1e-6 * max(1.0, float(expected.abs().max())), rtol=1e-5)
+
+
+def test_every_tensor_of_the_table_is_a_value_of_the_float_onnx_file(name: str) -> None:
+    check_float_file(name)
+
+
+@pytest.mark.parametrize("for_cpu", [False, True], ids=["portable", "for_cpu"])
+def test_onnx_runtime_agrees_with_the_simulation_in_int8(name: str, for_cpu: bool) -> None:
+    check_int8_file(name, for_cpu)
+
+
+@pytest.mark.parametrize("of", ["branches", "mixed", "tokens"])
+def test_pytorchs_other_exporter_gives_the_same(of: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxscript", reason="PyTorch's torch.export-based exporter needs onnxscript")
+    monkeypatch.setattr(onnx_float, "_torchscript_export", onnx_float._dynamo_export)
+    check_float_file(of)
+    check_int8_file(of, for_cpu=True)
 
 
 def _run(model: onnx.ModelProto, images: Tensor, options: onnxruntime.SessionOptions | None = None) -> Tensor:

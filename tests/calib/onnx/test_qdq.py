@@ -14,7 +14,7 @@ from calib.onnx.model import read_float_model
 from calib.onnx.qdq import quantize
 from calib.table import CalibrationTable
 from common.errors import InputError
-from tests.calib.onnx.networks import classifier, detector, model, node, save, two_inputs, weight
+from tests.calib.onnx.networks import classifier, detector, model, node, save, weight
 
 TENSORRT = Path(__file__).parents[1] / "tensorrt"
 
@@ -133,16 +133,6 @@ def test_each_output_of_a_detector_has_its_figure(tmp_path, capsys):
     assert min(found["sqnr_db"].values()) > 20
     assert found["int8"]["Conv"] == 8
     assert found["float"]["Sigmoid"] == 5
-
-
-def test_two_inputs_and_a_matrix_product(tmp_path, capsys):
-    generator = np.random.default_rng(6)
-    arrays = {"image": generator.random((6, 3, 8, 8), np.float32), "features": generator.random((6, 6), np.float32)}
-    np.savez(tmp_path / "inputs.npz", **arrays)
-    network = save(two_inputs(), tmp_path / "network.onnx")
-    found, *_ = calibrated(network, tmp_path / "inputs.npz", tmp_path, capsys, "--algorithm", "minmax")
-    assert found["int8"] == {"Conv": 1, "MatMul": 1}
-    assert found["sqnr_db"]["scores"] > 25
 
 
 @pytest.mark.parametrize("moved", [False, True])

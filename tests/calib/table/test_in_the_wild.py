@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from calib.__main__ import main
 from calib.table import CalibrationTable, formats
 from common.errors import InputError
-from tests.calib.onnx.networks import model, node, save
 
 ZERO = "TRT-101200-EntropyCalibration2\nimages: 3c021406\nONNXTRT_Broadcast_1855_output: 0\nx: 3c010a14\n"
 INFINITE = "TRT-6001-MinMaxCalibration\n(Unnamed Layer* 21) [Shuffle]_output: 3d0971dc\nbad: 7f800000\nc: 3c0660b4\n"
@@ -200,17 +199,6 @@ def test_merge_takes_entries_by_pattern(write, tmp_path, capsys):
         run("merge", path, other, "--take", "conv3")
     with pytest.raises(InputError, match="no tensor 'conv9'"):
         run("merge", path, other, "--take", "conv9")
-
-
-def test_many_foreign_names_are_one_line(write, tmp_path, capsys):
-    save(model([node("Relu", ["data"], ["prob"])], {"data": [1]}, {"prob": [1]}, {}), tmp_path / "network.onnx")
-    scales = {"data": 1.0, "prob": 1.0, **{f"foreign{number}": 1.0 for number in range(66)}}
-    CalibrationTable(scales).write(tmp_path / "table")
-    assert run("check", tmp_path / "table", "--onnx", tmp_path / "network.onnx") == 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert "'foreign4' and 61 more (66 in all)" in lines[0]
-    assert len(lines[0]) < 300
 
 
 def test_a_scale_in_json_may_be_infinite_as_digits(write):

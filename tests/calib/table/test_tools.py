@@ -61,11 +61,6 @@ def test_show_json_reads_back(table, tmp_path, capsys):
 # diff
 
 
-def test_diff_of_equal_tables(table, capsys):
-    assert run("diff", table, table) == 0
-    assert capsys.readouterr().out == "3 of 3 tensors in both tables have the same scale\n"
-
-
 def test_diff_shows_what_is_missing_and_what_changed(table, tmp_path, capsys):
     other = tmp_path / "other"
     CalibrationTable({"data": 0.01, "conv1": 0.25, "new": 1.0}, "minmax", "10.12.0").write(other)
@@ -125,11 +120,6 @@ def test_tools_for_text_refuse_other_formats_in_one_line(table, tmp_path):
             with pytest.raises(InputError, match=f"^.*{name} is {what}, .*convert.*$"):
                 run(*arguments)
         assert (tmp_path / name).read_bytes() == before
-
-
-def test_check_of_a_valid_table(table, capsys):
-    assert run("check", table) == 0
-    assert capsys.readouterr().out == f"{table}: valid, TRT-8601-EntropyCalibration2, 3 tensors\n"
 
 
 def test_check_lists_every_bad_line(tmp_path, capsys):
@@ -239,11 +229,6 @@ def test_convert_rewrites_line_1_in_place(table, capsys):
     assert run("convert", table, table, "--tensorrt-version", "10.12.0.36", "--algorithm", "minmax") == 0
     assert table.read_text() == "TRT-101200-MinMaxCalibration\n" + body
     assert "TRT-101200-MinMaxCalibration" in capsys.readouterr().out
-
-
-def test_convert_to_asked_format_whatever_the_suffix(table, tmp_path):
-    assert run("convert", table, tmp_path / "ranges", "--to", "json") == 0
-    assert json.loads((tmp_path / "ranges").read_text())["algorithm"] == "entropy2"
 
 
 def test_onnxruntime_reads_its_ranges(table, tmp_path):
@@ -378,13 +363,6 @@ def test_set_adds_only_when_asked(table):
     assert list(CalibrationTable.read(table).scales)[-1] == "conv9"
 
 
-def test_set_writes_elsewhere(table, tmp_path):
-    before = table.read_bytes()
-    assert run("set", table, "data=127", "--output", tmp_path / "deep" / "copy") == 0
-    assert table.read_bytes() == before
-    assert CalibrationTable.read(tmp_path / "deep" / "copy").scales["data"] == 1.0
-
-
 @pytest.mark.parametrize(
     "value",
     [
@@ -407,6 +385,7 @@ def test_set_refuses(table, value):
     [
         (["show", "TABLE"], 0),
         (["diff", "TABLE", "TABLE"], 0),
+        (["check", "TABLE"], 0),
         (["check", "BAD"], 1),
         (["show", "BAD"], 2),
         (["show", "MISSING"], 2),

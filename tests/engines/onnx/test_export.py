@@ -21,7 +21,7 @@ from common.run import Run
 from engines.integer import IntegerNetwork
 from engines.onnx import float as onnx_float
 from engines.onnx.export import export, export_fp32, export_int8, onnx_table
-from engines.onnx.float import float_model, keep_outputs, value_names
+from engines.onnx.float import float_model, keep_outputs
 from engines.onnx.int8 import int8_model
 from engines.onnxruntime.engine import open_session
 from engines.onnxruntime.form import for_onnxruntime
@@ -51,30 +51,6 @@ def pairs(model: onnx.ModelProto) -> dict[str, tuple[float, int, np.dtype]]:
 def table_of(plan: Int8Plan) -> CalibrationTable:
     """A table with another scale for every tensor, so that none can be taken for another."""
     return CalibrationTable({name: 0.01 + 0.001 * number for number, name in enumerate(plan.network.tensors)})
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_float_model_is_the_network_with_the_names_of_the_table(name):
-    check_float_model(name)
-
-
-def check_float_model(name: str) -> None:
-    """For any batch; each tensor of the table, looked up in the file, has the value that calibration observed."""
-    network, batch = make_network(name), images(name, 3)
-    model = float_model(network)
-    assert [value.name for value in model.graph.input] == ["data"]
-    assert [value.name for value in model.graph.output] == [value_names(network)[network.outputs[0]]]
-    observed: dict[str, Tensor] = {}
-    expected = network.run(batch, lambda tensor, value: observed.__setitem__(tensor, value.clone()))
-    np.testing.assert_allclose(run_onnx(model, batch), expected, atol=1e-6)
-    np.testing.assert_allclose(run_onnx(model, batch[:1]), expected[:1], atol=1e-6)
-    assert set(network.tensors) <= produced(model)
-    del model.graph.output[:]
-    for tensor in network.tensors[1:]:
-        model.graph.output.add(name=tensor).type.tensor_type.elem_type = onnx.TensorProto.FLOAT
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    for tensor, value in zip(network.tensors[1:], session.run(None, {"data": batch.numpy()}), strict=True):
-        np.testing.assert_allclose(value, observed[tensor], atol=1e-5, err_msg=tensor)
 
 
 def test_lenet_has_caffes_names():
@@ -147,21 +123,10 @@ def test_outputs_that_nobody_asked_for_go_but_their_names_stay():
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("option", ["default", "output", "kept"])
+@pytest.mark.parametrize("option", ["output", "kept"])
 @pytest.mark.parametrize("for_cpu", [False, True], ids=["portable", "cpu"])
 def test_int8_model_agrees_with_the_simulation(name, option, for_cpu):
-    check_int8_model(name, option, for_cpu)
-
-
-@pytest.mark.parametrize("name", ["branches", "mixed", "tokens"])
-def test_pytorchs_other_exporter_gives_the_same(name, monkeypatch):
-    pytest.importorskip("onnxscript", reason="PyTorch's torch.export-based exporter needs onnxscript")
-    monkeypatch.setattr(onnx_float, "_torchscript_export", onnx_float._dynamo_export)
-    check_float_model(name)
-    check_int8_model(name, "default", for_cpu=True)
-
-
-def check_int8_model(name: str, option: str, for_cpu: bool) -> None:
+    """Without options, and to the bit: tests/general/test_networks.py."""
     network = make_network(name)
     keep = (network.layers[1].name,) if option == "kept" else ()
     plan = make_plan(network, keep, quantize_output=option == "output")
