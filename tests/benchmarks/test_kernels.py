@@ -30,6 +30,25 @@ def test_a_model_is_taken_apart() -> None:
         assert found["pooling"] == 0
 
 
+def test_events_are_summed_by_kind_and_the_first_do_not_count() -> None:
+    def events(name: str, operator: str, durations: list[int]) -> list[dict[str, object]]:
+        return [
+            {"cat": "Node", "name": f"{name}_kernel_time", "args": {"op_name": operator}, "dur": d} for d in durations
+        ]
+
+    found = kernels._by_kind(
+        [
+            {"cat": "Session", "name": "model_run", "dur": 999},
+            *events("conv1", "Conv", [900, 900, 900, 10, 20, 30]),
+            *events("conv2", "Conv", [900, 900, 900, 1, 2, 3]),
+            *events("pool1", "MaxPool", [0, 0, 0, 7, 7, 7]),
+        ]
+    )
+
+    expected = {kernels.PRODUCTS: 22e-6, "pooling": 7e-6, "conversion of type and layout": 0, kernels.OTHERS: 0}
+    assert found == pytest.approx(expected)
+
+
 def test_a_training_step_is_taken_apart() -> None:
     """Multiply-accumulates count as two; the first layer's input needs no gradient, the linear layer's does."""
     network = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(), nn.Linear(4 * 6 * 6, 5))
