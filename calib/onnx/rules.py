@@ -11,6 +11,7 @@ Imports onnx inside functions: it is slow to load.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -232,17 +233,25 @@ def _wholes(graph: Graph, folder: Path) -> dict[str, str]:
     concatenation that is sliced again is none in memory.
     """
     found: dict[str, str] = {}
-    for node in graph.nodes:
+    for node in reversed(graph.nodes):
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
         if node.op_type == "Concat" and axis == 1 and len(node.input) > 1:
-            first, whole = node.input[0], node.output[0]
-            if graph.sole_reader(first) is not None and not _is(graph.sole_reader(whole), {"Slice", "Split"}):
-                found[first] = whole
+            first, whole = _unreshaped(graph, node.input[0]), node.output[0]
+            placed = [reader for reader in graph.readers[first] if reader.op_type in {"Concat", *RESHAPES}]
+            if len(placed) == 1 and not _is(graph.sole_reader(whole), {"Slice", "Split"}):
+                found[first] = found.get(whole, whole)
         elif (node.op_type == "Split" and axis == 1) or (
             node.op_type == "Slice" and _first_channels(graph, node, folder)
         ):
-            found[node.output[0]] = node.input[0]
+            found[node.output[0]] = found.get(node.input[0], node.input[0])
     return {name: whole for name, whole in found.items() if not {name, whole} & graph.constant}
+
+
+def _unreshaped(graph: Graph, value: str) -> str:
+    """The value that ``value`` is a reshape of, where the batch is fixed and a reshape copies nothing; else itself."""
+    while graph.fixed and _is(graph.producer.get(value), RESHAPES) and graph.sole_reader(value) is not None:
+        value = graph.producer[value].input[0]
+    return value
 
 
 def _first_channels(graph: Graph, node: onnx.NodeProto, folder: Path) -> bool:
@@ -269,5 +278,5 @@ def _stored(graph: Graph, name: str, folder: Path) -> NDArray[Any] | None:
     return None
 
 
-def _is(node: onnx.NodeProto | None, kinds: set[str]) -> bool:
+def _is(node: onnx.NodeProto | None, kinds: AbstractSet[str]) -> bool:
     return node is not None and node.op_type in kinds

@@ -39,6 +39,11 @@ MISSING = {
         r"\(Unnamed.*|ONNXTRT_(ShapeShuffle|ShapeSlice|castHelper|Broadcast).*|/(ArgMax|ReduceLogSum)_output"
     )
 }
+# Convolutions of one value, of which TensorRT makes one: it counts other values of the first of them.
+SIBLINGS = {
+    "chains": {"/Conv_output_0"},
+    "incept": {f"/Relu_{number}_output_0" for number in (1, 2, 6, 7)},
+}
 # A near-tie is decided by the last bits of a sum, on other CPUs as well.
 ELSEWHERE = 1
 
@@ -54,6 +59,9 @@ def test_tables_of_tensorrt(case, networks, tmp_path):
     if algorithm == "entropy":
         # After layer fusion, the names of three networks are all found; what is fused in the others is not.
         assert name not in ("dense", "incept", "shuf") or found.keys() == wanted.keys()
+        both = (found.keys() & wanted.keys()) - SIBLINGS.get(name, set())
+        differ = {entry for entry in both if found[entry] != pytest.approx(wanted[entry], rel=1e-4, abs=0)}
+        assert len(differ) <= ELSEWHERE, differ
         return
     missing = wanted.keys() - found.keys()
     assert all(MISSING[name].fullmatch(entry) for entry in missing) if missing else name not in MISSING
