@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from common.errors import InputError
 from evaluate import main
 from evaluation.results import read_report
+from models import load_checkpoint, save_checkpoint
 from tests.evaluation.conftest import calibrate
 from tests.runs import digits_run
 
@@ -81,6 +83,23 @@ def test_a_failed_verdict_is_exit_code_1(flags: list[str], artifacts: Path, caps
 
     assert main([*flags, "--cache", str(artifacts / "broken")]) == 1
     assert "FAILED: INT8 top-1" in capsys.readouterr().out
+
+
+def test_weights_that_overflow_in_fp16_alone_are_counted_and_do_not_pass(
+    flags: list[str], artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = load_checkpoint(artifacts / "digits" / "model.ckpt")
+    with torch.no_grad():
+        for name, factor in (("conv1.weight", 1e6), ("conv1.bias", 1e6), ("conv2.weight", 1e-6)):
+            checkpoint.network.get_parameter(name).mul_(factor)
+    save_checkpoint(artifacts / "digits" / "model.ckpt", checkpoint.network, checkpoint.meta)
+    calibrate(artifacts)
+    capsys.readouterr()
+
+    assert main([*flags, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert report["rows"][1]["accuracy"]["non_finite"] > 0
+    assert any("FP16 gave NaN or infinity" in reason for reason in report["verdict"]["reasons"])
 
 
 def test_without_a_table_int8_is_skipped_and_nothing_passes(

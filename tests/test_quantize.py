@@ -13,10 +13,13 @@ import onnxruntime
 import pytest
 import torch
 
+import common.run
 from calib.table import CalibrationTable
 from common.cli import run_command
+from evaluation.subject import open_subject
 from models import load_checkpoint, save_checkpoint
 from quantize import main
+from tests.evaluation.conftest import make_config
 from tests.networks import without_saturation
 from tests.runs import digits_run
 
@@ -230,14 +233,48 @@ def test_the_export_opens_in_onnx_runtime(quantize: Run, artifacts: Path) -> Non
     torch.testing.assert_close(outputs[1], outputs[2], atol=1e-3, rtol=0)
 
 
+def change_weights(folder: Path) -> None:
+    checkpoint = load_checkpoint(folder / "model.ckpt")
+    torch.nn.init.ones_(checkpoint.network.get_parameter("ip2.bias"))
+    save_checkpoint(folder / "model.ckpt", checkpoint.network, checkpoint.meta)
+
+
+def test_a_table_that_another_run_replaced(in_process: Run, artifacts: Path) -> None:
+    """Two runs that share a file: whoever wrote it last has it, and the other one notices."""
+    shared = artifacts / "shared"
+    assert in_process("--cache", str(shared)).returncode == 0
+    shutil.copytree(artifacts / "lenet_mnist", artifacts / "first")
+    change_weights(artifacts / "lenet_mnist")
+    before = shared.read_bytes()
+    refused = in_process("--cache", str(shared))
+    assert refused.returncode == 2
+    assert re.search("shared was made for other weights: .* --recalibrate", refused.stderr)
+    assert shared.read_bytes() == before
+    assert in_process("--cache", str(shared), "--recalibrate").returncode == 0
+    first = open_subject(make_config(artifacts), common.run.Run("first", artifacts))
+    assert "was made for other weights since" in first.int8.problem
+
+
+def test_a_threshold_that_int8_never_uses(in_process: Run) -> None:
+    """Only what INT8 layers read can lose accuracy, and the output where it is quantized."""
+    flags = ("--algorithm=percentile", "--calibration.percentile=90", "--recalibrate")
+    clips = [
+        next((line for line in in_process(*flags, *more).stderr.splitlines() if "percentile clips" in line), "")
+        for more in ((), ("--keep-fp=conv2",), ("--quantize-output=true",))
+    ]
+    named = [set(re.findall(r"% of (\w+)", line)) for line in clips]
+    assert "pool1" in named[0]
+    assert named[0] & {"conv1", "conv2", "ip2", "prob"} == set()
+    assert named[1] == named[0] - {"pool1"}
+    assert named[2] == named[0] | {"ip2", "prob"}
+
+
 def test_int8_files_of_other_weights_are_pointed_out(in_process: Run, artifacts: Path) -> None:
     folder = artifacts / "lenet_mnist"
     assert in_process("--json", "--export", "onnx").returncode == 0
     assert "stale" not in in_process("--json", "--precision", "fp32", "--export", "onnx").stderr
 
-    checkpoint = load_checkpoint(folder / "model.ckpt")
-    torch.nn.init.ones_(checkpoint.network.get_parameter("ip2.bias"))
-    save_checkpoint(folder / "model.ckpt", checkpoint.network, checkpoint.meta)
+    change_weights(folder)
     (folder / "LeNet_int8_cpu.onnx").write_bytes(b"no network")
     result = in_process("--json", "--precision", "fp32", "--export", "onnx")
     (warning,) = [line for line in result.stderr.splitlines() if "stale" in line]
