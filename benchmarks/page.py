@@ -41,21 +41,29 @@ def print_targets(results: Results) -> None:
         print(QUICK)
 
 
-def markdown(results: Results, elsewhere: Results | None = None) -> str:
+def markdown(results: Results, elsewhere: Sequence[Results] = ()) -> str:
     """The page.
 
     Args:
         results: Of this machine.
-        elsewhere: Of another machine, whose GPU this one lacks; they follow at the end.
+        elsewhere: Of other machines; what was measured on this one, or one like it, is left out.
     """
     parts = [INTRODUCTION, "## Machine\n", _environment(results), "## Targets\n", *_targets(results)]
     for benchmark in results.benchmarks:
         parts += _section(benchmark)
-    if elsewhere is not None:
-        parts += ["\n## On another machine, with a GPU\n", _environment(elsewhere), *_targets(elsewhere)]
-        for benchmark in elsewhere.benchmarks:
-            parts += _section(benchmark, " there")
+    for other in elsewhere:
+        where = _name(other)
+        if where == _name(results):
+            continue
+        parts += [f"\n## On another machine: {where}\n", _environment(other), *_targets(other)]
+        for benchmark in other.benchmarks:
+            parts += _section(benchmark, f" on the {where}")
     return "\n".join(parts).replace("\n\n\n", "\n\n").rstrip() + "\n"
+
+
+def _name(results: Results) -> str:
+    """What tells a machine from others: its GPU, or its processor."""
+    return results.environment.gpu or results.environment.processor
 
 
 def _targets(results: Results) -> list[str]:

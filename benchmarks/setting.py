@@ -23,8 +23,9 @@ from common.cli import ROOT, config_parser, parse
 from common.config import Config
 from common.files import write_text
 from common.run import Run
-from data import Splits
+from data import Splits, open_splits
 from models.checkpoint import Checkpoint, load_checkpoint
+from models.network import network_name
 from models.reopen import reopen_data
 
 logger = logging.getLogger(__name__)
@@ -63,8 +64,9 @@ class Setting:
 
     @property
     def subject(self) -> str:
-        """Network and data set, for people."""
-        return f"{self.checkpoint.meta.network} on {self.data.info.title}"
+        """Network and data set, for people; nothing is trained for it."""
+        title = open_splits(self.config.data, self.config.seed).info.title
+        return f"{network_name(self.config.model.class_path)} on {title}"
 
     def rounds(self, full: int) -> int:
         """How often to repeat; once in a trial."""

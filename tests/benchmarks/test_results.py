@@ -105,15 +105,19 @@ def test_the_page_says_what_the_figures_were_measured_on():
     assert "Skipped: a tool: it is not installed." in page
 
 
-def test_the_page_shows_another_machines_gpu_at_its_end():
-    elsewhere = read_results(ELSEWHERE)
+def test_the_page_shows_other_machines_at_its_end():
+    elsewhere = [read_results(path) for path in ELSEWHERE]
     page = markdown(results(benchmark()), elsewhere)
 
-    own, _, other = page.partition("## On another machine, with a GPU")
+    own, gpu, processor = page.split("\n## On another machine: ")
     assert "H100" not in own
-    assert "| GPU | NVIDIA H100" in other
-    assert "## Calibration beside the forward pass there" in other
-    assert all(target.what in other for target in elsewhere.targets)
+    assert "| GPU | NVIDIA H100" in gpu
+    assert "## Calibration beside the forward pass on the NVIDIA H100" in gpu
+    assert "## Calibration of an ONNX file on the AMD EPYC" in processor
+    for part, one in zip((gpu, processor), elsewhere, strict=True):
+        assert all(target.what in part for target in one.targets)
+    # A machine is not shown beside itself.
+    assert "On another machine" not in markdown(elsewhere[1], elsewhere[1:])
 
 
 def test_tables_keep_their_columns():
