@@ -177,10 +177,3 @@ def test_the_record_reads_back(tmp_path: Path) -> None:
     record = QuantizationRecord(Path("CalibrationTableLeNet"), "def", QuantizationConfig(keep_fp=["ip2"]))
     write_record(tmp_path, record)
     assert read_record(tmp_path) == record
-
-
-@pytest.mark.parametrize("content", ["nonsense", "{}", json.dumps({"format": 1, "table": 3})])
-def test_a_damaged_record_is_one_clear_line(tmp_path: Path, content: str) -> None:
-    (tmp_path / "quantization.json").write_text(content)
-    with pytest.raises(InputError, match=r"quantization\.json"):
-        read_record(tmp_path)

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from common.decode import decode, encode
 from common.errors import InputError
@@ -61,18 +59,3 @@ def test_round_trip():
 def test_wrong_values_are_named(change, message):
     with pytest.raises(InputError, match=f"^{message}$"):
         decode(Outer, {**VALUE, **change}, "here")
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(st.dictionaries(st.sampled_from(["name", "kind", "inner", "flag", "path", "pair", "names", "table"]), JSON))
-def test_any_value_is_read_or_refused(value):
-    try:
-        assert isinstance(decode(Outer, value, "here"), Outer)
-    except InputError as error:
-        assert str(error).startswith("here")

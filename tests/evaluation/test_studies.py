@@ -11,8 +11,7 @@ from calib.tracing import trace
 from common.config import CalibrationConfig, DataConfig, QuantizationConfig
 from data import Splits, open_splits
 from evaluation.accuracy import Classes
-from evaluation.studies import compare_algorithms, mixed_precision, subset_histograms, sweep_images
-from evaluation.verdict import Limits
+from evaluation.studies import compare_algorithms, subset_histograms, sweep_images
 from tests.runs import digits_lenet
 
 CONFIG = CalibrationConfig(batches=4, batch_size=50)
@@ -59,19 +58,3 @@ def test_fewer_images_of_a_sweep_are_the_first_of_the_most(network: Network, dat
     for point in points:
         batches = [data.train_file.images(part) for part in subset.positions[: point.images].split(50)]
         assert point.outcomes[0].scales == calibrate(network, batches).scales
-
-
-def test_no_layer_is_kept_where_int8_is_within_the_tolerance(network: Network, data: Splits) -> None:
-    table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
-    found = mixed_precision(network, data, table, QuantizationConfig(), MEASURE, Limits(100.0, 0.0))
-    assert found is not None
-    assert found[0] == []
-
-
-def test_a_ruined_scale_is_found_and_its_layer_kept(network: Network, data: Splits) -> None:
-    table = find_thresholds(subset_histograms(network, data, CONFIG, 1)).table
-    ruined = type(table)({**table.scales, "ip1": table.scales["ip1"] / 500})
-    found = mixed_precision(network, data, ruined, QuantizationConfig(), MEASURE, Limits(2.0, 0.0))
-    layers, left = found or ([], "-100 points")
-    assert layers == ["ip2"]
-    assert float(left.split(" points")[0]) >= -2.0

@@ -19,6 +19,7 @@ from common.config import EngineConfig, QuantizationConfig
 from common.macs import MacCount
 from engines.integer import IntegerNetwork
 from engines.onnx.int8 import int8_model
+from engines.onnx.macs import exported_macs
 from engines.onnxruntime.engine import OnnxRuntimeEngine, open_session
 from engines.onnxruntime.form import for_onnxruntime
 from engines.tensorrt.form import for_tensorrt
@@ -166,12 +167,16 @@ def test_relu6_is_no_limit_where_6_has_the_largest_code() -> None:
 def test_a_pointwise_convolution_gives_float_and_the_last_one_stays() -> None:
     network, table, plan = quantized(Gate)
     assert not for_onnxruntime(plan).rounded
-    layers = executed(network, table, 0.01).layers
-    assert {layer.layer: (layer.operator, layer.int8) for layer in layers} == {
-        "first": ("Conv", True),
-        "point": ("MatMul", True),
-        "last": ("Conv", False),
+    count, exported = executed(network, table, 0.01), exported_macs(plan)
+    # The first convolution computes several columns at once, and counts for what it is.
+    assert {layer.layer: (layer.operator, layer.macs, layer.int8) for layer in count.layers} == {
+        "first": ("Conv", 8 * 100 * 27, True),
+        "point": ("MatMul", 6 * 100 * 8, True),
+        "last": ("Conv", 4 * 64 * 54, False),
     }
+    assert (exported.share, exported.total) == (100, count.total)
+    kept = exported_macs(plan_int8(network, table, ("last",))).in_float
+    assert {layer.layer: layer.reason for layer in kept} == {"last": "kept in float as asked"}
 
 
 @pytest.mark.parametrize(("point", "in_float"), [(False, ["patch"]), (True, [])])
