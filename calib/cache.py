@@ -61,7 +61,7 @@ class Provenance:
         algorithm: The true algorithm, which line 1 of the table cannot always say (``percentile``).
         options: Its parameters.
         tensorrt_version: In line 1 of the table.
-        subset: The images.
+        subset: Which images, and in which batches.
         dataset: Name of the data set.
         data: Its fingerprint.
         preprocessing: How pixels became inputs.

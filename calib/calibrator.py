@@ -34,7 +34,7 @@ class CalibrationResult:
     """A table and how it came about.
 
     Attributes:
-        table: The result.
+        table: With a scale for every tensor whose values were not all zero.
         thresholds: Threshold of every tensor of the network, shared ones included; value 0 where there is none.
         histograms: What they were found from.
         post_seconds: Time that finding the thresholds took.

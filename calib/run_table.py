@@ -33,8 +33,8 @@ class RunTable:
     """The calibration table that a run uses, and where it came from.
 
     Attributes:
-        table: The table.
-        path: Its file.
+        table: Under its true algorithm, which line 1 cannot always say.
+        path: Its file, the run's own or the one that was named.
         reason: Why it was reused, or made.
         calibration: How it came about; None where it was reused.
     """

@@ -82,8 +82,8 @@ class OwnCalibration:
     """The calibration table that an engine made for itself, by its own tensor names.
 
     Attributes:
-        table: The table.
-        path: Its file.
+        table: Its names need not be those of our table.
+        path: Its file, in the run's folder.
         calibrated: Whether the engine calibrated now; otherwise the file was reused and no data was touched.
         reason: Why.
         seconds: That the calibration took.

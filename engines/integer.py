@@ -41,7 +41,7 @@ class _WeightedLayer:
     """A convolution or linear layer on codes.
 
     Args:
-        layer: The layer.
+        layer: Of the plan, with a name in the table.
         module: What it calls.
         input_scale: Of the codes that it is given.
         integer_bias: Whether the bias is rounded and added to the sum (``Int8Plan.integer_biases``).

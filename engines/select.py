@@ -27,7 +27,7 @@ class SelectedEngine:
     """The engine that runs, and why it is this one.
 
     Attributes:
-        engine: The engine.
+        engine: It can be used on this machine.
         reason: For the log and the report.
         fallback: What runs a precision that the engine cannot; None where the engine was asked for by name.
     """

@@ -38,7 +38,7 @@ TENSOR_IMAGES = 1000
 """Images that the tensors' histograms and noise come from: thousands of values from each."""
 TENSOR_BYTES = 2**28
 """Bytes of activations that may be held at a time while tensors are compared."""
-BINS = 128
+SHOWN_BINS = 128
 """Of the histograms in the report; the calibrator's own have 2048."""
 ENGINE = "exact integer simulation"
 
@@ -142,12 +142,12 @@ class _TensorCollector:
 
 def _shorten(histogram: AbsHistogram) -> Histogram:
     """The calibrator's histogram with neighbouring bins merged, up to the largest value."""
-    counts = histogram.counts.reshape(BINS, -1).sum(axis=1)
-    used = BINS
+    counts = histogram.counts.reshape(SHOWN_BINS, -1).sum(axis=1)
+    used = SHOWN_BINS
     if histogram.range > 0:
-        used = max(1, min(BINS, math.floor(histogram.maximum / histogram.range * BINS) + 1))
+        used = max(1, min(SHOWN_BINS, math.floor(histogram.maximum / histogram.range * SHOWN_BINS) + 1))
     return Histogram(
-        range=histogram.range * used / BINS,
+        range=histogram.range * used / SHOWN_BINS,
         counts=[int(count) for count in counts[:used]],
         maximum=histogram.maximum,
     )
@@ -358,7 +358,7 @@ def changed_images(
     Those that FP32 gets right come first, then those that it gets wrong and the other right, then the rest.
 
     Args:
-        source: The split.
+        source: All images of the split, those outside the evaluation too.
         first: Position of the first evaluated image.
         labels: int64 [N], of the evaluated images.
         predictions: Of every precision that ran, FP32 among them.

@@ -251,8 +251,8 @@ class Report:
         created: Time, ISO 8601 with offset.
         seconds: What the evaluation took, by part.
         verdict: Whether the lower precisions may replace FP32.
-        model: The network.
-        data: The images.
+        model: The network, and how it was trained.
+        data: The images, and which of them were taken.
         engine: What executed the network.
         engine_reason: Why that one.
         rows: One per precision, FP32 first, then baselines.

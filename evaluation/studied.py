@@ -61,7 +61,7 @@ def study(trained: TrainedRun, config: Config, algorithms: str | None, counts: s
     """Run the studies that were asked for; nothing of the run changes.
 
     Args:
-        trained: The network.
+        trained: The network with its data, whose validation images are taken.
         config: How to calibrate, and which layers stay in float.
         algorithms: To compare, as in ``entropy2,minmax``; None for no such study.
         counts: Numbers of images, as in ``50,100,500``; None for no such study.

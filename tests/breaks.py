@@ -66,8 +66,8 @@ BREAKS = (
         "first candidate",
         "the search begins with 128 bins",
         "calib/algorithms/search.py",
-        "_CANDIDATES = np.arange(LEVELS, BINS + 1)",
-        "_CANDIDATES = np.arange(LEVELS + 1, BINS + 1)",
+        "_CANDIDATES = np.arange(MERGED_LEVELS, BINS + 1)",
+        "_CANDIDATES = np.arange(MERGED_LEVELS + 1, BINS + 1)",
         "tests/calib/test_algorithms.py::test_adversarial_histograms",
     ),
     Break(

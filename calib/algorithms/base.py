@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from calib.histogram.base import AbsHistogram
 
-LEVELS = 128
+MERGED_LEVELS = 128
 """Levels that the entropy search merges a candidate's bins into, the non-negative INT8 codes: so many bins has the
 smallest candidate."""
 
@@ -47,9 +47,9 @@ class Threshold:
             return None
         bins = value / self.value * (self.bin + 0.5) - 0.5
         kept = round(bins)
-        if abs(bins - kept) > 0.01 or not 0 <= kept - LEVELS < len(self.divergences):
+        if abs(bins - kept) > 0.01 or not 0 <= kept - MERGED_LEVELS < len(self.divergences):
             return None
-        own, other = float(self.divergences[self.bin - LEVELS]), float(self.divergences[kept - LEVELS])
+        own, other = float(self.divergences[self.bin - MERGED_LEVELS]), float(self.divergences[kept - MERGED_LEVELS])
         return other / own - 1 if own > 0 and other < math.inf else None
 
 

@@ -11,10 +11,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from calib.algorithms.base import LEVELS
+from calib.algorithms.base import MERGED_LEVELS
 from calib.histogram.base import BINS
 
-_MAX_WIDTH = BINS // LEVELS
+_MAX_WIDTH = BINS // MERGED_LEVELS
 
 
 def divergences(counts: Tensor) -> Tensor:
@@ -37,12 +37,12 @@ def divergences(counts: Tensor) -> Tensor:
     # Sums of rows, without a copy of them in memory.
     levels = torch.nn.functional.embedding_bag(level_runs, runs, mode="sum").T
 
-    kept, total = below[:, LEVELS:].double(), below[:, -1:].double()
+    kept, total = below[:, MERGED_LEVELS:].double(), below[:, -1:].double()
     added = total - kept
-    last_q = (below[:, LEVELS:] - below[:, last]) / ((filled[:, LEVELS:] - filled[:, last]) * kept)
-    usable = (counts[:, LEVELS - 1 :] > 0) & (filled[:, LEVELS:] > 1)
+    last_q = (below[:, MERGED_LEVELS:] - below[:, last]) / ((filled[:, MERGED_LEVELS:] - filled[:, last]) * kept)
+    usable = (counts[:, MERGED_LEVELS - 1 :] > 0) & (filled[:, MERGED_LEVELS:] > 1)
     last_q = torch.where(usable, last_q, 1.0)
-    reference = log_sums[:, LEVELS - 1 : -1] + _xlogx(total - below[:, LEVELS - 1 : -1])
+    reference = log_sums[:, MERGED_LEVELS - 1 : -1] + _xlogx(total - below[:, MERGED_LEVELS - 1 : -1])
     scaled = reference - _xlogx(total) - levels + _xlogx(kept) - added * torch.log(last_q)
     return torch.where((kept > 0) & (usable | (added == 0)), scaled / total.clamp(min=1), torch.inf)
 
@@ -67,9 +67,9 @@ def _positions(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         these runs start and end, [16 * 2048] (runs beyond the last bin, which nothing needs, end there). And where
         each candidate's last level begins, [1921].
     """
-    candidates = torch.arange(LEVELS, BINS + 1)[:, None]
+    candidates = torch.arange(MERGED_LEVELS, BINS + 1)[:, None]
     # Bin j belongs to level floor(j * 128 / i), so that level l begins at ceil(l * i / 128).
-    bounds = -(-torch.arange(LEVELS + 1) * candidates // LEVELS)
+    bounds = -(-torch.arange(MERGED_LEVELS + 1) * candidates // MERGED_LEVELS)
     levels = (bounds.diff(dim=1) - 1) * BINS + bounds[:, :-1]
     starts = torch.arange(BINS).repeat(_MAX_WIDTH)
     ends = (starts + torch.arange(1, _MAX_WIDTH + 1).repeat_interleave(BINS)).clamp(max=BINS)

@@ -16,16 +16,16 @@ import torch
 from numpy.typing import NDArray
 
 from calib.algorithms import device_search
-from calib.algorithms.base import LEVELS, Threshold, to_float32
+from calib.algorithms.base import MERGED_LEVELS, Threshold, to_float32
 from calib.histogram.base import BINS, AbsHistogram, counting_threads
 
 TIE = 1e-10
 """Divergences closer than this are a tie, and the largest candidate wins."""
 
-_CANDIDATES = np.arange(LEVELS, BINS + 1)
+_CANDIDATES = np.arange(MERGED_LEVELS, BINS + 1)
 """Candidate i keeps the first i bins."""
 
-_MAX_WIDTH = BINS // LEVELS
+_MAX_WIDTH = BINS // MERGED_LEVELS
 
 _AT_ONCE = 64
 """Tensors that a GPU searches together: 2 MB each."""
@@ -113,7 +113,7 @@ def _level_runs() -> NDArray[np.intp]:
     """Each candidate's levels as positions in the flattened runs [width - 1, start]: intp [1921, 128]."""
     candidates = _CANDIDATES[:, None]
     # Bin j belongs to level floor(j * 128 / i), so that level l begins at ceil(l * i / 128).
-    bounds = -(-np.arange(LEVELS + 1) * candidates // LEVELS)
+    bounds = -(-np.arange(MERGED_LEVELS + 1) * candidates // MERGED_LEVELS)
     runs: NDArray[np.intp] = (np.diff(bounds, axis=1) - 1) * BINS + bounds[:, :-1]
     return runs
 
@@ -121,5 +121,5 @@ def _level_runs() -> NDArray[np.intp]:
 @cache
 def _last_level_starts() -> NDArray[np.intp]:
     """Where each candidate's last level begins: intp [1921]."""
-    starts: NDArray[np.intp] = -(-(LEVELS - 1) * _CANDIDATES // LEVELS)
+    starts: NDArray[np.intp] = -(-(MERGED_LEVELS - 1) * _CANDIDATES // MERGED_LEVELS)
     return starts

@@ -251,7 +251,7 @@ def refuse_infinite(largest: float, where: str = "") -> None:
     """Refuse a tensor whose absolute maximum is no finite number.
 
     Args:
-        largest: The maximum.
+        largest: The absolute maximum; NaN where a value is.
         where: What the message begins with.
 
     Raises:

@@ -39,7 +39,7 @@ class OnnxCalibration:
     """A table and how it came about.
 
     Attributes:
-        table: The result.
+        table: By the names that TensorRT gives the file's values.
         images: Images seen.
         batches: Batches seen.
         zero: Entries whose values were zero throughout.

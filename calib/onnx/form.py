@@ -27,7 +27,7 @@ class Convolutional:
     """A network whose linear layers are convolutions.
 
     Attributes:
-        model: The network.
+        model: With the values of the given network under their names.
         maps: Feature map -> the value [B, C * H * W] of the given network that holds the same numbers.
     """
 

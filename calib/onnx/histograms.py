@@ -53,7 +53,7 @@ def collect(
     where its values are too many to be kept.
 
     Args:
-        observed: The network.
+        observed: Runs the network, and says which values have a histogram.
         batches: The calibration batches. The first one sets the histograms' range.
         progress: Called after each batch with (batches done, seconds it took).
         heads: Value -> the larger one of which as many values are counted in its place, from the batch's beginning.

@@ -20,7 +20,7 @@ def layers_of(node: onnx.NodeProto, names: Sequence[str], kind: int = _FLOAT) ->
     """The layers of an operator as nodes, in order; the operator itself where it is one, or is not divided here.
 
     Args:
-        node: The operator.
+        node: Of the network; it stays as it is.
         names: Its layers' names in TensorRT, as :class:`calib.onnx.parser_names.ParserNames` gives them.
         kind: The values' element type, as ONNX numbers them.
 

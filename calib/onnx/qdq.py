@@ -66,7 +66,7 @@ class QuantizedModel:
     """A network with explicit quantization.
 
     Attributes:
-        model: The network.
+        model: With pairs of QuantizeLinear and DequantizeLinear, and int8 weights.
         int8: Kind of operator -> how many compute in INT8.
         floats: Kind of operator -> how many compute in float; what only moves values is not counted.
         missing: Operator that could compute in INT8 -> the tensor for which the table has no usable scale.

@@ -166,7 +166,7 @@ def _constants(
     """Entries of the constants that a node reads: those before a product's own entry, and those behind it.
 
     Args:
-        graph: The graph.
+        graph: Knows which values are constants.
         node: One of its nodes.
         folder: Where external weights lie.
         broadcasts: Names of the constants' broadcasts, by the input's position.

@@ -98,7 +98,7 @@ def linear(
 
     Args:
         rewriter: Of the new graph.
-        node: The operation.
+        node: The operation, in the old graph.
         source: What the layer reads, in the new graph.
         named_by: The constant that its weight is made of, in the old graph.
         weight: [outputs, inputs].

@@ -67,9 +67,9 @@ def stale_files(run: Run, network: str, weights: str) -> list[Path]:
     """The INT8 ONNX files of the run that do not say that they hold ``weights``.
 
     Args:
-        run: The run.
+        run: Whose folder has the files, if any.
         network: Name of its network.
-        weights: Fingerprint.
+        weights: Fingerprint of the checkpoint's.
     """
     stale = []
     for precision in ("int8", "int8_cpu"):

@@ -127,7 +127,7 @@ def open_session(
     """A CPU session for ``model``, and the graph that it runs after ONNX Runtime's optimisation.
 
     Args:
-        model: The network.
+        model: Of any size, its weights inside.
         threads: Threads of one inference.
         optimize: Whether it may; without, every operator is computed as it is written.
         largest: Bytes of weights above which they pass through a file of their own, and the graph comes without them.

@@ -106,7 +106,7 @@ def compile_arguments(
     Args:
         torch_tensorrt: The module.
         shape: [B, C, H, W] of the one input; the engine takes no other.
-        build: The options.
+        build: Precision, workspace and what else decides the engine.
         dtype: The input's: float32, or float16.
     """
     on_dla = build.dla_core is not None
