@@ -50,10 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What quantize.py could not use is not trained first; a user's network may draw random numbers here.
         with torch.random.fork_rng(devices=[]):
             traced = trace(network, name, data.info.preprocessing.shape)
-        as_it_is = training.is_taken_as_it_is(options)
-        found = purpose(
-            traced, config.model.task if as_it_is else "classify", len(data.info.classes), data.info.targets
-        )
+        asked = config.model.task if training.is_taken_as_it_is(options) else "classify"
+        found = purpose(traced, asked, len(data.info.classes), data.info.targets)
         parameters = sum(parameter.numel() for parameter in network.parameters())
         logger.info("%s with %s parameters on %s; seed %d", name, f"{parameters:,}", data.info.title, config.seed)
         logger.info("task: %s", found)
@@ -63,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             trained = training.train(network, data, config, options, run.folder, flags.resume)
         else:
             trained = training.taken(network)
-        meta = training.describe(config, data.info, trained, config.model.task if as_it_is else "classify")
+        meta = training.describe(config, data.info, trained, asked)
         if trained.trial:
             logger.info("trainer.fast_dev_run: a trial, which writes nothing; %s stays as it was", run.folder)
         elif first:
