@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from torch import nn
 
+from calib.calibrator import calibrate
+from calib.plan import plan_int8
+from calib.tracing import trace
 from engines.integer import IntegerNetwork
 from engines.onnx.int8 import int8_model
 from engines.tensorrt.form import for_tensorrt
@@ -58,6 +62,32 @@ def run(engine, inputs):
         stream.synchronize()
         parts.append(given.cpu())
     return torch.cat(parts)
+
+
+class Pooled(nn.Module):
+    """Average pooling between two convolutions, of which the second gives the codes that it reads."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.first, self.pool, self.last = nn.Conv2d(3, 32, 3, padding=1), pool, nn.Conv2d(32, 32, 1, bias=False)
+        nn.init.dirac_(self.last.weight)
+
+    def forward(self, x):
+        return self.last(self.pool(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 2, ceil_mode=True)])
+def test_average_pooling_rounds_as_the_simulation_does(trt, pool):
+    torch.manual_seed(0)
+    network = trace(Pooled(pool).eval(), "pooled", (3, 16, 16))
+    inputs = torch.rand(BATCH, 3, 16, 16)
+    plan = plan_int8(network, calibrate(network, [inputs]))
+    form = for_tensorrt(plan)
+    scale = form.scales[form.network.layers[-1].inputs[0]]
+    codes = (IntegerNetwork(form)(inputs) / scale).round()
+    found = (run(built(trt, int8_model(plan)), inputs) / scale).round()
+    # A sum of the convolution can lie within rounding of the middle between two codes.
+    assert (found != codes).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("name", NETWORKS)

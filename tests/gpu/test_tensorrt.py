@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from calib.calibrator import calibrate as reference
 from calib.subset import Subset
+from calib.tracing import trace
 from common.config import EngineConfig, QuantizationConfig
 from data.base import Preprocessing
 from data.tensor import TensorImages
@@ -21,6 +23,9 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("installed")]
 CONFIG = EngineConfig(timing_iterations=1)  # what is built here need not be the fastest
 LAYERS = ("conv1", "conv2", "ip1", "ip2")
 SUBSET = Subset(torch.randperm(200, generator=torch.Generator().manual_seed(1))[:100], 10)
+IMAGES = TensorImages(
+    torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8), torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28)
+)
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +65,29 @@ def test_float_engines(network, folder, precision, tolerance, graphs):
     assert (compiled.captured is not None) is graphs
 
 
+class TwoHeads(nn.Module):
+    """Scores and a box from one feature map."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scores, self.box = nn.Conv2d(1, 4, 5, 4), nn.Linear(144, 10), nn.Linear(144, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(x)).flatten(1)
+        return self.scores(x), self.box(x)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_network_of_two_outputs(folder, precision):
+    network = trace(TwoHeads(), "TwoHeads", (1, 28, 28))
+    compiled = TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (8,)).compile(network, precision, None)
+    batch = Source().images(torch.arange(5))
+    for found, expected in zip(compiled.outputs(batch), network.module(batch), strict=True):
+        torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
+    ((entry,),) = measure_latency([compiled], IMAGES, [8], seconds=0.1, runs=10)
+    assert entry.compute.median > 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_engine_as_a_cuda_graph_follows_its_input(network, folder, precision):
     compiled = TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (8,)).compile(network, precision, None)
@@ -72,10 +100,8 @@ def test_an_engine_as_a_cuda_graph_follows_its_input(network, folder, precision)
 
 
 def test_the_report_times_the_engine_and_the_call_through_its_runtime(network, folder):
-    pixels = torch.randint(0, 256, (64, 28, 28), dtype=torch.uint8)
-    source = TensorImages(pixels, torch.zeros(64, dtype=torch.int64), Preprocessing(1, 28, 28))
     compiled = TorchTensorRTEngine(CONFIG, QuantizationConfig(), folder, (1,)).compile(network, "fp32", None)
-    ((entry,),) = measure_latency([compiled], source, [1], seconds=0.1, runs=10)
+    ((entry,),) = measure_latency([compiled], IMAGES, [1], seconds=0.1, runs=10)
     assert entry.without_graph is not None
     assert entry.end_to_end is not None
     assert entry.compute.median > 0
