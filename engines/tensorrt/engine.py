@@ -327,7 +327,7 @@ class Engines:
         """
         module = self._modules.get(tuple(images.shape))
         if module is None:
-            module = self._from_engine_error(tuple(images.shape))
+            module = self._module_or_engine_error(tuple(images.shape))
         with torch.no_grad():
             return map_outputs(Tensor.float, module(images.half())) if self._job.half else module(images)
 
@@ -351,7 +351,7 @@ class Engines:
         except RuntimeError as error:  # of TensorRT's runtime and of CUDA
             raise EngineError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
 
-    def _from_engine_error(self, shape: tuple[int, ...]) -> Any:
+    def _module_or_engine_error(self, shape: tuple[int, ...]) -> Any:
         try:
             return self.module(shape)
         except TensorRTError as error:
