@@ -178,13 +178,14 @@ def build_engine(
     """
     half = takes_half(installed, build)
     device = device or gpu_device(build.device)
-    if device.type == "cuda":
-        require_builder(installed, torch.cuda.mem_get_info(device)[0])
     arguments = compile_arguments(torch_tensorrt, shape, build, torch.half if half else torch.float)
     if calibrator is not None:
         arguments["calibrator"] = calibrator
     try:
+        # Before a builder is asked for: made on a full GPU, that takes most of a minute, and finds no kernels later.
         traced = to_torchscript(module, shape, device, half)
+        if device.type == "cuda":
+            require_builder(installed, torch.cuda.mem_get_info(device)[0])
         level = torch_tensorrt.logging.errors if log is None else torch_tensorrt.logging.debug
         with warnings.catch_warnings(), level(), nullcontext() if log is None else log.taking():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -194,6 +195,8 @@ def build_engine(
             f"GPU {build.device} has too little free memory for batches of {shape[0]}: "
             "end what else uses it, or take smaller batches"
         ) from error
+    except TensorRTError:
+        raise
     except Exception as error:  # C++ and Python errors of every kind mean the same here
         raise TensorRTError(f"TensorRT could not build the engine: {build_error(error)}") from error
 

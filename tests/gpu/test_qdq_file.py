@@ -76,7 +76,7 @@ class Pooled(nn.Module):
         return self.last(self.pool(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 2, ceil_mode=True)])
+@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1)])
 def test_average_pooling_rounds_as_the_simulation_does(trt, pool):
     torch.manual_seed(0)
     network = trace(Pooled(pool).eval(), "pooled", (3, 16, 16))
