@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, quantize, quantize_weight
+from calib.int8 import ACTIVATION_MAX, ACTIVATION_MIN, WEIGHT_MAX, along, channel_axis, quantize, quantize_weight
 from calib.network import Layer
 from calib.ops import MOVES_VALUES, clamps_at_6
 from calib.plan import Int8Plan
@@ -166,9 +166,9 @@ def fake_quantize(plan: Int8Plan, placement: Placement | None = None) -> fx.Grap
 
     Activations go through ``torch.fake_quantize_per_tensor_affine`` (zero point 0, codes -128 to 127) with the table's
     scales. Weights of convolution and linear layers in INT8 go through ``torch.fake_quantize_per_channel_affine``
-    (axis 0, codes -127 to 127, scale absmax / 127); they are stored as multiples of their scale already, so that they
-    get the same codes whether an implementation divides by the scale or multiplies by its inverse. All scales are
-    constants. The module scripts and traces.
+    (along the output channels, codes -127 to 127, scale absmax / 127); they are stored as multiples of their scale
+    already, so that they get the same codes whether an implementation divides by the scale or multiplies by its
+    inverse. All scales are constants. The module scripts and traces.
 
     Args:
         plan: Which layers run in INT8, and the scales.
@@ -230,10 +230,11 @@ def _quantize_weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
     """Replace a layer by its function on the fake-quantized weight, and return what replaces it."""
     target = str(node.target)
     layer = module.get_submodule(target)
-    assert isinstance(layer, nn.Conv2d | nn.Linear)  # Int8Plan.weighted holds nothing else
-    codes, scales = quantize_weight(layer.weight)
+    assert isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)  # Int8Plan.weighted holds nothing else
+    axis = channel_axis(layer)
+    codes, scales = quantize_weight(layer.weight, axis)
     # A parameter of its own: layers in float may share the one that it had.
-    layer.weight = nn.Parameter(codes * scales.reshape(-1, *([1] * (codes.dim() - 1))), requires_grad=False)
+    layer.weight = nn.Parameter(codes * along(scales, codes, axis), requires_grad=False)
     layer.register_buffer("weight_scale", scales)
     layer.register_buffer("weight_zero_point", torch.zeros_like(scales, dtype=torch.int32))
     graph = module.graph
@@ -244,7 +245,7 @@ def _quantize_weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
                 graph.get_attr(f"{target}.weight"),
                 graph.get_attr(f"{target}.weight_scale"),
                 graph.get_attr(f"{target}.weight_zero_point"),
-                0,
+                axis,
                 -WEIGHT_MAX,
                 WEIGHT_MAX,
             ),
@@ -255,6 +256,9 @@ def _quantize_weight(module: fx.GraphModule, node: fx.Node) -> fx.Node:
             result = graph.call_function(
                 F.conv2d, (*arguments, layer.stride, layer.padding, layer.dilation, layer.groups)
             )
+        elif isinstance(layer, nn.ConvTranspose2d):
+            placed = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+            result = graph.call_function(F.conv_transpose2d, (*arguments, *placed))
         else:
             result = graph.call_function(F.linear, arguments)
     node.replace_all_uses_with(result)

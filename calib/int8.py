@@ -6,7 +6,7 @@ Activations are quantized per tensor to [-128, 127], weights per output channel 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ACTIVATION_MIN = -128
 ACTIVATION_MAX = 127
@@ -40,15 +40,26 @@ def weight_scales(weight: Tensor) -> Tensor:
     return torch.where(scales > 0, scales, torch.ones_like(scales))
 
 
-def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales of a convolution's or linear layer's weights.
+def channel_axis(layer: nn.Module) -> int:
+    """The axis of the output channels in the weight of a convolution, transposed convolution or linear layer."""
+    return 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+
+
+def along(scales: Tensor, weight: Tensor, axis: int) -> Tensor:
+    """Scales [out] in a shape that multiplies a weight along the axis of its output channels."""
+    return scales.reshape([-1 if index == axis else 1 for index in range(weight.dim())])
+
+
+def quantize_weight(weight: Tensor, axis: int = 0) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a layer's weights.
 
     Args:
-        weight: float32 [out, ...].
+        weight: float32, any shape.
+        axis: Of its output channels (:func:`channel_axis`).
 
     Returns:
         Integer codes in [-127, 127] as float32, of ``weight``'s shape, and the scales, float32 [out].
     """
-    scales = weight_scales(weight)
-    shaped = scales.reshape(-1, *([1] * (weight.dim() - 1)))
+    scales = weight_scales(weight.movedim(axis, 0))
+    shaped = along(scales, weight, axis)
     return (weight.detach() / shaped).round_().clamp_(-WEIGHT_MAX, WEIGHT_MAX), scales

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 MODULES: Final[Mapping[type[nn.Module], str]] = {
     nn.Conv2d: "conv",
+    nn.ConvTranspose2d: "conv",
     nn.Linear: "linear",
     nn.BatchNorm2d: "batchnorm",
     nn.BatchNorm1d: "batchnorm",
@@ -113,7 +114,9 @@ def kind_of(node: fx.Node, module: fx.GraphModule) -> str:
     if node.op in ("output", "get_attr"):
         return node.op
     if node.op == "call_module":
-        return _kind_of_module(module.get_submodule(str(node.target)))
+        kind = _kind_of_module(module.get_submodule(str(node.target)))
+        # A transposed convolution may be told the size of its result.
+        return "other" if kind == "conv" and len(node.args) + len(node.kwargs) > 1 else kind
     if node.op == "call_method":
         kind = _METHODS.get(str(node.target), "other")
     elif node.target is operator.getitem:
@@ -146,6 +149,8 @@ def _kind_of_module(module: nn.Module) -> str:
             return "other"
     if isinstance(module, nn.Conv2d) and module.padding_mode != "zeros":
         return "other"
+    if isinstance(module, nn.ConvTranspose2d) and module.groups > 1:
+        return "other"  # the axis of its channels holds those of one group
     return MODULES[base]
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from calib.explicit import place
-from calib.int8 import ACTIVATION_MIN, quantize, quantize_weight
+from calib.int8 import ACTIVATION_MIN, channel_axis, quantize, quantize_weight
 from calib.network import Layer, Network, is_activation
 from calib.ops import is_adaptive
 from calib.plan import Int8Plan
@@ -57,13 +57,14 @@ class _WeightedLayer:
         integer_bias: bool = False,
         output_scale: float | None = None,
     ) -> None:
-        assert isinstance(module, nn.Conv2d | nn.Linear)  # plan.weighted holds nothing else
+        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)  # plan.weighted holds nothing else
         self.module = module
-        codes, scales = quantize_weight(module.weight)
-        largest_sum = -ACTIVATION_MIN * int(codes.abs().flatten(1).sum(1, dtype=torch.float64).max())
+        axis = channel_axis(module)
+        codes, scales = quantize_weight(module.weight, axis)
+        largest_sum = -ACTIVATION_MIN * int(codes.movedim(axis, 0).abs().flatten(1).sum(1, dtype=torch.float64).max())
         self.dtype = torch.float32 if largest_sum <= _EXACT_FLOAT32 else torch.float64
         self.codes = codes.to(self.dtype)
-        shape = (-1, 1, 1) if isinstance(module, nn.Conv2d) else (-1,)
+        shape = (-1,) if isinstance(module, nn.Linear) else (-1, 1, 1)
         self.scale = (scales * input_scale).reshape(shape)
         self.bias = None if module.bias is None else module.bias.detach().reshape(shape)
         self.output_scale = output_scale
@@ -76,7 +77,7 @@ class _WeightedLayer:
     def __call__(self, codes: Tensor) -> Tensor:
         total = self.accumulate(codes)
         # Several vectors for each image go through a matrix product that is no layer of its own, and takes no bias.
-        in_one = isinstance(self.module, nn.Conv2d) or codes.dim() == 2
+        in_one = not isinstance(self.module, nn.Linear) or codes.dim() == 2
         bias = self.bias
         if self.bias_codes is not None and in_one:
             total, bias = total.to(torch.float64) + self.bias_codes, None
@@ -93,6 +94,15 @@ class _WeightedLayer:
         module = self.module
         if isinstance(module, nn.Conv2d):
             return F.conv2d(codes, self.codes, None, module.stride, module.padding, module.dilation, module.groups)
+        if isinstance(module, nn.ConvTranspose2d):
+            placed: tuple[Any, ...] = (
+                module.stride,
+                module.padding,
+                module.output_padding,
+                module.groups,
+                module.dilation,
+            )
+            return F.conv_transpose2d(codes, self.codes, None, *placed)
         return F.linear(codes, self.codes)
 
 

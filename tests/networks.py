@@ -134,6 +134,22 @@ class Tied(nn.Module):
         return self.fc(F.avg_pool2d(x, 5, 1).flatten(1))
 
 
+class Upsampling(nn.Module):
+    """Transposed convolutions: in front of normalisation, ReLU and a concatenation, and dilated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(5)
+        self.wide = nn.ConvTranspose2d(8, 4, 2, stride=2, dilation=2)
+        self.fc = nn.Linear(4, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn(self.up(self.down(x))), inplace=True)
+        return self.fc(self.wide(torch.cat([x, y], 1)).mean((2, 3)))
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "lenet": LeNet,
     "residual": Residual,
@@ -143,6 +159,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tokens": Tokens,
     "tied": Tied,
     "sequence": sequence,
+    "upsampling": Upsampling,
 }
 
 
@@ -162,7 +179,10 @@ def make_network(name: str, seed: int = 0) -> Network:
                 nn.init.normal_(module.running_mean, std=0.3)
                 nn.init.uniform_(module.running_var, 0.5, 2.0)
                 nn.init.uniform_(module.weight, 0.5, 2.0)
-            if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d) and module.bias is not None:
+            if (
+                isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.BatchNorm2d)
+                and module.bias is not None
+            ):
                 nn.init.normal_(module.bias, std=0.3)
     shape = images(name, 1).shape
     return trace(model, name, (shape[1], shape[2], shape[3]))

@@ -125,8 +125,8 @@ def fold_batchnorm(module: fx.GraphModule, shapes: Mapping[str, torch.Size]) -> 
             continue
         _fill_in(norm)
         fused: nn.Module
-        if isinstance(layer, nn.Conv2d) and before is value:
-            fused = fuse_conv_bn_eval(layer, norm)
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d) and before is value:
+            fused = fuse_conv_bn_eval(layer, norm, transpose=isinstance(layer, nn.ConvTranspose2d))
         elif isinstance(layer, nn.Linear) and _normalises(shapes.get(value.name), layer, norm):
             fused = fuse_linear_bn_eval(layer, norm)
         else:

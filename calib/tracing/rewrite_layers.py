@@ -31,6 +31,27 @@ def _conv2d(rewriter: Rewriter, node: fx.Node) -> Any:
     return _layer(rewriter, node, layer, rewriter.env[given["input"]], given["weight"], weight, bias, key)
 
 
+def _conv_transpose2d(rewriter: Rewriter, node: fx.Node) -> Any:
+    given = rewriter.named(node)
+    weight, bias = rewriter.value(given["weight"]), rewriter.value(given["bias"])
+    if weight is None or (given["bias"] is not None and bias is None):
+        return None
+    layer = nn.ConvTranspose2d(
+        weight.shape[0],
+        weight.shape[1] * given["groups"],
+        (weight.shape[2], weight.shape[3]),
+        _pair(given["stride"]),
+        _pair(given["padding"]),
+        _pair(given["output_padding"]),
+        given["groups"],
+        bias is not None,
+        _pair(given["dilation"]),
+        device="meta",
+    )
+    key = (layer.stride, layer.padding, layer.output_padding, layer.dilation, layer.groups)
+    return _layer(rewriter, node, layer, rewriter.env[given["input"]], given["weight"], weight, bias, key)
+
+
 def _linear(rewriter: Rewriter, node: fx.Node) -> Any:
     given = rewriter.named(node)
     weight, bias = rewriter.value(given["weight"]), rewriter.value(given["bias"])
@@ -111,7 +132,7 @@ def linear(
 def _layer(
     rewriter: Rewriter,
     node: fx.Node,
-    layer: nn.Conv2d | nn.Linear,
+    layer: nn.Conv2d | nn.ConvTranspose2d | nn.Linear,
     source: fx.Node,
     named_by: fx.Node,
     weight: Tensor,
@@ -131,6 +152,7 @@ def _pair(values: Any) -> Any:
 
 WRITERS: Final[dict[str, Writer]] = {
     "conv2d": _conv2d,
+    "conv_transpose2d": _conv_transpose2d,
     "linear": _linear,
     "matmul": _matmul,
     "mm": _matmul,

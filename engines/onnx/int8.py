@@ -27,7 +27,7 @@ from engines.onnx.float import float_graph
 from engines.onnxruntime.form import for_onnxruntime, rewrite_for_kernels
 from engines.tensorrt.form import for_tensorrt
 
-_WEIGHTED: Final = frozenset({"Conv", "Gemm", "MatMul"})
+_WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
 def int8_model(
@@ -179,7 +179,7 @@ def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> l
 
 
 def _channel_axis(node: onnx.NodeProto) -> int:
-    """The output channel's axis in the weight of a Conv, Gemm or MatMul."""
+    """The output channel's axis in the weight of a Conv, ConvTranspose, Gemm or MatMul."""
     if node.op_type == "Conv":
         return 0
     transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)

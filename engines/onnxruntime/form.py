@@ -30,6 +30,8 @@ from engines.onnxruntime.columns import columns_at_once, compute_columns_at_once
 def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
     """The plan with the results of convolutions rounded that something reads in float, and with integer biases.
 
+    Transposed convolutions, for which there is no integer kernel, are left in float.
+
     The integer convolution adds an int32 bias to its sum, a multiple of input scale * weight scale. What that rounds
     off is no more than half a step of the sum, which can still turn a code by one.
 
@@ -42,9 +44,10 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
     network = plan.network
     module = network.module
     nodes = {node.name: node for node in module.graph.nodes}
-    quantized = place(plan, before_relu=True).scales
     followed = _followed(plan)
     kept = {layer.node for layer in network.layers if layer.name not in plan.layers}
+    plan = _without_transposed(plan)
+    quantized = place(plan, before_relu=True).scales
     rounded = set(plan.rounded)
     biases = set()
     for layer in plan.weighted:
@@ -62,6 +65,15 @@ def for_onnxruntime(plan: Int8Plan) -> Int8Plan:
         if node.name in plan.own_scales and node.name in followed and not _readers(node, plan) & kept:
             rounded.add(node.name)
     return dataclasses.replace(plan, rounded=frozenset(rounded), integer_biases=frozenset(biases))
+
+
+def _without_transposed(plan: Int8Plan) -> Int8Plan:
+    module = plan.network.module
+    weighted = [
+        layer for layer in plan.weighted if not isinstance(module.get_submodule(str(layer.target)), nn.ConvTranspose2d)
+    ]
+    gone = {layer.name for layer in plan.weighted} - {layer.name for layer in weighted}
+    return dataclasses.replace(plan, layers=plan.layers - gone, weighted=tuple(weighted))
 
 
 def _followed(plan: Int8Plan) -> set[str]:

@@ -25,6 +25,7 @@ IN_FLOAT: Final = frozenset({"Conv", "FusedConv", "NhwcFusedConv", "Gemm", "Fuse
 
 _SOURCE: Final = "as ONNX Runtime executes it on this CPU"
 _REASON: Final = "computed in float by ONNX Runtime, from INT8 operands"
+_NO_KERNEL: Final = "ONNX Runtime has no integer kernel for it"
 _REWRITTEN: Final = re.compile(r"(.+)_(?:columns|product)_*[._]weight.*")
 """Weight of a convolution in another form (:func:`engines.onnxruntime.form.rewrite_for_kernels`)."""
 
@@ -39,9 +40,10 @@ def executed_macs(network: Network, model: onnx.ModelProto, optimized: onnx.Mode
     """
     graph = Graph(model)
     weights = {name: _weight(node, graph) for name, node in products(graph)}
+    no_kernel = {name: _NO_KERNEL for name, node in products(graph) if node.op_type == "ConvTranspose"}
     read = {value for node in optimized.graph.node if node.op_type in IN_FLOAT for value in node.input}
     in_float = {_initializer(value) for value in read}
-    count = count_macs(model, _SOURCE)
+    count = count_macs(model, _SOURCE, no_kernel)
     layers = []
     for layer in count.layers:
         weight = weights[layer.layer]

@@ -504,3 +504,22 @@ def test_a_state_made_for_each_image_is_one_for_any_number_in_the_file() -> None
             return self.fc(self.gru(x.flatten(1, 2))[1][-1])
 
     assert_file_gives(Recurrent().eval())
+
+
+@pytest.mark.parametrize(("groups", "convolutions"), [(1, 2), (2, 1)])
+def test_a_transposed_convolution_by_its_function_is_a_layer(groups: int, convolutions: int) -> None:
+    """In groups, the axis of its channels holds those of one alone: no scale for each."""
+
+    class Functional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+            self.weight = nn.Parameter(torch.randn(4, 2, 3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv_transpose2d(self.conv(x), self.weight, stride=2, output_padding=1, groups=groups).flatten(1)
+
+    model = Functional()
+    network, images = traced(model), torch.rand(4, *SHAPE)
+    assert list(network.kinds.values()).count("conv") == convolutions
+    torch.testing.assert_close(network.module(images), model(images))

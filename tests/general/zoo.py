@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
 from calib.calibrator import calibrate
-from calib.int8 import WEIGHT_MAX
+from calib.int8 import WEIGHT_MAX, channel_axis
 from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
@@ -252,14 +252,15 @@ def exact_plan(
     plan = plan_int8(network, table, keep_fp, quantize_output)
     for layer in plan.weighted:
         module = network.module.get_submodule(str(layer.target))
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        rows = module.weight.data.flatten(1)
+        assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+        weight = module.weight.data.movedim(channel_axis(module), 0)
+        rows = weight.flatten(1)
         scales = _power_of_two(rows.abs().amax(1, keepdim=True) / WEIGHT_MAX)
         codes = (rows / scales).round().clamp(-WEIGHT_MAX, WEIGHT_MAX)
         # So that a channel's largest magnitude / 127 is its scale again.
         largest = codes.abs().argmax(1, keepdim=True)
         codes.scatter_(1, largest, torch.where(codes.gather(1, largest) < 0, -WEIGHT_MAX, WEIGHT_MAX).float())
-        module.weight.data = (codes * scales).view_as(module.weight)
+        module.weight.data = (codes * scales).view_as(weight).movedim(0, channel_axis(module)).contiguous()
         if module.bias is not None:
             steps = scales.flatten() * plan.scales[layer.inputs[0]]
             module.bias.data = (module.bias / steps).round() * steps

@@ -199,6 +199,16 @@ def test_layers_behind_a_normalised_and_transposed_value_are_in_int8(pointwise: 
     torch.testing.assert_close(torch.from_numpy(found), IntegerNetwork(for_tensorrt(plan))(batch), atol=0.01, rtol=0)
 
 
+def test_transposed_convolutions_are_in_int8_in_the_file_and_in_float_in_onnx_runtime() -> None:
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 4, 2, 2), nn.Conv2d(4, 2, 1))
+    network, table, plan = quantized(lambda: nn.Sequential(*layers))
+    portable = exported_macs(plan)
+    assert {layer.layer: layer.macs for layer in portable.layers}["2"] == 8 * 144 * 4 * 4
+    assert portable.in_float == []
+    in_float = executed(network, table, 0.01).in_float
+    assert {layer.layer: layer.reason for layer in in_float} == {"2": "ONNX Runtime has no integer kernel for it"}
+
+
 def test_what_a_layer_kept_in_float_reads_is_not_rounded() -> None:
     layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
     _, _, plan = quantized(lambda: nn.Sequential(*layers), ("2",))
