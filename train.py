@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from data import open_data
         from models import training
         from models.checkpoint import save_checkpoint
-        from models.network import network_name
+        from models.network import is_exported, network_name
 
         options = training.start(config)
         data = open_data(config.data, config.seed)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logger.info("task: %s", found)
         for note in data.info.notes if first else ():
             logger.warning("%s", note)
-        if found.task == "classify":
+        if found.task == "classify" and not is_exported(network):
             trained = training.train(network, data, config, options, run.folder, flags.resume)
         else:
             trained = training.taken(network)

@@ -17,7 +17,7 @@ from common.errors import InputError
 from common.files import atomic_path, parse_json
 from data.base import DatasetInfo
 from models.archive import load_archive
-from models.network import check_state, construct, load_state, resolve
+from models.network import check_state, construct, load_state, resolve, to_eval_mode
 
 FORMAT = 1
 _META_LIMIT = 16 * 1024 * 1024
@@ -128,7 +128,7 @@ def load_checkpoint(path: Path, trusted: str | None = None) -> Checkpoint:
         raise InputError(f"{path} is damaged: it holds no state_dict")
     network = _construct(path, meta, state, trusted)
     load_state(network, state, str(path))
-    return Checkpoint(network.eval(), meta)
+    return Checkpoint(to_eval_mode(network), meta)
 
 
 def _read(path: Path) -> Any:

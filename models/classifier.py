@@ -60,7 +60,10 @@ class Classifier(LightningModule):
     ) -> None:
         super().__init__()
         # The CPU's convolutions and poolings are faster so, also for LeNet; checkpoints are not affected.
-        self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.network = network
+        for part in network.modules():
+            if isinstance(part, nn.Conv2d):
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config = optimizer
         self.save_hyperparameters(record or {})
         metrics = MetricCollection(

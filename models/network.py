@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from common.config import ModelConfig
 from common.dotted import locate
@@ -65,6 +65,16 @@ def construct(factory: Callable[..., Any], class_path: str, arguments: Mapping[s
     if not isinstance(network, nn.Module):
         raise InputError(f"{class_path} made a {type(network).__name__}, not a torch.nn.Module")
     return network
+
+
+def is_exported(network: nn.Module) -> bool:
+    """Whether a network is a module of ``torch.export``: it does not train, and may take one number of images alone."""
+    return isinstance(network, fx.GraphModule) and "train" in vars(network)  # which raises NotImplementedError
+
+
+def to_eval_mode(network: nn.Module) -> nn.Module:
+    """``network`` in eval mode; a module of ``torch.export`` is in the mode of its export, and stays so."""
+    return network if is_exported(network) else network.eval()
 
 
 def logits_of(network: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -18,7 +18,14 @@ from data.base import DatasetInfo
 from models import fit
 from models.checkpoint import CheckpointMeta
 from models.classifier import Classifier
-from models.network import build_network, check_network, network_arguments, network_name
+from models.network import (
+    build_network,
+    check_network,
+    is_exported,
+    network_arguments,
+    network_name,
+    to_eval_mode,
+)
 from models.precision import measure_precision
 
 if TYPE_CHECKING:
@@ -66,6 +73,8 @@ def prepare(config: Config, info: DatasetInfo, options: fit.TrainerOptions) -> n
             raise InputError(f"train.py trains classifiers, not networks that {config.model.task}")
         if not classes:
             raise InputError("train.py trains classifiers, and these images have no classes")
+        if is_exported(network):
+            raise InputError("a module of torch.export does not train")
         check_network(network, network_name(config.model.class_path), shape, classes)
     except InputError as error:
         raise InputError(f"{error} ({TAKE_AS_IT_IS})") from error
@@ -79,7 +88,7 @@ def is_taken_as_it_is(options: fit.TrainerOptions) -> bool:
 
 def taken(network: nn.Module) -> Trained:
     """What ``train.py`` writes of a network that was trained elsewhere, and is no classifier that could be tested."""
-    return Trained(network.eval(), epochs=0, metrics={}, seconds=0.0, trial=False)
+    return Trained(to_eval_mode(network), epochs=0, metrics={}, seconds=0.0, trial=False)
 
 
 def train(

@@ -51,6 +51,12 @@ def run(tmp_path, blobs):
     return train
 
 
+def test_a_network_may_hold_weights_of_any_rank():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv3d(2, 2, 1))
+    Classifier(network, OPTIMIZER, 3)
+    assert network[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("signalled", "ended"), [(SystemExit(143), SystemExit), (SystemExit(1), KeyboardInterrupt)], ids=["term", "int"]
 )

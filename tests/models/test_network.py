@@ -6,7 +6,7 @@ from torch import nn
 from common.config import ModelConfig
 from common.errors import InputError
 from models import LeNet, build_network, save_checkpoint
-from models.network import check_network, logits_of, network_arguments, network_name
+from models.network import check_network, logits_of, network_arguments, network_name, to_eval_mode
 
 
 @pytest.fixture
@@ -154,3 +154,9 @@ def test_logits():
 )
 def test_name(class_path, name):
     assert network_name(class_path) == name
+
+
+def test_a_module_of_torch_export_keeps_its_mode():
+    exported = torch.export.export(nn.Sequential(nn.Dropout()).eval(), (torch.rand(1, 2),)).module()
+    assert to_eval_mode(exported) is exported
+    assert not to_eval_mode(nn.Dropout()).training
