@@ -79,8 +79,7 @@ def _open_collection(collection: mnist.Collection, config: DataConfig, seed: int
 
 def _open_digits(config: DataConfig, seed: int, notes: tuple[str, ...] = ()) -> Splits:
     splits = digits.load()
-    # The default is meant for larger sets; that fewer are held out here is documented, and no cause for a warning.
-    config = replace(config, validation=min(config.validation, len(splits[0].labels) // LARGEST_VALIDATION_SHARE))
+    config = replace(config, validation=_held_out(config, len(splits[0].labels)))
     return _in_memory(
         "digits",
         "scikit-learn's digits",
@@ -124,8 +123,14 @@ def _open_folder(config: DataConfig, seed: int) -> Splits:
         notes=folders.notes,
         targets=folders.targets,
     )
-    validation = config.validation if folders.validation is None else folders.validation
+    validation = _held_out(config, len(folders.train)) if folders.validation is None else folders.validation
     return divide(info, folders.train, folders.test, validation, seed)
+
+
+def _held_out(config: DataConfig, images: int) -> int:
+    """Images to hold out for validation: the default is meant for larger sets, and no cause for a warning in small."""
+    asked = config.validation
+    return min(asked, images // LARGEST_VALIDATION_SHARE) if asked == DataConfig.validation else asked
 
 
 def _in_memory(
