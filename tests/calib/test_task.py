@@ -1,5 +1,7 @@
 """What a network is for, found and asked for."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,16 @@ from calib.tracing import trace
 from common.config import TaskName
 from common.errors import InputError
 
+ENDS: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "": lambda values, features: values,
+    "normalize": lambda values, features: nn.functional.normalize(values),
+    "sigmoid": lambda values, features: values.sigmoid(),
+    "softmax": lambda values, features: values.softmax(1),
+    "squeeze": lambda values, features: values.squeeze(1),
+    "map": lambda values, features: features,
+    "several": lambda values, features: {"boxes": values, "map": features},
+}
+
 
 class Model(nn.Module):
     """``width`` numbers for an image, or what ``end`` makes of them."""
@@ -18,22 +30,11 @@ class Model(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(1, 3, 3)
         self.linear = nn.Linear(3 * 4, width)
-        self.end = end
+        self.end = ENDS[end]
 
     def forward(self, images: Tensor) -> object:
         features = self.conv(images)
-        values = self.linear(features.flatten(1))
-        if self.end == "normalize":
-            return nn.functional.normalize(values)
-        if self.end == "sigmoid":
-            return values.sigmoid()
-        if self.end == "softmax":
-            return values.softmax(1)
-        if self.end == "squeeze":
-            return values.squeeze(1)
-        if self.end == "map":
-            return features
-        return {"boxes": values, "map": features} if self.end == "several" else values
+        return self.end(self.linear(features.flatten(1)), features)
 
 
 def traced(width: int, end: str = "") -> Network:

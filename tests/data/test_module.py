@@ -123,28 +123,6 @@ def test_heavy_libraries_are_imported_at_first_use(root, small):
     subprocess.run([sys.executable, "-c", code, str(small.dir)], check=True, cwd=root)
 
 
-class Recorder(LightningModule):
-    """A linear classifier that records the labels of every training batch."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.linear = torch.nn.Linear(784, 10)
-        self.seen: list[tuple[int, list[int]]] = []
-        self.evaluated = 0
-
-    def training_step(self, batch, batch_idx):
-        images, labels = batch
-        self.seen.append((self.trainer.current_epoch, labels.tolist()))
-        return F.cross_entropy(self.linear(images.flatten(1)), labels)
-
-    def validation_step(self, batch, batch_idx):
-        self.evaluated += len(batch[1])
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
 def test_device_copies_are_made_once(small):
     data = open_data(small, seed=1)
     assert data.train_dataloader().source is data.train
@@ -158,17 +136,35 @@ def test_device_copies_are_made_once(small):
     assert data.train_dataloader().source is train.source
 
 
+class Recorder(LightningModule):
+    """A linear classifier that records the labels of every training batch, and where they lay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(784, 10)
+        self.seen: list[list[int]] = []
+        self.devices: set[str] = set()
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        self.devices |= {part.device.type for part in batch}
+        return batch
+
+    def training_step(self, batch, batch_idx):
+        images, labels = batch
+        self.seen.append(labels.tolist())
+        return F.cross_entropy(self.linear(images.flatten(1)), labels)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 @pytest.mark.gpu
 def test_data_set_lives_on_the_gpu(small, tmp_path):
-    class OnGpu(Recorder):
-        def on_before_batch_transfer(self, batch, dataloader_idx):
-            assert all(part.device.type == "cuda" for part in batch)
-            return batch
-
-    gpu, cpu = OnGpu(), Recorder()
+    gpu, cpu = Recorder(), Recorder()
     arguments = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "default_root_dir": tmp_path}
     Trainer(accelerator="gpu", devices=1, **arguments).fit(gpu, datamodule=open_data(small, seed=1))
     Trainer(accelerator="cpu", **arguments).fit(cpu, datamodule=open_data(small, seed=1))
+    assert (gpu.devices, cpu.devices) == ({"cuda"}, {"cpu"})
     assert gpu.seen == cpu.seen
 
 
