@@ -127,10 +127,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     for line in _warnings(calibration, inner, batches.left_over):
         print(f"warning: {line}", file=sys.stderr)
     # The table first: it is whole, whatever becomes of the other file.
-    if arguments.json:
-        table.write(arguments.output)
-    else:
-        write_table(arguments.output, table)
+    write_table(arguments.output, table, quiet=arguments.json)
     quantized = _write_quantized(arguments, model, table, batches) if arguments.qdq else None
     if not arguments.json:
         print(

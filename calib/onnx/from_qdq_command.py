@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tensorrt-version", default=TESTED_TENSORRT, metavar="VERSION", help=f"of line 1 (default: {TESTED_TENSORRT})"
     )
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
 def _from_qdq(arguments: argparse.Namespace) -> int:
@@ -49,7 +51,20 @@ def _from_qdq(arguments: argparse.Namespace) -> int:
         print(f"warning: a symmetric range that covers the asymmetric one: {named(found.asymmetric)}", file=sys.stderr)
     for name, reason in table.unusable.items():
         print(f"warning: tensor {name!r} cannot be quantized: {reason}", file=sys.stderr)
-    write_table(arguments.output, table)
+    write_table(arguments.output, table, quiet=arguments.json)
+    if arguments.json:
+        summary = {
+            "table": str(arguments.output),
+            "header": table.header,
+            "algorithm": table.algorithm,
+            "scales": table.finite,
+            "asymmetric": list(found.asymmetric),
+            "unusable": table.unusable,
+            "unknown": list(found.unknown),
+            "onnx": str(arguments.onnx) if arguments.onnx else None,
+        }
+        print(json.dumps(summary, indent=2))
+        return ExitCode.PASSED
     if arguments.onnx:
         print(f"wrote {arguments.onnx}")
     print(f"{len(table.scales)} tensors")

@@ -16,6 +16,7 @@ import math
 import re
 import struct
 import tempfile
+from codecs import BOM_UTF8
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -97,7 +98,7 @@ def scan_file(path: Path) -> Scan:
     if form == "onnxruntime":
         return _ranges(_from_flatbuffers(content, str(path)), _LARGER_END)
     if form in ("ranges", "onnxruntime-cache"):
-        limits = _from_lines(content.decode("utf-8"), ": " if form == "ranges" else " ", str(path))
+        limits = _from_lines(content.decode("utf-8-sig"), ": " if form == "ranges" else " ", str(path))
         return _ranges(limits) if form == "ranges" else _ranges(limits, _LARGER_END)
     value = _json(content, str(path))
     if form == "onnxruntime-json":
@@ -110,6 +111,7 @@ def scan_file(path: Path) -> Scan:
 
 def format_of(content: bytes) -> Format:
     """The format that a file's content looks like; ``table`` or ``json`` where it looks like none."""
+    content = content.removeprefix(BOM_UTF8)
     if content.lstrip()[:1] == b"{":
         return _json_format(content)
     if b"\0" in content[:32]:
@@ -190,8 +192,8 @@ def write(path: Path, table: CalibrationTable, to: Format) -> list[str]:
 
 
 def to_json(table: CalibrationTable) -> dict[str, Any]:
-    """The table as JSON values; numbers read back exactly, infinity and NaN are hex digits, as in the table."""
-    finite = table.finite
+    """The table as JSON values; numbers read back exactly, and what is no range is hex digits, as in the table."""
+    finite = {name: scale for name, scale in table.finite.items() if scale >= 0}
     legacy = {"legacy": {"cutoff": table.legacy.cutoff, "quantile": table.legacy.quantile}}
     return {
         "algorithm": table.algorithm,
@@ -222,7 +224,7 @@ def _from_json(value: Mapping[str, Any], source: str) -> Scan:
     scales = _numbers(value, "scales", source)
     ranges = _numbers(value, "dynamic_ranges", source)
     if scales and ranges:
-        finite = {name for name, scale in scales.items() if math.isfinite(scale)}
+        finite = {name for name, scale in scales.items() if 0 <= scale < math.inf}
         for name in finite | ranges.keys():
             if not math.isclose(LEVELS * scales.get(name, -1.0), ranges.get(name, -1.0), rel_tol=1e-6):
                 raise InputError(f"{source}: scales and dynamic_ranges disagree about {name!r}: remove one of the two")

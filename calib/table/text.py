@@ -35,6 +35,8 @@ _DIGITS = 8
 _SCALE = re.compile(r"[0-9a-fA-F]{1,8}", re.ASCII)
 _ILLEGAL_IN_NAME = re.compile(r"[\n\r\0]")
 _BLANKS = " \t\r"
+_MARK = "\ufeff"
+_UNKNOWN_LINE_1 = "TensorRT does not recognise line 1; `convert` writes the table plainly"
 _SMALLEST_NORMAL = 2.0**-126
 _LARGEST = struct.unpack(">f", b"\x7f\x7f\xff\xff")[0]
 
@@ -295,10 +297,12 @@ def parse(text: str) -> tuple[CalibrationTable | None, list[Problem]]:
 def scan(text: str) -> Scan:
     """Read the lines of a table, also of one whose line 1 is foreign or missing.
 
-    Lines may end in spaces or CR LF, empty lines may follow the last entry, and its line break may be missing. A scale
+    Lines may end in spaces or CR LF, empty lines may follow the last entry, and its line break may be missing; a byte
+    order mark may begin the file, as some editors leave it. A scale
     may have fewer than 8 digits, since TensorRT does not pad; in the last line only if something follows the digits,
     which else may have been cut off.
     """
+    marked, text = text.startswith(_MARK), text.removeprefix(_MARK)
     body = text.rstrip(_BLANKS + "\n")
     lines = body.split("\n")
     whole = len(body) < len(text)
@@ -334,7 +338,8 @@ def scan(text: str) -> Scan:
             short.append(f"the scale of {_quote(name)} has {len(digits)} digits, and so is {scales[name]:.3g}")
     if len(lines) == begin:
         problems.append(Problem(0, "no tensor after line 1: the file is empty or cut off"))
-    oddities = [*_oddities(body, whole), *short]
+    mark = [f"the file begins with a byte order mark: {_UNKNOWN_LINE_1}"] if marked else []
+    oddities = [*mark, *_oddities(body, whole), *short]
     found = Scan(scales, spelling, problems=tuple(problems), oddities=tuple(oddities))
     return replace(found, **(_no_header(lines[0]) if header is None else header))
 
@@ -343,7 +348,7 @@ def _oddities(body: str, whole: bool) -> list[str]:
     """What of the line ends TensorRT, or another reader, may stumble over."""
     found = []
     if "\r" in body:
-        found.append("lines end in CR LF: TensorRT does not recognise line 1; `convert` writes plain line ends")
+        found.append(f"lines end in CR LF: {_UNKNOWN_LINE_1}")
     if any(line.rstrip("\r").endswith((" ", "\t")) for line in body.split("\n")[:-1]):
         found.append("lines end in spaces: TensorRT may not recognise line 1; `convert` writes them without")
     if not whole:

@@ -53,6 +53,7 @@ def add_parsers(commands: Any) -> None:
         metavar="FILE",
         help="float network whose tensors the table should name, as trtexec takes it",
     )
+    check.add_argument("--json", action="store_true", help="print JSON")
 
     convert = _tool(commands, "convert", _convert, "rewrite line 1, or the format")
     convert.add_argument("table", type=Path, metavar="TABLE", help=_ANY_TABLE)
@@ -226,6 +227,17 @@ def _check(arguments: argparse.Namespace) -> int:
             differences, advice = _compare_with_network(scales, usable, arguments.onnx)
             findings += differences
             warnings += advice
+    if arguments.json:
+        content = {
+            "table": str(arguments.table),
+            "valid": not findings,
+            "header": table.header if table else None,
+            "tensors": len(found.scales),
+            "problems": findings,
+            "warnings": warnings,
+        }
+        print(json.dumps(content, indent=2))
+        return ExitCode.FAILED if findings else ExitCode.PASSED
     for finding in findings:
         print(finding)
     for warning in warnings:
@@ -318,7 +330,8 @@ def _set(arguments: argparse.Namespace) -> int:
 def _remove(arguments: argparse.Namespace) -> int:
     table = _read_text_table(arguments.table)
     gone = _chosen(table.scales, arguments.names, arguments.table)
-    kept = {name: scale for name, scale in table.scales.items() if name not in gone}
+    left = set(table.scales).difference(gone)
+    kept = {name: scale for name, scale in table.scales.items() if name in left}
     if not kept:
         raise InputError(f"nothing would be left in {arguments.table}: leave the table away instead")
     write_table(arguments.output or arguments.table, table.replaced(kept), "table")
@@ -346,7 +359,7 @@ def _chosen(names: Iterable[str], patterns: Sequence[str], path: Path) -> list[s
     Raises:
         InputError: a pattern chooses nothing.
     """
-    known = list(names)
+    known = dict.fromkeys(names)
     chosen: set[str] = set()
     for pattern in patterns:
         # Only * and ? are special: names of TensorRT's hold brackets.
@@ -375,12 +388,16 @@ def _require_text(path: Path) -> None:
         )
 
 
-def write_table(output: Path, table: CalibrationTable, to: formats.Format = "table") -> None:
-    """Write a table and say so; the side file of another table is not overwritten, and one beside it is mentioned."""
+def write_table(output: Path, table: CalibrationTable, to: formats.Format = "table", *, quiet: bool = False) -> None:
+    """Write a table and say so, or be quiet on stdout.
+
+    The side file of another table is not overwritten, and one beside it is mentioned.
+    """
     if output.suffix == ".json" and output.with_suffix("").is_file():
         raise InputError(f"{output} is the name of the side file of {output.with_suffix('')}: choose another")
     left_out = formats.write(output, table, to)
-    print(f"wrote {output}" + (f" ({table.header})" if to == "table" else ""))
+    if not quiet:
+        print(f"wrote {output}" + (f" ({table.header})" if to == "table" else ""))
     if left_out:
         print(f"warning: {output} holds usable ranges alone, and not {named(left_out)}", file=sys.stderr)
     beside = side_file(output)

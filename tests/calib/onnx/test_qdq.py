@@ -336,6 +336,9 @@ def test_an_asymmetric_range_is_covered(tmp_path, capsys):
     path = save(trained(0), tmp_path / "qat.onnx")
     assert run("from-qdq", path, "--output", tmp_path / "table") == 0
     assert "covers the asymmetric one: tensor 'data'" in capsys.readouterr().err
+    assert run("from-qdq", path, "--output", tmp_path / "table", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["asymmetric"], found["unknown"], found["onnx"]) == (["data"], ["out"], None)
     assert CalibrationTable.read(tmp_path / "table").dynamic_ranges["data"] == pytest.approx(255 * 0.02)
 
 

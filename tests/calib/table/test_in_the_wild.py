@@ -37,13 +37,23 @@ def run(*arguments):
     return main([str(argument) for argument in arguments])
 
 
-@pytest.mark.parametrize("text", [ZERO, INFINITE, LEGACY])
+@pytest.mark.parametrize("text", [ZERO, INFINITE, LEGACY, INFINITE.replace("7f800000", "bc008912")])
 def test_convert_writes_back_what_it_read(write, tmp_path, text):
     assert run("convert", write(text), tmp_path / "copy") == 0
     assert (tmp_path / "copy").read_text() == text
     assert run("convert", tmp_path / "copy", tmp_path / "other.json") == 0
     assert run("convert", tmp_path / "other.json", tmp_path / "back") == 0
     assert CalibrationTable.read(tmp_path / "back") == CalibrationTable.loads(text)
+
+
+def test_a_byte_order_mark(write, tmp_path, capsys):
+    mark = b"\xef\xbb\xbf"
+    assert run("convert", write(mark + ZERO.encode()), tmp_path / "copy") == 0
+    assert (tmp_path / "copy").read_text() == ZERO
+    assert "begins with a byte order mark: TensorRT does not recognise line 1" in capsys.readouterr().err
+    for text in (json.dumps({"a": {"lowest": -8.0, "highest": 2.0}}), "a: 8.0\n", "a 8.0\n"):
+        table = formats.read(write(mark + text.encode()), algorithm="minmax")
+        assert table.dynamic_ranges == pytest.approx({"a": 8.0})
 
 
 def test_an_infinite_scale_is_reported_everywhere(write, tmp_path, capsys):

@@ -163,7 +163,6 @@ def test_malformed_lines(line, complaint):
     [
         ("", "expected 'TRT-<version>-<algorithm>'"),
         ("data: 3c008912", "expected 'TRT-<version>-<algorithm>'"),
-        ("\ufeffTRT-7202-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
         ("TRT-8XXX-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
         ("TRT--EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),
         ("TRT-12345678901234567890-EntropyCalibration2", "expected 'TRT-<version>-<algorithm>'"),

@@ -132,6 +132,26 @@ def test_check_lists_every_bad_line(tmp_path, capsys):
     assert lines[-1] == f"{path}: 5 problems"
 
 
+def test_check_as_json(table, tmp_path, capsys):
+    assert run("check", table, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "table": str(table),
+        "valid": True,
+        "header": TABLE.header,
+        "tensors": len(TABLE.scales),
+        "problems": [],
+        "warnings": [],
+    }
+    bad = tmp_path / "bad"
+    bad.write_text("TRT-8601-EntropyCalibration2\ndata: 3c008912\nconv1 3c88edfc\nx: 7fc00000\n")
+    assert run("check", bad, "--json") == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["valid"], found["header"], found["tensors"]) == (False, None, 2)
+    assert "line 3" in found["problems"][0]
+    assert found["warnings"] == ["tensor 'x': the scale is NaN"]
+
+
 def test_check_warns_of_scales_and_line_ends(tmp_path, capsys):
     path = tmp_path / "table"
     path.write_bytes(b"TRT-8601-EntropyCalibration2\r\ndata: 3c008912\r\ndead: 00000000\r\ntiny: 00000001\r\n")
