@@ -181,18 +181,23 @@ def no_floats(model: onnx.ModelProto) -> set[str]:
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, int | None]:
-    """Value of the main graph -> its elements' type, as far as it can be inferred; None for what is no tensor."""
+    """Value of the main graph that is no weight -> its elements' type, as far as it can be inferred.
+
+    None for what is no tensor.
+    """
     import onnx
 
     try:
-        graph = onnx.shape_inference.infer_shapes(model).graph
+        graph = onnx.shape_inference.infer_shapes(without_weights(model)).graph
     except Exception:  # noqa: BLE001 - it raises what its C++ side raises; the types in the file remain
         graph = model.graph
+    weights = {weight.name for weight in model.graph.initializer}
     return {
         value.name: value.type.tensor_type.elem_type
         if value.type.WhichOneof("value") in (None, "tensor_type")
         else None
         for value in (*graph.input, *graph.value_info, *graph.output)
+        if value.name not in weights
     }
 
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
 
+_BUDGET_OF_A_CORE = 24 * 2**20
+"""The same where there are many cores, each of which should have an image: resnet18's values at 224 x 224 are 22 MB."""
+
 _CPU = "CPUExecutionProvider"
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
@@ -81,8 +84,9 @@ class Observed:
     def waves(self, batch: Batch) -> list[list[Batch]]:
         """A batch cut into parts: lists of those that :meth:`run` takes at a time, in as many threads.
 
-        The values of one list stay within a fixed amount of memory. On a CPU, each part is run by a core of its own:
-        the cores need not wait for each other then after every operator, as they do when they share its work.
+        The values of one list stay within a fixed amount of memory. Each part is run by a core of its own: the cores
+        need not wait for each other then after every operator, as they do when they share its work. On a GPU the parts
+        take turns, and each core copies and counts the values of one.
         """
         unit = self._fixed or 1
         units = len(next(iter(batch.values()))) // unit
@@ -107,13 +111,14 @@ class Observed:
             units: How many a batch has.
         """
         size = sum(value.nbytes for value in self.run(first).values())
-        self._images = max(_BUDGET // max(size, 1), 1)
-        self._at_a_time = 1 if self.provider != _CPU else min(self._cores, self._images, units)
+        self._images = max(max(_BUDGET, self._cores * _BUDGET_OF_A_CORE) // max(size, 1), 1)
+        self._at_a_time = min(self._cores, self._images, units)
         if self._fixed:
             self._images = min(self._images, self._at_a_time)
         if self._cores > self._at_a_time:
             del self._session
-            self._session = open_session(self._path, self._model, self._cores // self._at_a_time)
+            # A session has one set of threads for all that run it, beside the thread that each has of its own.
+            self._session = open_session(self._path, self._model, self._cores - self._at_a_time + 1)
         del self._model  # as large as its weights
 
     def run(self, batch: Batch) -> dict[str, Tensor]:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.onnx.model import without_weights
+
 if TYPE_CHECKING:
     import onnx
 
@@ -60,13 +62,15 @@ class ParserNames:
     def __init__(self, model: onnx.ModelProto, constant: frozenset[str]) -> None:
         import onnx
 
-        graph = onnx.shape_inference.infer_shapes(model).graph
+        graph = onnx.shape_inference.infer_shapes(without_weights(model)).graph
         self._shapes = _shapes(graph)
-        self._ones, self._negative = _integers_of(graph)
-        self._stored = {weight.name for weight in graph.initializer}
-        self._stored.update(node.output[0] for node in graph.node if node.op_type == "Constant")
+        self._ones, self._negative = _integers_of(model.graph)
+        weights = {weight.name for weight in model.graph.initializer}
+        self._stored = weights | {node.output[0] for node in graph.node if node.op_type == "Constant"}
         self.types = {
-            value.name: value.type.tensor_type.elem_type for value in [*graph.input, *graph.value_info, *graph.output]
+            value.name: value.type.tensor_type.elem_type
+            for value in [*graph.input, *graph.value_info, *graph.output]
+            if value.name not in weights
         }
         self._constant = constant
         self._layers: set[str] = set()

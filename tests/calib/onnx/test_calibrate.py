@@ -69,6 +69,7 @@ def network(tmp_path):
 
 def test_parts_of_a_batch_count_a_concatenation_from_its_beginning(tmp_path, monkeypatch):
     monkeypatch.setattr(observe, "_BUDGET", 1)
+    monkeypatch.setattr(observe, "_BUDGET_OF_A_CORE", 0)
     wanted = CalibrationTable.read(TENSORRT / "tables" / "concat.entropy.cache")
     network, images = TENSORRT / "nets" / "concat.onnx", TENSORRT / "nets" / "images.npy"
     found = table_of(network, images, tmp_path, "--algorithm", "entropy")
@@ -81,6 +82,7 @@ def test_a_batch_in_parts_gives_the_same_table(images, tmp_path, monkeypatch, ne
     np.save(tmp_path / "images.npy", images)
     whole = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
     monkeypatch.setattr(observe, "_BUDGET", budget)
+    monkeypatch.setattr(observe, "_BUDGET_OF_A_CORE", 0)
     parts = table_of(network, tmp_path / "images.npy", tmp_path, "--batch-size", "20")
     assert dict(parts.scales) == pytest.approx(dict(whole.scales), rel=1e-5)
 
