@@ -80,21 +80,3 @@ def test_baselines_are_eager_and_graphs_in_both_precisions(network):
         ("torch-cuda-graphs", "fp32"),
         ("torch-cuda-graphs", "fp16"),
     ]
-
-
-def test_auto_falls_back_with_a_notice(tmp_path):
-    pytest.importorskip("onnx")
-    from common.config import QuantizationConfig
-    from common.errors import InputError
-    from engines.select import select_engine
-    from engines.tensorrt.engine import TorchTensorRTEngine
-
-    reason = TorchTensorRTEngine(EngineConfig(), QuantizationConfig(), tmp_path).unavailable()
-    if reason is None:
-        pytest.skip("this machine has Torch-TensorRT: nothing to fall back from")
-    assert "\n" not in reason
-    selection = select_engine(EngineConfig(), QuantizationConfig(), tmp_path)
-    assert selection.engine.name != "torch-tensorrt"
-    assert f"not torch-tensorrt: {reason}" in selection.reason
-    with pytest.raises(InputError, match="torch-tensorrt cannot be used here"):
-        select_engine(EngineConfig(name="torch-tensorrt"), QuantizationConfig(), tmp_path)

@@ -25,6 +25,7 @@ from tests.upstream import INSTALLED, TABLE
 OURS = CalibrationTable(dict.fromkeys(("data", "conv1", "pool1", "conv2", "pool2", "ip1", "ip2", "prob"), 0.01))
 
 
+MINMAX = CalibrationTable(TABLE.scales, "minmax")
 NEWER = Installed("2.8.0", "2.8.0", "10.13.0.1")
 TYPED = Installed("2.13.0", "2.13.0", "11.0.0")
 
@@ -234,6 +235,7 @@ class TestInt8:
             (None, INSTALLED, OURS, r"has not calibrated LeNet yet: run quantize\.py"),
             ("no table", INSTALLED, OURS, "line 1"),
             (TABLE.dumps(), NEWER, OURS, r"of TensorRT 10\.12\.0, and 10\.13\.0 is installed"),
+            (MINMAX.dumps(), INSTALLED, OURS, "of algorithm minmax, and entropy2 is wanted"),
         ],
     )
     def test_tables_that_do_not_serve(self, machine, network, tmp_path, theirs, installed, ours, message):

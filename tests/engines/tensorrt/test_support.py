@@ -6,7 +6,6 @@ import sys
 import pytest
 import torch
 
-from calib.table import CalibrationTable
 from common.errors import InputError
 from engines.gpu import Gpu
 from engines.tensorrt import support
@@ -21,7 +20,6 @@ from engines.tensorrt.support import (
     quantization_mode,
     release,
     strongly_typed,
-    table_problem,
 )
 
 OPTIONAL = ("tensorrt", "torch_tensorrt")
@@ -117,19 +115,6 @@ def test_versions_of_the_source():
     assert not has_calibrator("2.9.0")
     assert not strongly_typed(installed("2.12.1"))
     assert strongly_typed(installed("2.13.0"))
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "version", "problem"),
-    [
-        ("entropy2", "10.12.0.36", None),
-        ("entropy2", "10.13.2.6", "of TensorRT 10.12.0, and 10.13.2 is installed"),
-        ("minmax", "10.12.0.36", "of algorithm entropy2, and minmax is wanted"),
-    ],
-)
-def test_what_tensorrt_takes_a_table(algorithm, version, problem):
-    found = table_problem(CalibrationTable({"input_0": 0.01}, "entropy2", "10.12.0"), algorithm, version)
-    assert found is None if problem is None else problem in found
 
 
 def test_tensorrt_has_no_percentile():
