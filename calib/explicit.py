@@ -36,12 +36,14 @@ class Placement:
         partial: fx node -> (scale, names of the reading fx nodes), for values that others read in float.
         requantized: Those of ``points`` that are more than what INT8 layers do to their inputs: quantized again, with
             another scale, before a layer reads them, or read in float as well.
+        rectified: Those of ``scales`` whose codes are never negative, because they come from a ReLU that clamps codes.
     """
 
     scales: Mapping[str, float]
     points: Mapping[str, float]
     partial: Mapping[str, tuple[float, frozenset[str]]]
     requantized: Mapping[str, float]
+    rectified: frozenset[str] = frozenset()
 
 
 def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
@@ -73,6 +75,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
 
     points: dict[str, float] = {}
     quantized: set[str] = set()
+    rectified: set[str] = set()
     for node in nodes:
         if node.name not in scales:
             continue
@@ -80,6 +83,8 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
         same = all(item in quantized and scales[item] == scales[node.name] for item in sources)
         if _commutes(node, plan, scales, before_relu) and same:
             quantized.add(node.name)
+            if network.kinds[node.name] == "relu" or rectified.issuperset(sources):
+                rectified.add(node.name)
         elif not _is_tuple(node):
             quantized.add(node.name)
             points[node.name] = scales[node.name]
@@ -91,7 +96,7 @@ def place(plan: Int8Plan, before_relu: bool = False) -> Placement:
             if moves and node.name in quantized and (scales[reader.name] != scales[node.name] or reader.name in again):
                 again.add(node.name)
     requantized = {name: scale for name, scale in points.items() if name in again or name in plan.rounded}
-    return Placement(scales, points, partial, requantized)
+    return Placement(scales, points, partial, requantized, frozenset(rectified))
 
 
 def _wanted(

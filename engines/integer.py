@@ -122,7 +122,9 @@ class IntegerNetwork(fx.Interpreter):
         self._observe = observe
         self._layers = {layer.node: layer for layer in plan.network.layers if layer.name in plan.layers}
         # Scales of the codes that layers give, where the plan is carried out by integer kernels.
-        self._given = place(plan, before_relu=True).scales if plan.integer_biases else {}
+        placement = place(plan, before_relu=True)
+        self._given = placement.scales if plan.integer_biases else {}
+        self._rectified = placement.rectified
         self._weighted = {
             layer.node: _WeightedLayer(
                 layer,
@@ -204,13 +206,15 @@ class IntegerNetwork(fx.Interpreter):
     def _added(self, first: fx.Node, second: fx.Node, scale: float) -> Tensor:
         """A sum as ONNX Runtime's kernel forms it (``MlasQLinearAdd``): two fused multiply-adds in float32.
 
-        Its codes are unsigned, 128 more than ours. In float64, a product and its sum are exact before they are rounded.
+        Its codes are unsigned: 128 more than ours, but for those that are never negative. In float64, a product and its
+        sum are exact before they are rounded.
         """
         step = torch.tensor(scale, dtype=torch.float32)
         ratios = [torch.tensor(self.plan.scales[item.name], dtype=torch.float32) / step for item in (first, second)]
-        total = (_MIDDLE - (ratios[0] * _MIDDLE + ratios[1] * _MIDDLE)).double()
-        for source, ratio in ((second, ratios[1]), (first, ratios[0])):
-            codes = self._input_codes(source).double() + _MIDDLE
+        zero_points = [0 if item.name in self._rectified else _MIDDLE for item in (first, second)]
+        total = (_MIDDLE - (ratios[0] * zero_points[0] + ratios[1] * zero_points[1])).double()
+        for source, ratio, zero_point in ((second, ratios[1], zero_points[1]), (first, ratios[0], zero_points[0])):
+            codes = self._input_codes(source).double() + zero_point
             total = (codes * ratio.double() + total).float().double()
         return quantize((total - _MIDDLE).float(), 1.0).mul_(scale)
 

@@ -20,8 +20,8 @@ from calib.onnx.rules import Graph
 if TYPE_CHECKING:
     import onnx
 
-_MIDDLE: Final = 128
-"""Zero point of values and weights in uint8: their codes are those of int8, moved up by it."""
+MIDDLE: Final = 128
+"""Zero point of values and weights in uint8 whose codes are those of int8, moved up by it."""
 
 _WEIGHTS_ALONE: Final = 4
 """First version of the file format in which weights need not be inputs as well."""
@@ -39,12 +39,15 @@ class Activation:
         readers: Names of the ONNX nodes that read it quantized.
         put_out: Whether it is put out quantized, too, if it is an output of the network.
         half: Whether the value is float16, and so its scale is.
+        zero_point: Of its codes in uint8: 128 where they are those of int8, moved up; 0 where they are 0 to 127
+            already. None for int8 with zero point 0.
     """
 
     scale: float
     readers: set[str]
     put_out: bool = False
     half: bool = False
+    zero_point: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Weight:
         bias: The initializer of the layer's bias, or None.
         input_scale: Of the value that the layer reads.
         readers: Names of the ONNX nodes that read it quantized; None for all.
+        unsigned: Whether it is stored as uint8 with zero point 128 instead of int8 with zero point 0.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Weight:
     bias: str | None
     input_scale: float
     readers: Set[str] | None = None
+    unsigned: bool = False
 
 
 def write_pairs(
@@ -74,8 +79,6 @@ def write_pairs(
     weights: Sequence[Weight],
     *,
     folder: Path | None = None,
-    unsigned: bool = False,
-    unsigned_weights: bool = False,
     integer_biases: bool = False,
 ) -> None:
     """Quantize values and weights of a float network, in place.
@@ -88,17 +91,15 @@ def write_pairs(
         activations: Value -> how it is quantized.
         weights: The weights to quantize.
         folder: Where external weights lie.
-        unsigned: Whether values are uint8 with zero point 128 instead of int8 with zero point 0.
-        unsigned_weights: Likewise for weights.
         integer_biases: Whether the layers' biases become int32, of scale input scale * weight scale.
     """
     pairs = _Pairs(model, folder or Path())
     for weight in weights:
-        pairs.weight(weight, unsigned_weights)
+        pairs.weight(weight)
         if integer_biases and weight.bias is not None:
             pairs.bias(weight, weight.bias)
     for value, activation in activations.items():
-        pairs.activation(value, activation, unsigned)
+        pairs.activation(value, activation)
     pairs.finish()
 
 
@@ -122,7 +123,7 @@ class _Pairs:
         self._taken.update(self._weights)
         self._node_names = {node.name for node in model.graph.node}
 
-    def weight(self, weight: Weight, unsigned: bool) -> None:
+    def weight(self, weight: Weight) -> None:
         """Store a weight as codes: rint(weight / scale) in [-127, 127].
 
         Signed codes that several layers read are stored for each of them: ONNX Runtime's ``session.x64quantprecision``
@@ -134,14 +135,14 @@ class _Pairs:
         codes = values / (scales if weight.axis is None else scales.reshape(shape))
         np.rint(codes, out=codes)
         np.clip(codes, -WEIGHT_MAX, WEIGHT_MAX, out=codes)
-        if unsigned:
-            codes += _MIDDLE
-        stored = codes.astype(np.uint8 if unsigned else np.int8)
-        zero_points = np.full(weight.scales.shape, _MIDDLE if unsigned else 0, stored.dtype)
+        if weight.unsigned:
+            codes += MIDDLE
+        stored = codes.astype(np.uint8 if weight.unsigned else np.int8)
+        zero_points = np.full(weight.scales.shape, MIDDLE if weight.unsigned else 0, stored.dtype)
         name = weight.name
         named = [node.name for node in self._readers.get(name, ())]
         readers = [node for node in named if weight.readers is None or node in weight.readers]
-        for group in [set(readers)] if unsigned else [{reader} for reader in readers]:
+        for group in [set(readers)] if weight.unsigned else [{reader} for reader in readers]:
             inputs = [
                 self._store(f"{name}_quantized", stored),
                 self._store(f"{name}_scale", weight.scales),
@@ -162,11 +163,12 @@ class _Pairs:
         ]
         self._dequantized_constant(bias, inputs, 0, weight.readers)
 
-    def activation(self, value: str, activation: Activation, unsigned: bool) -> None:
+    def activation(self, value: str, activation: Activation) -> None:
         """Put a pair behind a value."""
         import onnx
 
-        zero_point = np.array(_MIDDLE, np.uint8) if unsigned else np.array(0, np.int8)
+        signed = activation.zero_point is None
+        zero_point = np.array(activation.zero_point or 0, np.int8 if signed else np.uint8)
         parameters = [
             self._store(f"{value}_scale", np.array(activation.scale, np.float16 if activation.half else np.float32)),
             self._store(f"{value}_zero_point", zero_point),

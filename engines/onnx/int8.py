@@ -6,6 +6,7 @@ Where the pairs stand is the plan's (:mod:`calib.explicit`); this module finds t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
@@ -18,7 +19,7 @@ from torch import fx
 from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import Network
-from calib.onnx.pairs import Activation, Weight, write_pairs
+from calib.onnx.pairs import MIDDLE, Activation, Weight, write_pairs
 from calib.onnx.pools import average_codes, pad_in_front
 from calib.plan import Int8Plan
 from common.errors import InputError
@@ -42,7 +43,8 @@ def int8_model(
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
     (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights,
-    too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), int32 biases,
+    too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), but values
+    behind a ReLU with zero point 0 and their layers' weights in int8 (2 * 127 * 127 does not saturate), int32 biases,
     ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, convolutions of few channels
     with several columns at once (:mod:`engines.onnxruntime.columns`), and no convolution in INT8 whose result is read
     in float (:mod:`engines.onnxruntime.form`).
@@ -50,7 +52,7 @@ def int8_model(
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
         for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
-        int8_weights: With ``for_cpu``, int8 weights with zero point 0 all the same: for the CPU at hand, where
+        int8_weights: With ``for_cpu``, int8 weights with zero point 0 throughout: for the CPU at hand, where
             :func:`engines.onnxruntime.engine.int8_weights_are_exact`, and where they are faster.
         any_size: With ``for_cpu``, no several columns at once, which fixes the size of the images.
 
@@ -63,14 +65,17 @@ def int8_model(
     model, values = float_graph(plan.network, rewrite if for_cpu else None)
     computing = _Computing(plan.network, model.graph, values)
     quantized = placement.scales if for_cpu else placement.points
-    write_pairs(
-        model,
-        _activations(plan.network, quantized, placement.partial, values, computing),
-        _weights(plan, model.graph, computing),
-        unsigned=for_cpu,
-        unsigned_weights=for_cpu and not int8_weights,
-        integer_biases=for_cpu,
-    )
+    activations = _activations(plan.network, quantized, placement.partial, values, computing)
+    weights = _weights(plan, model.graph, computing)
+    if for_cpu:
+        rectified = {values[name] for name in placement.rectified if name in values}
+        for value, activation in activations.items():
+            activation.zero_point = 0 if value in rectified else MIDDLE
+        if not int8_weights:
+            layers = [node for node in model.graph.node if node.op_type in _WEIGHTED]
+            exact = {node.input[1] for node in layers if node.input[0] in rectified}
+            weights = [dataclasses.replace(weight, unsigned=weight.name not in exact) for weight in weights]
+    write_pairs(model, activations, weights, integer_biases=for_cpu)
     if for_cpu:
         average_codes(model)
     pad_in_front(model)

@@ -24,10 +24,13 @@ def network(weights_as_nodes=False):
     return model(nodes, {"data": ["N", 4]}, {"a": ["N", 4], "out": ["N", 4]}, weights), weight
 
 
-def written(made, weight, readers=None, axis=1, put_out=False, **options):
+def written(made, weight, readers=None, axis=1, put_out=False, zero_point=None):
     scales = np.abs(weight).max(axis=0) / np.float32(127) if axis == 1 else np.abs(weight).max() / np.float32(127)
-    activations = {"data": Activation(0.5, {"/a/MatMul"}), "a": Activation(0.25, {"/b/MatMul"}, put_out)}
-    write_pairs(made, activations, [Weight("w", axis, scales, None, 0.5, readers)], **options)
+    activations = {
+        "data": Activation(0.5, {"/a/MatMul"}, zero_point=zero_point),
+        "a": Activation(0.25, {"/b/MatMul"}, put_out),
+    }
+    write_pairs(made, activations, [Weight("w", axis, scales, None, 0.5, readers, unsigned=zero_point is not None)])
     onnx.checker.check_model(made, full_check=True)
     return {item.name: item for item in made.graph.node}
 
@@ -72,12 +75,15 @@ def test_an_output_that_an_int8_layer_reads(in_float):
     assert (nodes["a_DequantizeLinear"].output[0] == "a") is not in_float
 
 
-@pytest.mark.parametrize(("unsigned", "zero", "kind"), [(False, 0, np.int8), (True, 128, np.uint8)])
-def test_codes_are_signed_or_moved_up(unsigned, zero, kind):
+@pytest.mark.parametrize(
+    ("zero_point", "kind", "middle"), [(None, np.int8, 0), (128, np.uint8, 128), (0, np.uint8, 128)]
+)
+def test_codes_are_signed_or_moved_up(zero_point, kind, middle):
     made, weight = network()
-    nodes = written(made, weight, unsigned=unsigned, unsigned_weights=unsigned)
+    nodes = written(made, weight, zero_point=zero_point)
     constants = {item.name: numpy_helper.to_array(item) for item in made.graph.initializer}
-    assert constants[nodes["data_QuantizeLinear"].input[2]] == np.array(zero, kind)
+    stored = constants[nodes["data_QuantizeLinear"].input[2]]
+    assert (stored, stored.dtype) == (zero_point or 0, kind)
     codes = constants[nodes["w_DequantizeLinear"].input[0]]
     assert codes.dtype == kind
-    assert np.abs(codes.astype(int) - zero).max() == 127
+    assert np.abs(codes.astype(int) - middle).max() == 127

@@ -154,7 +154,7 @@ def test_portable_model_is_symmetric_int8_with_float_biases():
     assert not any(value.dtype == np.int32 for value in initializers(model).values())
 
 
-def test_cpu_model_has_the_same_codes_offset_by_128():
+def test_cpu_model_has_the_same_codes_offset_by_128_but_behind_a_relu():
     plan = make_plan(make_network("lenet"))
     cpu = int8_model(plan, for_cpu=True)
     assert {name: scale for name, (scale, _, _) in pairs(cpu).items()} == {
@@ -167,7 +167,9 @@ def test_cpu_model_has_the_same_codes_offset_by_128():
         "ip1/before_relu": plan.scales["relu1"],
         "ip1": plan.scales["relu1"],
     }
-    assert {(zero, str(kind)) for _, zero, kind in pairs(cpu).values()} == {(128, "uint8")}
+    assert {str(kind) for _, _, kind in pairs(cpu).values()} == {"uint8"}
+    assert {name for name, (_, zero, _) in pairs(cpu).items() if zero != 128} == {"ip1"}
+    assert pairs(cpu)["ip1"][1] == 0
     assert sum(value.dtype == np.int32 and value.size > 1 for name, value in initializers(cpu).items()) >= 4
 
 

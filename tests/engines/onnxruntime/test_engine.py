@@ -267,8 +267,8 @@ def test_the_engine_takes_int8_weights_where_they_are_exact(monkeypatch, exact, 
     monkeypatch.setattr("engines.onnxruntime.engine.open_runner", open_and_look)
     network = make_network("lenet")
     make_engine().compile(network, "int8", make_table(network))
-    weights = onnx.TensorProto.INT8 if exact else onnx.TensorProto.UINT8
-    assert kinds == [{weights, onnx.TensorProto.INT32}]  # the biases are int32
+    weights = {onnx.TensorProto.INT8} if exact else {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
+    assert kinds == [weights | {onnx.TensorProto.INT32}]  # the biases are int32; ip2 reads what a ReLU gives
 
 
 def test_the_file_with_int8_weights_has_the_same_codes():
@@ -282,8 +282,9 @@ def test_the_file_with_int8_weights_has_the_same_codes():
         for int8 in (True, False)
     )
     assert len(signed) == 4
-    for codes, shifted in zip(signed, unsigned, strict=True):
-        np.testing.assert_array_equal(codes, shifted - 128)
+    *shifted, behind_relu = unsigned
+    for codes, others in zip(signed, [*(each - 128 for each in shifted), behind_relu], strict=True):
+        np.testing.assert_array_equal(codes, others)
 
 
 @pytest.mark.parametrize(
@@ -324,9 +325,13 @@ WORST: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.parametrize("behind_relu", [False, True])
 @pytest.mark.parametrize("name", WORST)
-def test_a_plain_session_is_the_simulation_in_the_worst_case(name, integer_kernels):
-    """Weights at -127 and 127, values at -128 and 127: kernels that add two products in 16 bits would saturate."""
+def test_a_plain_session_is_the_simulation_in_the_worst_case(name, behind_relu, integer_kernels):
+    """Weights at -127 and 127, values at -128 and 127: kernels that add two products in 16 bits would saturate.
+
+    Behind a ReLU, where the weights are int8, they do not: the sum of two products is at most 2 * 127 * 127.
+    """
     make, shape = WORST[name]
     generator = torch.Generator().manual_seed(0)
     layer = make()
@@ -344,9 +349,12 @@ def test_a_plain_session_is_the_simulation_in_the_worst_case(name, integer_kerne
         last = nn.Conv2d(layer.out_channels, layer.out_channels, 1, groups=layer.out_channels, bias=False)
         last.weight.data.fill_(127)
         layer = nn.Sequential(OrderedDict(first=layer, last=last))
-    network = trace(nn.Sequential(OrderedDict(layer=layer, flat=nn.Flatten())).eval(), "worst", shape)
-    plan = plan_int8(network, CalibrationTable({"data": 1.0, "layer.first": scale}))
+    before = nn.ReLU() if behind_relu else nn.Identity()
+    network = trace(nn.Sequential(OrderedDict(before=before, layer=layer, flat=nn.Flatten())).eval(), "worst", shape)
+    plan = plan_int8(network, CalibrationTable({"data": 1.0, "before": 1.0, "layer.first": scale}))
     model = int8_model(plan, for_cpu=True)
+    zero_points = [numpy_helper.to_array(item) for item in model.graph.initializer if item.name == "before_zero_point"]
+    assert zero_points == ([0] if behind_relu else [])
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (found,) = session.run(None, {"data": batch.numpy()})
     np.testing.assert_array_equal(found, IntegerNetwork(plan)(batch).numpy())
