@@ -82,6 +82,8 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
         if offset:
             asymmetric.setdefault(node.input[0])
         found = float(scale.item()) * (LEVELS + abs(offset)) / LEVELS
+        averaged = _averaged_codes(graph, node.input[0]) if found == 1 else None
+        found = scales.get(averaged or "", found)
         scales[node.input[0]] = max(found, scales.get(node.input[0], 0.0))
     if not scales:
         raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
@@ -93,6 +95,19 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     others = no_floats(stripped)
     unknown = tuple(name for name in tensors if name and name not in scales and name not in others)
     return FromQdq(ordered, tuple(name for name in asymmetric if name in ordered), unknown, stripped)
+
+
+def _averaged_codes(graph: Graph, value: str) -> str | None:
+    """The value whose codes an average pooling reads that makes ``value``: written so, it computes with scale 1."""
+    kinds = iter(("AveragePool", "DequantizeLinear", "QuantizeLinear"))
+    wanted = next(kinds)
+    while (node := graph.producer.get(value)) is not None and node.op_type in (wanted, "Pad"):
+        value = node.input[0]
+        if node.op_type == "QuantizeLinear":
+            return value
+        if node.op_type != "Pad":
+            wanted = next(kinds)
+    return None
 
 
 def _constant(model: onnx.ModelProto, node: onnx.NodeProto, slot: int, path: Path) -> NDArray[Any]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -9,7 +13,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
+from calib.onnx.from_qdq import table_of_quantized
 from calib.onnx.pools import average_codes, pad_in_front
+from calib.plan import plan_int8
+from calib.table import CalibrationTable
+from calib.tracing import trace
+from engines.onnx.int8 import int8_model
 from engines.onnxruntime.engine import open_session
 
 SHAPE = (2, 8, 12, 12)
@@ -70,6 +79,16 @@ def test_codes_are_averaged_exactly(name: str, optimize: bool) -> None:
     assert torch.equal(torch.from_numpy(found).double() - 128, expected)
     in_float = "AveragePool" in {node.op_type for node in optimized.graph.node}
     assert in_float == (not optimize or name == "beyond the padding")
+
+
+@pytest.mark.parametrize("name", ["even", "beyond the padding"])
+def test_the_way_back_finds_the_scale_of_the_values(name: str) -> None:
+    pools = {"first": POOLS[name], "second": copy.deepcopy(POOLS[name])}
+    layers = {"conv": nn.Conv2d(3, 4, 1), **pools, "last": nn.Conv2d(4, 2, 1), "flat": nn.Flatten()}
+    network = trace(nn.Sequential(OrderedDict(layers)), "twice", (3, 12, 12))
+    table = CalibrationTable(dict.fromkeys(network.tensors, SCALE))
+    found = table_of_quantized(int8_model(plan_int8(network, table), for_cpu=True), Path("twice.onnx"))
+    assert [found.scales[tensor] for tensor in ("conv", "first", "second")] == pytest.approx([SCALE] * 3)
 
 
 def test_pooling_to_another_scale_stays_as_it_is() -> None:
