@@ -93,6 +93,7 @@ class Algorithm:
         tensorrt: Its member of ``torch_tensorrt.ts.ptq.CalibrationAlgo``; None if TensorRT does not have it, whose
             ``header`` then is that of another algorithm, as which the table reads back.
         after_fusion: Whether TensorRT counts its values after it has fused layers, so that fewer tensors have entries.
+        concatenations: Whether concatenations have entries then, and what is copied into them.
         parameters_in_header: Whether line 1 holds the algorithm's parameters in place of version and ``header``.
         options: The numbers that it takes.
     """
@@ -101,6 +102,7 @@ class Algorithm:
     find: Find
     tensorrt: str | None = None
     after_fusion: bool = False
+    concatenations: bool = True
     parameters_in_header: bool = False
     options: tuple[Option, ...] = ()
 

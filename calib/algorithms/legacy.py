@@ -27,6 +27,7 @@ ALGORITHM = Algorithm(
     header="LegacyCalibration",
     tensorrt="LEGACY_CALIBRATION",
     after_fusion=True,
+    concatenations=False,
     parameters_in_header=True,
     find=each(_end),
     options=(Option("quantile", 0.9999, 1, "Share of the values that stay in range (``legacy``), as a fraction."),),

@@ -87,8 +87,8 @@ def calibrate_onnx(
     """
     options = dict(options or {})
     start = time.perf_counter()
-    wanted = [value for entry in entries for value in (entry.value, entry.whole) if value is not None]
-    heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole is not None}
+    wanted = [value for entry in entries for value in (entry.value, *entry.whole) if value is not None]
+    heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole}
     observed = Observed(path, model, wanted)
     if not observed.values:
         raise InputError(f"{path} computes with integers alone: there is nothing to calibrate")

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from calib.onnx.graph import ACTIVATIONS, Graph
 from calib.onnx.model import constant, free_name, replace_items, value_shapes, values_read
-from calib.onnx.rules import ACTIVATIONS, Graph
 from common.errors import InputError
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.onnx.graph import ACTIVATIONS, RESHAPES, Graph
 from calib.onnx.model import QUANTIZERS, constant, no_floats, replace_items
-from calib.onnx.rules import ACTIVATIONS, RESHAPES, Graph
 from calib.table import LEVELS
 from common.errors import InputError
 

@@ -44,7 +44,7 @@ def collect(
     observed: Observed,
     batches: Batches,
     progress: Callable[[int, float], None] | None = None,
-    heads: Mapping[str, str] | None = None,
+    heads: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[dict[str, AbsHistogram], tuple[str, ...]]:
     """Histogram of each value, and the names of those that were infinite.
 
@@ -56,7 +56,8 @@ def collect(
         observed: Runs the network, and says which values have a histogram.
         batches: The calibration batches. The first one sets the histograms' range.
         progress: Called after each batch with (batches done, seconds it took).
-        heads: Value -> the larger one of which as many values are counted in its place, from the batch's beginning.
+        heads: Value -> those of which, channels behind each other, as many values are counted in its place, from the
+            batch's beginning.
 
     Raises:
         InputError: ONNX Runtime does not run the network, or values are NaN.
@@ -102,7 +103,7 @@ def _one_thread_each() -> Iterator[None]:
 class _Histograms:
     """The histograms, and what threads and the main thread do with them in turns."""
 
-    def __init__(self, observed: Observed, heads: Mapping[str, str]) -> None:
+    def __init__(self, observed: Observed, heads: Mapping[str, Sequence[str]]) -> None:
         self._observed = observed
         self._heads = heads
         self._rectified = {name: relu for name, relu in observed.rectified.items() if not {name, relu} & heads.keys()}
@@ -113,11 +114,12 @@ class _Histograms:
         values = self._observed.run(part.batch)
         count = _images(part.batch)
         heads = {}
-        for name, whole in self._heads.items():
-            if name in values and whole in values:
+        for name, parts in self._heads.items():
+            if values.keys() >= {name, *parts}:
+                whole = torch.cat([values[one] for one in parts], dim=1) if len(parts) > 1 else values[parts[0]]
                 wanted = part.images * values[name].numel() // count
-                before = part.begin * values[whole].numel() // count
-                heads[name] = values[whole].reshape(-1)[: max(wanted - before, 0)]
+                before = part.begin * whole.numel() // count
+                heads[name] = whole.reshape(-1)[: max(wanted - before, 0)]
         return {**values, **heads}
 
     def maxima(self, part: _Part) -> dict[str, float]:

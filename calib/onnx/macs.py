@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from calib.onnx.external import loadable
+from calib.onnx.graph import RESHAPES, Graph
 from calib.onnx.model import subgraph_nodes, value_shapes
-from calib.onnx.rules import RESHAPES, Graph
 from common.macs import LayerMacs, MacCount
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from calib.onnx.graph import Graph
 from calib.onnx.model import no_floats, read_float_model
 from calib.onnx.parser_names import layer_name
-from calib.onnx.rules import Graph
 
 if TYPE_CHECKING:
     import onnx

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
+from calib.onnx.graph import Graph
 from calib.onnx.model import constant, free_name, replace_items, values_read
-from calib.onnx.rules import Graph
 
 if TYPE_CHECKING:
     import onnx

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib.onnx.graph import Graph
 from calib.onnx.model import free_name, replace_items
-from calib.onnx.rules import Graph
 
 if TYPE_CHECKING:
     import onnx

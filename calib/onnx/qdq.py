@@ -23,10 +23,10 @@ from numpy.typing import NDArray
 
 from calib.int8 import weight_scales
 from calib.onnx.form import linear_as_convolution
+from calib.onnx.graph import RESHAPES, WEIGHTED, Graph
 from calib.onnx.model import constant, element_types, name_nodes, no_floats
 from calib.onnx.pairs import Activation, Weight, write_pairs
 from calib.onnx.pools import pad_in_front
-from calib.onnx.rules import RESHAPES, WEIGHTED, Graph
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Final
 from torch import nn
 
 from calib.network import Network
+from calib.onnx.graph import Graph
 from calib.onnx.macs import count_macs, products
-from calib.onnx.rules import Graph
 from common.macs import LayerMacs, MacCount
 
 if TYPE_CHECKING:

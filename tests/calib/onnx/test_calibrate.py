@@ -12,8 +12,8 @@ from PIL import Image
 
 from calib.__main__ import main
 from calib.onnx import observe
+from calib.onnx.graph import Graph
 from calib.onnx.model import read_float_model
-from calib.onnx.rules import Graph
 from calib.table import CalibrationTable
 from common.errors import InputError
 from tests.calib.onnx.networks import classifier, detector, model, node, save, table_of, two_inputs, weight

@@ -9,9 +9,9 @@ import numpy as np
 import onnx
 import pytest
 
+from calib.onnx.graph import Graph
 from calib.onnx.names import network_names
 from calib.onnx.parser_names import ParserNames
-from calib.onnx.rules import Graph
 from calib.table import scale_from_hex
 from tests.calib.onnx.networks import stored_models, table_of
 
