@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     import onnx
 
 
+_BATCH = 97
+"""A free batch size, while shapes are inferred: no other size is the same by accident, as one of 1 could be."""
+
+
 @dataclass(frozen=True)
 class Convolutional:
     """A network whose linear layers are convolutions.
@@ -51,7 +55,7 @@ def linear_as_convolution(model: onnx.ModelProto, chosen: Container[str], folder
     result = onnx.ModelProto()
     result.CopyFrom(model)
     try:
-        rewriting = _Rewriting(result, value_shapes(model, {}), folder)
+        rewriting = _Rewriting(result, value_shapes(model, {}, _BATCH), folder)
     except InputError:  # shapes that contradict each other
         return Convolutional(model, {})
     for node in list(result.graph.node):

@@ -222,12 +222,15 @@ def without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     )
 
 
-def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, list[int | None]]:
+def value_shapes(
+    model: onnx.ModelProto, given: Mapping[str, Sequence[int]], batch: int = 1
+) -> dict[str, list[int | None]]:
     """Value -> shape, None where a size is not known.
 
     Args:
         model: The network; external weights need not be there.
-        given: Input -> its shape; a free first dimension is 1 where it is not given.
+        given: Input -> its shape.
+        batch: A free first dimension, where it is not given.
 
     Raises:
         InputError: the shapes of the graph contradict each other.
@@ -243,7 +246,7 @@ def value_shapes(model: onnx.ModelProto, given: Mapping[str, Sequence[int]]) -> 
             for number in given[value.name]:
                 sizes.add().dim_value = number
         elif value.name not in weights and sizes and not sizes[0].dim_value:
-            sizes[0].dim_value = 1
+            sizes[0].dim_value = batch
     # Those in the file are for any batch.
     del light.graph.value_info[:]
     for value in light.graph.output:

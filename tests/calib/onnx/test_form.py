@@ -81,3 +81,15 @@ def test_rows_that_are_no_map_of_one_image_stay(tmp_path):
     weights = {"shape": np.array([-1, 20]), "w": weight(np.random.default_rng(3), 2, 20)}
     given = model(nodes, SHAPES, {"out": ["M", 2]}, weights)
     assert kinds(linear_as_convolution(given, {"rows"}, tmp_path).model) == ["Reshape", "Gemm"]
+
+
+def test_rows_of_a_sequence_before_the_batch_stay(tmp_path):
+    # [L, N, heads, size] of attention becomes [L * N, heads * size], which for one image looks like a flattened map.
+    nodes = [
+        node("Transpose", ["data"], ["sequence"], perm=[2, 0, 1, 3]),
+        node("Reshape", ["sequence", "shape"], ["rows"]),
+        node("Gemm", ["rows", "w"], ["out"], transB=1),
+    ]
+    weights = {"shape": np.array([-1, 15]), "w": weight(np.random.default_rng(3), 2, 15)}
+    given = model(nodes, SHAPES, {"out": ["M", 2]}, weights)
+    assert kinds(linear_as_convolution(given, {"rows"}, tmp_path).model) == ["Transpose", "Reshape", "Gemm"]
