@@ -11,8 +11,11 @@ writes the same list into its verbose log, a line (here broken in two) for each 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
 
 from calib.network import Layer, Network
 from common.macs import LayerMacs, MacCount
@@ -26,15 +29,17 @@ _NODE = re.compile(
     r"%(?P<value>\S+) : [^%]*? = aten::(?P<operation>\w+)\([^)]*\)"
     r"(?:, scope: (?:\S*/)?__module\.(?P<scope>\S+))?(?: # \S+?:(?P<line>\d+):\d+)?"
 )
-_UNNAMED = re.compile(r"\(Unnamed Layer\* (\d+)\) \[(Convolution|Matrix Multiply)\]")
+_UNNAMED = re.compile(r"\(Unnamed Layer\* (\d+)\) \[(Convolution|Deconvolution|Matrix Multiply)\]")
 _PRODUCTS = {
     "_convolution": "conv",
     "convolution": "conv",
     "conv2d": "conv",
+    "conv_transpose2d": "conv",
     "matmul": "linear",
     "linear": "linear",
     "addmm": "linear",
     "Convolution": "conv",
+    "Deconvolution": "conv",
     "Matrix Multiply": "linear",
 }
 """Operations that multiply by weights, of TorchScript and of TensorRT -> kind of layer."""
@@ -138,13 +143,13 @@ def _macs(network: Network) -> dict[str, int]:
     """Multiply-accumulates of each convolution and linear layer, for one image."""
     shapes = network.value_shapes(1)
     return {
-        layer.name: shapes[layer.node].numel() * _per_value(network, layer)
-        for layer in network.layers
-        if layer.kind in ("conv", "linear")
+        layer.name: _multiplied(network, layer, shapes) for layer in network.layers if layer.kind in ("conv", "linear")
     }
 
 
-def _per_value(network: Network, layer: Layer) -> int:
-    """Multiply-accumulates of one output value."""
-    weight = network.module.get_parameter(f"{layer.target}.weight")
-    return weight[0].numel()
+def _multiplied(network: Network, layer: Layer, shapes: Mapping[str, torch.Size]) -> int:
+    """Values that a layer gives, and of a transposed convolution those that it reads, times the weights of each."""
+    module = network.module.get_submodule(str(layer.target))
+    assert isinstance(module.weight, Tensor)
+    value = layer.inputs[0] if isinstance(module, nn.ConvTranspose2d) else layer.node
+    return shapes[value].numel() * module.weight[0].numel()

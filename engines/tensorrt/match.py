@@ -30,7 +30,7 @@ _INPUT, _OUTPUT = re.compile(r"input_\d+"), re.compile(r"output_\d+")
 
 _MADE_BY: Mapping[str, frozenset[str]] = {
     "input": frozenset({"input"}),
-    "conv": frozenset({"Convolution", "_convolution", "convolution", "conv2d"}),
+    "conv": frozenset({"Convolution", "Deconvolution", "_convolution", "convolution", "conv2d", "conv_transpose2d"}),
     "linear": frozenset(
         {"ElementWise", "Matrix Multiply", "Fully Connected", "Convolution", "linear", "matmul", "add"}
     ),

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torchvision
+from torch import nn
 
 from calib.plan import plan_int8
 from calib.table import CalibrationTable
@@ -177,3 +178,11 @@ def test_a_log_is_taken_of_a_build_that_fails(capfd):
         build()
     assert capfd.readouterr().err == "ERROR: no kernel\n"
     assert taken.text.startswith("DEBUG")
+
+
+def test_a_transposed_convolution_multiplies_each_value_that_it_reads() -> None:
+    network = trace(nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.Conv2d(4, 2, 1)).eval(), "net", (3, 8, 8))
+    layers = read_layers(log(line("CaskDeconvolutionV2", convolution("input.1", "0"), "Int8")))
+    count = executed_macs(network, layers, "the engine")
+    assert count is not None
+    assert [(layer.layer, layer.macs, layer.int8) for layer in count.layers] == [("0", 3 * 64 * 4 * 4, True)]
