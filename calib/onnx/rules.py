@@ -80,6 +80,9 @@ def entries(model: onnx.ModelProto, algorithm: str, folder: Path) -> tuple[list[
             nodes.append(node)
             if node.op_type != "Constant":
                 names.read(node)
+            shared = _entry(graph, node.input[0], folder) if node.op_type == "Identity" else None
+            if shared is not None:
+                found += [shared, TableEntry(node.output[0], array=shared.array)]
             continue
         broadcasts = names.read(node)
         before, after = _constants(graph, node, folder, broadcasts)
@@ -124,15 +127,20 @@ def _constants(
         folder: Where external weights lie.
         broadcasts: Names of the constants' broadcasts, by the input's position.
     """
-    if node.op_type not in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"} and not (node.op_type == "Clip" and broadcasts):
-        return [], []
+    own = node.op_type in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"} or (node.op_type == "Clip" and bool(broadcasts))
     before: list[TableEntry] = []
     after: list[TableEntry] = []
     for index, name in enumerate(node.input):
-        entry = _entry(graph, name, folder) if name in graph.constant else None
+        # One that several operators share passes an Identity, which has given it its entries; it is not folded then.
+        producer = graph.producer.get(name)
+        shared = producer is not None and producer.op_type == "Identity"
+        if name not in graph.constant or not (own or (shared and node.op_type == "LayerNormalization")):
+            continue
+        entry = _entry(graph, producer.input[0] if producer is not None and shared else name, folder)
         if entry is not None:
             entries = after if node.op_type == "Gemm" and index == 2 else before
-            entries.append(entry)
+            if not shared:
+                entries.append(entry)
             if index in broadcasts:
                 entries.append(TableEntry(f"{broadcasts[index]}_output", array=entry.array))
     return before, after

@@ -7,6 +7,7 @@ from onnx import TensorProto, helper
 
 from calib.onnx.observe import Observed
 from calib.onnx.rules import entries
+from tests.calib.onnx.networks import model, node
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 WEIGHTS = {"w": X[:, :3].reshape(6, 2), "b": X[0, :2]}
@@ -68,3 +69,16 @@ def test_an_operator_whose_inner_value_would_take_a_name_of_the_network_stays_wh
     found, divided = entries(model, "entropy2", tmp_path)
     assert [entry.name for entry in found] == ["x", "swish_output", "found"]
     assert divided is model
+
+
+def test_entries_of_a_weight_that_two_norms_share(tmp_path):
+    """PyTorch exports it through an Identity; TensorRT so named those of a network as ConvNeXt."""
+    nodes = [
+        node("Identity", ["n.weight"], ["m.weight"]),
+        node("LayerNormalization", ["x", "n.weight"], ["a"]),
+        node("LayerNormalization", ["a", "m.weight"], ["b"]),
+    ]
+    network = model(nodes, {"x": [2, 3, 4]}, {"b": [2, 3, 4]}, {"n.weight": X[0, :4]})
+    found, _ = entries(network, "entropy2", tmp_path)
+    constants = [entry.name for entry in found if entry.array is not None]
+    assert constants == ["n.weight_output", "m.weight", "ONNXTRT_Broadcast_4_output"]
