@@ -99,18 +99,10 @@ class Network:
         The network was traced with an ``input_shape``.
         """
         assert self.input_shape is not None
-        found: dict[str, torch.Size] = {}
-
-        class Recorder(fx.Interpreter):
-            def run_node(self, n: fx.Node) -> Any:
-                value = super().run_node(n)
-                if isinstance(value, Tensor):
-                    found[n.name] = value.shape
-                return value
-
+        shapes = Shapes(self.module)
         with torch.inference_mode():
-            Recorder(self.module).run(torch.zeros(images, *self.input_shape))
-        return found
+            shapes.run(torch.zeros(images, *self.input_shape))
+        return shapes.found
 
     def run(self, images: Tensor, observe: Callable[[str, Tensor], None]) -> Any:
         """Run in float and call ``observe(tensor name, value)`` for every named tensor, in network order.
@@ -164,6 +156,25 @@ class Network:
             and len(node.users) == 1
             and node.name not in self.observed
         )
+
+
+class Shapes(fx.Interpreter):
+    """Runs a graph, and notes the shapes of its values.
+
+    Attributes:
+        found: fx node name -> shape of its value, where that is a tensor.
+    """
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False
+        self.found: dict[str, torch.Size] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if isinstance(value, Tensor):
+            self.found[n.name] = value.shape
+        return value
 
 
 def copy_sharing_weights(module: fx.GraphModule) -> fx.GraphModule:

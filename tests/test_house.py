@@ -4,6 +4,7 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -121,3 +122,10 @@ def test_contributing_names_files_that_are_there() -> None:
     gone = {name for name in named if not ((ROOT / name).exists() or (ROOT / "tests" / name).exists())}
     assert len(named) > 30
     assert not gone
+
+
+def test_the_reference_names_modules_that_are_there() -> None:
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "docs" / "reference").glob("*.md")]
+    named = [Path(ROOT, *name.split(".")) for page in pages for name in re.findall(r"^::: (\S+)$", page, re.M)]
+    assert len(named) > 50
+    assert not [path for path in named if not (path.with_suffix(".py").is_file() or (path / "__init__.py").is_file())]

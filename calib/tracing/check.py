@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree
 
+from calib.network import Shapes
 from common.errors import InputError, first_line
 
 _PACKAGE: Final = Path(__file__).parents[1]
@@ -75,7 +76,7 @@ class ModelCheck:
 
     def shapes(self, module: fx.GraphModule) -> dict[str, torch.Size]:
         """Node of ``module`` -> shape of its value for the two images, where that is a tensor."""
-        shapes = _Shapes(module)
+        shapes = Shapes(module)
         self._run(shapes.module, self.images, shapes.run)
         return shapes.found
 
@@ -111,21 +112,6 @@ class ModelCheck:
             if not torch.allclose(value.double(), reference.double(), rtol=0, atol=tolerance, equal_nan=True):
                 return False
         return True
-
-
-class _Shapes(fx.Interpreter):
-    """Notes the shapes of values."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.extra_traceback = False
-        self.found: dict[str, torch.Size] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.found[n.name] = value.shape
-        return value
 
 
 def _open_dataclasses(result: Any) -> None:

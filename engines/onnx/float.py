@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor, fx, nn
 
-from calib.network import INPUT, Network, copy_sharing_weights
+from calib.network import INPUT, Network, Shapes, copy_sharing_weights
 from calib.onnx.model import free_name, replace_items, without_weights
 from common.errors import InputError, first_line
 
@@ -65,8 +65,8 @@ def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.
     module = copy_sharing_weights(network.module)
     nodes = {node.name: node for node in module.graph.nodes}
     if rewrite is not None:
-        rewrite(module, tensors.shapes)
-    _count_from_the_front(module.graph, tensors.shapes)
+        rewrite(module, tensors.found)
+    _count_from_the_front(module.graph, tensors.found)
     asked = [node for node in tensors.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     outputs = [values[node] for node in network.outputs]
     asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
@@ -129,23 +129,20 @@ def _count_from_the_front(graph: fx.Graph, shapes: Mapping[str, torch.Size]) -> 
             node.args, node.kwargs = (source, *given), {}
 
 
-class _Tensors(fx.Interpreter):
-    """What the fx nodes have as their value that have a tensor.
+class _Tensors(Shapes):
+    """Notes which values are those of other nodes, too.
 
     Attributes:
-        same_as: Such a node -> itself, or the earlier one whose value it merely passes on (``contiguous``).
-        shapes: Such a node -> shape of its value.
+        same_as: fx node with a tensor -> itself, or the earlier one whose value it merely passes on (``contiguous``).
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
         self.same_as: dict[str, str] = {}
-        self.shapes: dict[str, torch.Size] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.shapes[n.name] = value.shape
             sources = [item for item in n.all_input_nodes if self.env[item] is value or n.target == "contiguous"]
             self.same_as[n.name] = self.same_as.get(sources[0].name, n.name) if sources else n.name
         return value
