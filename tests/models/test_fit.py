@@ -69,8 +69,12 @@ def test_a_signal_stays_one_where_lightning_fails_to_take_its_loops_down(signall
         except SystemExit:
             raise RuntimeError("Please call `iter(combined_loader)` first.")  # noqa: B904
 
-    with pytest.raises(ended):
-        fit.interruptible(step)
+    def stopped():
+        raise signalled
+
+    for stop in (step, stopped):
+        with pytest.raises(ended):
+            fit.interruptible(stop)
     with pytest.raises(ZeroDivisionError):
         fit.interruptible(lambda: 1 // 0)
 

@@ -108,3 +108,8 @@ class TestCalibrating:
         again = calibrate(network, Images(), path)
         assert again.calibrated
         assert reason in again.reason
+
+    def test_percentile(self, machine, network, path):
+        machine()
+        with pytest.raises(TensorRTError, match="no percentile calibration"):
+            calibrate(network, Images(), path, algorithm="percentile")

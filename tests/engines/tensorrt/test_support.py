@@ -136,6 +136,11 @@ class TestFinding:
             support.load()
         assert "\n" not in str(caught.value)
 
+    def test_a_gpu_that_is_too_old(self, machine):
+        machine(capability=(7, 0))
+        with pytest.raises(TensorRTError, match=r"compute capability 7\.0"):
+            support.usable(0)
+
 
 def test_nor_does_this_before_it_is_used(monkeypatch):
     for name in OPTIONAL:
