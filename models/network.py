@@ -114,7 +114,7 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """Read a state_dict without running code from the file: ``.safetensors``, else PyTorch's format.
 
     A checkpoint that holds it under ``state_dict`` (as Lightning's and this project's do), ``model_state_dict`` or
-    ``model`` (as torchvision's) is taken as well.
+    ``model`` (as torchvision's) is taken as well, and so is one that holds no other tensors by name.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything but tensors by name.
@@ -131,28 +131,43 @@ def read_weights(path: Path) -> Mapping[str, Any]:
             raise InputError(f"cannot read the weights in {path}: {error}") from error
     else:
         content = load_archive(path, legacy=True)
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in _HOLDERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
-    ):
-        keys = f" but {some(list(map(str, content)))}" if isinstance(content, Mapping) else ""
+    if isinstance(content, Mapping) and not _is_state(content):
+        held = {key: value for key, value in content.items() if _is_state(value)}
+        if len(held) > 1 and not held.keys() & set(_HOLDERS):
+            raise InputError(
+                f"{path} holds several state_dicts, {some(list(map(str, held)))}: save the one to use alone"
+            )
+        content = next((held[key] for key in (*_HOLDERS, *held) if key in held), content)
+    if not _is_state(content):
+        keys = f" but {some(list(map(str, content)))}" if isinstance(content, Mapping) and content else ""
         raise InputError(f"{path} holds no state_dict (tensors by name){keys}")
-    return content
+    state: Mapping[str, Any] = content
+    return state
+
+
+def _is_state(content: Any) -> bool:
+    """Whether something is a state_dict: tensors by name, one at least."""
+    return (
+        isinstance(content, Mapping)
+        and len(content) > 0
+        and all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items())
+    )
 
 
 def without_wrapper(state: Mapping[str, Any], network: nn.Module) -> Mapping[str, Any]:
     """``state`` without the names of the modules that held ``network`` when it was saved.
 
     Such as ``module.`` of ``DistributedDataParallel``, ``model.`` of most LightningModules, ``model._orig_mod.`` with
-    ``torch.compile`` in it. A state of which this does not make the network's own names is given as it is.
+    ``torch.compile`` in it. A state of which this does not make the network's own names is given as it is. Counts of
+    batches that it lacks, as weights from elsewhere do, are the network's, as when PyTorch loads it.
     """
-    own, inner = network.state_dict().keys(), state
-    while inner.keys() != own:
+    own, inner = network.state_dict(), state
+    counts = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    while inner.keys() | counts.keys() != own.keys():
         if len({name.partition(".")[0] for name in inner}) != 1 or not all("." in name for name in inner):
             return state
         inner = {name.partition(".")[2]: value for name, value in inner.items()}
-    return inner
+    return counts | dict(inner)
 
 
 def load_state(network: nn.Module, state: Mapping[str, Any], source: str) -> None:

@@ -6,7 +6,14 @@ from torch import nn
 from common.config import ModelConfig
 from common.errors import InputError
 from models import LeNet, build_network, save_checkpoint
-from models.network import check_network, logits_of, network_arguments, network_name, to_eval_mode
+from models.network import (
+    check_network,
+    logits_of,
+    network_arguments,
+    network_name,
+    to_eval_mode,
+    without_wrapper,
+)
 
 
 @pytest.fixture
@@ -73,7 +80,11 @@ def test_wrong_arguments_are_named():
 
 
 @pytest.mark.parametrize(
-    "form", ["plain", "nested", "torchvision's", "wrapped", "twice wrapped", "safetensors", "a checkpoint of ours"]
+    "form",
+    [
+        *("plain", "nested", "torchvision's", "under another key", "wrapped", "twice wrapped"),
+        *("safetensors", "a checkpoint of ours"),
+    ],
 )
 def test_weights(tmp_path, form, meta):
     trained = LeNet()
@@ -89,6 +100,7 @@ def test_weights(tmp_path, form, meta):
             "plain": state,
             "nested": {"state_dict": state, "epoch": 3},
             "torchvision's": {"model": state, "optimizer": {"lr": 0.1}},
+            "under another key": {"ema": state, "epoch": 3},
             "wrapped": {"state_dict": wrapped},
             "twice wrapped": {"state_dict": {f"model._orig_mod.{name}": value for name, value in state.items()}},
         }
@@ -96,6 +108,12 @@ def test_weights(tmp_path, form, meta):
     network = build_network(ModelConfig(weights=path), 10, 1)
     for name, value in network.state_dict().items():
         assert torch.equal(value, state[name])
+
+
+def test_counts_of_batches_may_be_missing():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    state = {f"module.{name}": value for name, value in network.state_dict().items() if "num_batches" not in name}
+    assert without_wrapper(state, network).keys() == network.state_dict().keys()
 
 
 def test_weights_that_do_not_serve(tmp_path):
@@ -114,6 +132,8 @@ def test_weights_that_do_not_serve(tmp_path):
     refused("script.pt", "is a TorchScript program")
     torch.save({"a": 1}, tmp_path / "values.pt")
     refused("values.pt", r"holds no state_dict \(tensors by name\) but a$")
+    torch.save({"a": {"x": torch.ones(1)}, "b": {"x": torch.ones(1)}}, tmp_path / "two.pt")
+    refused("two.pt", "holds several state_dicts, a, b: save the one to use alone")
     torch.save(LeNet().state_dict(), tmp_path / "lenet.pt")
     refused("lenet.pt", r"ip2.weight is \(10, 500\), not \(7, 500\)", num_classes=7)
     state = LeNet().state_dict()
