@@ -90,6 +90,8 @@ class ParserNames:
         self.layers, self.made = [], []
         if kind in _ELEMENTWISE and len(node.input) == 1:
             self._layer("ONNXTRT_identity")
+            if kind == "Mean":
+                self._temporary()
         elif kind in _ELEMENTWISE or kind in ("PRelu", "Where"):
             found = self._operands(node, range(len(node.input)))
             self._all(name, 1 if kind in ("PRelu", "Where") else len(node.input) - 1)
@@ -379,12 +381,14 @@ class ParserNames:
         self._operands(node, range(2), broadcast=False)
         self._layer(name)
         if alpha != 1:
+            self._temporary()
             self.made.append((self._broadcast(()), np.full((), alpha, np.float32)))
         if len(node.input) < 3 or not node.input[2]:
             return {}
         if beta == 1:
             return self._operands(node, [2], rank=2)
         self._operands(node, [2], broadcast=False)
+        self._temporary()
         if self._shape(node.input[2]):
             self.made.append((self._broadcast(()), np.full((), beta, np.float32)))
         if len(self._shape(node.input[2])) < 2:

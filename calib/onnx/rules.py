@@ -127,7 +127,8 @@ def _constants(
         folder: Where external weights lie.
         broadcasts: Names of the constants' broadcasts, by the input's position.
     """
-    own = node.op_type in ELEMENTWISE | {"Gemm", "MatMul", "PRelu"} or (node.op_type == "Clip" and bool(broadcasts))
+    own = node.op_type in ELEMENTWISE | {"Gemm", "MatMul", "Mean", "PRelu", "Sum"}
+    own = own or (node.op_type == "Clip" and bool(broadcasts))
     before: list[TableEntry] = []
     after: list[TableEntry] = []
     for index, name in enumerate(node.input):
