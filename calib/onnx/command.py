@@ -238,7 +238,13 @@ def _pixels(arguments: argparse.Namespace) -> Pixels:
 
 
 def _warnings(calibration: OnnxCalibration, subgraphs: list[str], left_over: int) -> list[str]:
+    from calib.onnx.observe import has_cuda
+
     lines = []
+    if has_cuda() and not calibration.provider.startswith("CUDA"):
+        lines.append(
+            "ONNX Runtime's CUDA provider does not start here (no GPU, or a library is missing): the CPU computed"
+        )
     if left_over:
         images = "image is" if left_over == 1 else f"{left_over} images are"
         lines.append(f"the last {images} left out: they do not fill the batch that the network takes")

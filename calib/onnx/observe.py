@@ -29,7 +29,7 @@ _BUDGET = 192 * 2**20
 _BUDGET_OF_A_CORE = 24 * 2**20
 """The same where there are many cores, each of which should have an image: resnet18's values at 224 x 224 are 22 MB."""
 
-_CPU = "CPUExecutionProvider"
+_CUDA = "CUDAExecutionProvider"
 
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
@@ -183,9 +183,9 @@ def open_session(path: Path, model: onnx.ModelProto, threads: int) -> Any:
     if platform.machine() in ("x86_64", "AMD64"):
         # Sums of two products of integers do not saturate with this.
         options.add_session_config_entry("session.x64quantprecision", "1")
-    providers: list[Any] = [_CPU]
-    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
-        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if has_cuda():
+        providers.insert(0, (_CUDA, {"use_tf32": "0"}))
     try:
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
     except Exception as error:  # its exceptions share no base class of their own
@@ -196,6 +196,13 @@ def open_session(path: Path, model: onnx.ModelProto, threads: int) -> Any:
                 "or calibrate with TensorRT"
             ) from error
         raise InputError(f"ONNX Runtime does not take {path}: {_reason(error)}") from error
+
+
+def has_cuda() -> bool:
+    """Whether the ONNX Runtime that is installed has the CUDA provider, which yet may find no GPU or library."""
+    import onnxruntime
+
+    return _CUDA in onnxruntime.get_available_providers()
 
 
 def _foreign_operators(model: onnx.ModelProto) -> Iterator[str]:

@@ -310,6 +310,15 @@ def test_custom_operators_are_named_in_one_line(tmp_path, source):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_gpu_that_cannot_be_had_is_told(tmp_path, capsys, source, network, monkeypatch):
+    monkeypatch.setattr(observe, "has_cuda", lambda: True)
+    table_of(network, source, tmp_path)
+    told = capsys.readouterr()
+    assert "warning: ONNX Runtime's CUDA provider does not start" in told.err
+    assert "with CPUExecutionProvider" in told.out
+
+
 def test_dead_and_infinite_values_are_named(tmp_path, capsys, source):
     nodes = [
         node("Sub", ["data", "data"], ["dead"]),
