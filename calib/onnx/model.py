@@ -96,7 +96,7 @@ def read_model(path: Path) -> onnx.ModelProto:
         except Exception as error:  # it raises what its C++ side raises
             raise InputError(f"{path}: its functions cannot be inlined: {first_line(error)}") from error
     _make_dense(model.graph)
-    _sort(model.graph, path)
+    _sort(model.graph)
     # Some exporters write -1 for a size that is free.
     for value in (*model.graph.input, *model.graph.value_info, *model.graph.output):
         for size in value.type.tensor_type.shape.dim:
@@ -119,16 +119,16 @@ def _make_dense(graph: onnx.GraphProto) -> None:
     del graph.sparse_initializer[:]
 
 
-def _sort(graph: onnx.GraphProto, path: Path) -> None:
-    """Put the nodes into an order in which each follows those whose results it reads."""
+def _sort(graph: onnx.GraphProto) -> None:
+    """Put the nodes into an order in which each follows those whose results it reads; as they are if there is none."""
     maker = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
     before = [{maker[name] for name in values_read(node) if name in maker} for node in graph.node]
     if all(other < index for index, others in enumerate(before) for other in others):
         return
     try:
         order = list(TopologicalSorter(dict(enumerate(before))).static_order())
-    except CycleError as error:
-        raise InputError(f"{path} is no ONNX network: some of its operators read their own results") from error
+    except CycleError:
+        return
     replace_items(graph.node, [graph.node[index] for index in order])
 
 
