@@ -27,6 +27,7 @@ from calib.plan import Int8Plan
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
 from common.run import Run
+from engines.base import as_outputs
 from engines.onnx.float import float_model, overwritten_as, value_names
 from engines.onnx.int8 import int8_model
 from engines.onnx.sizes import check_size_is_free, free_size
@@ -224,7 +225,7 @@ def _agree(found: list[Any], module: nn.Module, images: Tensor) -> bool:
     """Whether a file's outputs are a network's, but for what rounding makes of them."""
     with torch.inference_mode():
         expected = module(images)
-    for value, reference in zip(found, expected if isinstance(expected, tuple) else (expected,), strict=True):
+    for value, reference in zip(found, as_outputs(expected), strict=True):
         if value.shape != tuple(reference.shape):
             return False
         if not reference.is_floating_point() or not reference.numel():

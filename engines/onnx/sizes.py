@@ -10,6 +10,7 @@ from calib.network import INPUT, Network
 from calib.onnx.external import loadable
 from calib.onnx.model import without_weights
 from common.errors import InputError, first_line
+from engines.base import as_outputs
 
 _LARGER = ((32, 64), (7, 13))
 """Rows and columns more than the data's: what networks that halve their images often take, and what some do not."""
@@ -72,7 +73,7 @@ def check_size_is_free(network: Network, model: onnx.ModelProto) -> None:
             if number:
                 continue
             raise InputError(f"{alone} ({first_line(error):.150})") from error
-        expected = [value.double().numpy() for value in (given if isinstance(given, tuple) else (given,))]
+        expected = [value.double().numpy() for value in as_outputs(given)]
         size = f"{height + rows}x{width + columns}"
         try:
             found = session.run(None, {INPUT: images.numpy()})
