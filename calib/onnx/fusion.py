@@ -108,9 +108,9 @@ class Fusion:
                 before = graph.producer.get(name)
                 if before is None or graph.sole_reader(name) is None or not node.output:
                     continue
-                convolution = before.op_type in _CONVOLUTIONS
-                taken = convolution and node.op_type in ELEMENTWISE and bool(graph.constant.intersection(node.input))
-                taken = taken or name in self._adders
+                scaled = before.op_type in _CONVOLUTIONS and node.op_type in ELEMENTWISE
+                taken = name in self._adders or (scaled and bool(graph.constant.intersection(node.input)))
+                # Nothing but an activation ends what follows a convolution.
                 if before.op_type in WEIGHTED or (name in found and before.op_type not in _INTO_CONVOLUTIONS):
                     taken = taken or node.op_type in _INTO_CONVOLUTIONS | {"BatchNormalization"}
                 taken = taken or (node.op_type == "HardSwish" and _is_pointwise_convolution(before))
