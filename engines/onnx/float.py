@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 
 from calib.network import INPUT, Network, Shapes, copy_sharing_weights
 from calib.onnx.model import free_name, replace_items, without_weights
+from calib.ops import is_adaptive
 from common.errors import InputError, first_line
 
 OPSET: Final = 17
@@ -67,6 +68,7 @@ def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.
     if rewrite is not None:
         rewrite(module, tensors.found)
     _count_from_the_front(module.graph, tensors.found)
+    _pool_by_windows(module, [name for name, kind in network.kinds.items() if kind == "avgpool"], tensors.found)
     asked = [node for node in tensors.same_as if values.get(node) == names.get(node) != INPUT and node in values]
     outputs = [values[node] for node in network.outputs]
     asked.sort(key=lambda node: outputs.index(values[node]) if values[node] in outputs else len(outputs))
@@ -82,6 +84,54 @@ def float_graph(network: Network, rewrite: Rewrite | None = None) -> tuple[onnx.
     for output, known in zip(model.graph.output, inferred.output, strict=True):
         output.CopyFrom(known)
     return model, values
+
+
+def _pool_by_windows(module: fx.GraphModule, pools: Iterable[str], shapes: Mapping[str, torch.Size]) -> None:
+    """Write adaptive average pooling in other operations where its windows differ in size: ONNX has none for it.
+
+    PyTorch's TorchScript exporter fails at it, and its other one, which knows how, takes many times as long.
+
+    Args:
+        module: Changed in place.
+        pools: The fx nodes of average pooling.
+        shapes: fx node -> shape of its value.
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    for node in (nodes[name] for name in pools if is_adaptive(nodes[name], module)):
+        (source,) = node.all_input_nodes
+        sizes = list(zip(shapes[source.name][-2:], shapes[node.name][-2:], strict=True))
+        if any(before % after for before, after in sizes):
+            name = f"{node.name}_windows"
+            while hasattr(module, name):
+                name += "_"
+            module.add_module(name, _Windows(sizes))
+            node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+
+
+class _Windows(nn.Module):
+    """Adaptive average pooling: the sums over windows, value by value in PyTorch's order, over what they hold.
+
+    Args:
+        sizes: Of the map and of what becomes of it, rows and columns.
+    """
+
+    def __init__(self, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        begins = [torch.arange(after) * before // after for before, after in sizes]
+        ends = [-(-(torch.arange(after) + 1) * before // after) for before, after in sizes]
+        self.begins = begins
+        self.lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
+
+    def forward(self, values: Tensor) -> Tensor:
+        rows, columns = self.lengths
+        total: Tensor = torch.zeros(())
+        for row in range(int(rows.max())):
+            line = values.index_select(2, self.begins[0] + torch.minimum(rows - 1, torch.tensor(row)))
+            for column in range(int(columns.max())):
+                part = line.index_select(3, self.begins[1] + torch.minimum(columns - 1, torch.tensor(column)))
+                total = total + part * ((row < rows)[:, None] & (column < columns)).float()
+        total /= (rows[:, None] * columns).float()
+        return total
 
 
 def value_names(network: Network) -> dict[str, str]:

@@ -12,6 +12,7 @@ from onnx import numpy_helper
 from torch import Tensor, fx, nn
 
 from calib.__main__ import main as check
+from calib.calibrator import calibrate
 from calib.network import Network
 from calib.plan import Int8Plan, plan_int8
 from calib.table import CalibrationTable
@@ -337,3 +338,18 @@ def test_weights_beyond_a_limit_lie_in_a_file_beside_the_network(tmp_path, form)
 
     write(path, 2**30)
     assert not (tmp_path / "network.onnx.data").exists()
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5), (4, None)])
+def test_adaptive_pooling_with_windows_of_several_sizes(size):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(size), nn.Conv2d(8, 4, 1))
+    network = trace(nn.Sequential(*layers), "pooled", (3, 9, 9))
+    batch = torch.randn(8, 3, 9, 9)
+    plan = plan_int8(network, calibrate(network, [batch]))
+    for model, expected in (
+        (float_model(network), network.module(batch)),
+        (int8_model(plan), IntegerNetwork(for_tensorrt(plan))(batch)),
+    ):
+        assert model.opset_import[0].version == onnx_float.OPSET
+        np.testing.assert_allclose(run_onnx(model, batch), expected.detach(), atol=1e-5)
