@@ -137,7 +137,8 @@ def downloading(title: str, target: Path) -> Iterator[Path]:
         # torchvision's message lists each mirror; its last line has the system's reason.
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise NotAvailableError(
-            f"{title} could not be downloaded ({reason}): check the network, or name its folder with data.dir"
+            f"{title} could not be downloaded to {target} ({reason}): check the network and that folder, or name "
+            "the one where it lies with data.dir"
         ) from error
     finally:
         socket.setdefaulttimeout(timeout)

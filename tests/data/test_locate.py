@@ -128,7 +128,7 @@ def test_download_goes_beside_the_target_and_is_moved(tmp_path, capsys):
 def test_a_failed_download_is_one_line_and_leaves_nothing(tmp_path, error):
     target = tmp_path / "thing"
     with (
-        pytest.raises(NotAvailableError, match=r"Thing could not be downloaded \(") as caught,
+        pytest.raises(NotAvailableError, match=r"Thing could not be downloaded to \S+ \(") as caught,
         downloading("Thing", target),
     ):
         raise error
