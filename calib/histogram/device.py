@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from calib.histogram.base import BINS, AbsHistogram, flat, refuse_infinite
+from calib.histogram.base import BINS, AbsHistogram, flat, grown, refuse_infinite
 from calib.histogram.counters import (
     Counter,
     CpuCounter,
@@ -29,7 +29,6 @@ from calib.histogram.counters import (
     doubled,
     doublings_of,
     shifted,
-    widen,
 )
 from calib.histogram.cuda import CudaCounter
 from common.errors import InputError
@@ -197,10 +196,11 @@ class DeviceHistograms:
 
     def _history(self, maxima: Tensor) -> Tensor:
         """The range after each of some batches of these maxima: float64 [batches, T]."""
-        ranges = [self._tallies.base.cpu()]
-        for largest in maxima:
-            ranges.append(widen(ranges[-1], largest)[0])
-        return torch.stack(ranges[1:])
+        limits, ranges = self._tallies.base.tolist(), []
+        for largest in maxima.tolist():
+            limits = list(map(grown, limits, largest))
+            ranges.append(limits)
+        return torch.tensor(ranges, dtype=torch.float64)
 
 
 def _histogram(counts: NDArray[np.int64], end: float, maximum: float) -> AbsHistogram:
