@@ -24,7 +24,7 @@ _SAID: Final = {
     "Node arity mismatch": "its forward keeps something in an attribute of the model",
     **dict.fromkeys(
         ("expected scalar type", "mat1 and mat2 must have the same dtype", "Input type ("),
-        "its forward changes the type of its values, while all weights are float32 here: leave that out",
+        "its forward changes the type of its values (weights are float32 here): leave that out",
     ),
 }
 """Type or first words of an error of PyTorch -> what it means, where its own text speaks of PyTorch's inside."""
