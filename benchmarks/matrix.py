@@ -299,7 +299,8 @@ def page(rows: Sequence[NetworkRow], missing: Sequence[str], here: dict[str, Any
     for limit in (95, 90):
         count = sum((row.executed_share or 0) >= limit for row in through)
         text += f"- {count} of {len(rows)} networks execute at least {limit} % of their multiply-accumulates in INT8.\n"
-    text += f"- {len(rows) - len(through)} of them fail, each with its reason.\n\n{table(rows)}"
+    failed = len(rows) - len(through)
+    text += f"- {f'{failed} of them fail, each with its reason' if failed else 'None of them fails'}.\n\n{table(rows)}"
     below = [row for row in through if (row.executed_share or 0) < 95]
     if below:
         text += "\nBelow 95 % as executed, with the largest layers in float:\n\n"
