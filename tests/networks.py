@@ -135,14 +135,14 @@ class Tied(nn.Module):
 
 
 class Upsampling(nn.Module):
-    """Transposed convolutions: in front of normalisation, ReLU and a concatenation, and dilated."""
+    """Transposed convolutions: windows that overlap, in front of normalisation and ReLU, and windows side by side."""
 
     def __init__(self) -> None:
         super().__init__()
         self.down = nn.Conv2d(3, 6, 3, stride=2, padding=1)
         self.up = nn.ConvTranspose2d(6, 5, 3, stride=2, padding=1, output_padding=1, bias=False)
         self.bn = nn.BatchNorm2d(5)
-        self.wide = nn.ConvTranspose2d(8, 4, 2, stride=2, dilation=2)
+        self.wide = nn.ConvTranspose2d(8, 4, 2, stride=2)
         self.fc = nn.Linear(4, 10)
 
     def forward(self, x: Tensor) -> Tensor:
