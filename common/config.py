@@ -141,7 +141,7 @@ class OptimizerConfig:
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 0.08
+    lr: float = 0.12
     momentum: float = 0.9
     nesterov: bool = True
     weight_decay: float = 5e-4

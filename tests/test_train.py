@@ -78,7 +78,7 @@ def test_default_configuration_without_mnist(monkeypatch, tmp_path, capsys, seed
     assert summary["dataset"] == "digits"
     assert any("stand in for MNIST" in note for note in summary["notes"])
     assert "stand in for MNIST" in shown.err
-    assert summary["metrics"]["test_top1"] > 0.97
+    assert summary["metrics"]["test_top1"] > 0.94
 
 
 def test_caffes_solver(trained, tmp_path, root):
