@@ -16,7 +16,7 @@ from calib.tracing.by_export import export_graph, is_exported, plain_execution
 from calib.tracing.by_fx import fx_graph, hidden_products
 from calib.tracing.check import ModelCheck, RefusedError, told
 from calib.tracing.describe import describe
-from calib.tracing.fold import ask_for_shapes, fold_batchnorm, remove_nothing
+from calib.tracing.fold import ask_for_shapes, fold_batchnorm, remove_nothing, take_out_divisors
 from calib.tracing.given import plain_copy, refuse_unusable, unwrapped
 from calib.tracing.inplace import purify
 from common.errors import InputError, first_line, some
@@ -115,6 +115,7 @@ class _Tracing:
     def _finished(self, module: fx.GraphModule, traced_by: str) -> Network:
         """Normalise what was traced, check it against the model, and describe it."""
         remove_nothing(module)
+        take_out_divisors(module)
         self._distinguish_outputs(module)
         ask_for_shapes(module)
         fold_batchnorm(module, self._check.shapes(module) if self._check is not None else {})

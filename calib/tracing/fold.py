@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.utils import _pair
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from calib.ops import kind_of
 from calib.tracing.aten import SAME
 from calib.tracing.inplace import writes
+from common.errors import InputError
+
+_POOLING = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
+"""The arguments of ``F.avg_pool2d`` behind its input, in order."""
 
 
 def attribute(module: nn.Module, path: str) -> Any:
@@ -95,6 +101,35 @@ def remove_nothing(module: fx.GraphModule) -> None:
         if kind_of(node, module) == "nothing":
             node.replace_all_uses_with(node.all_input_nodes[0])
             module.graph.erase_node(node)
+
+
+def take_out_divisors(module: fx.GraphModule) -> None:
+    """Average pooling with ``divisor_override`` becomes the plain one and a factor: ONNX has no such divisor.
+
+    Raises:
+        InputError: some of its windows may reach beyond the padding, where the factor would be another one.
+    """
+    for node in list(module.graph.nodes):
+        if kind_of(node, module) != "avgpool":
+            continue
+        if node.op == "call_module":
+            pool = module.get_submodule(str(node.target))
+            options = {name: getattr(pool, name, None) for name in _POOLING}
+        else:
+            options = {**dict(zip(_POOLING, node.args[1:], strict=False)), **node.kwargs}
+        divisor = options.pop("divisor_override", None)
+        if divisor is None:
+            continue
+        if options.get("ceil_mode"):
+            raise InputError("average pooling with divisor_override and ceil_mode is not supported: pad before it")
+        height, width = _pair(options["kernel_size"])
+        with module.graph.inserting_before(node):
+            plain = module.graph.call_function(
+                F.avg_pool2d, (node.all_input_nodes[0],), {**options, "count_include_pad": True}
+            )
+            scaled = module.graph.call_function(torch.mul, (plain, height * width / divisor))
+        node.replace_all_uses_with(scaled)
+        module.graph.erase_node(node)
 
 
 def fold_batchnorm(module: fx.GraphModule, shapes: Mapping[str, torch.Size]) -> None:

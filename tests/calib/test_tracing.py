@@ -1,6 +1,7 @@
 """Names and normalisation of traced networks."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -58,6 +59,30 @@ def test_batch_normalisation_is_folded_and_dropout_is_gone() -> None:
     assert tuple(seen) == network.tensors
     assert not any(isinstance(module, nn.BatchNorm2d | nn.Dropout) for module in network.module.modules())
     assert network.tensors == ("data", "net.conv1", "net.conv2", "net.down.0", "add", "net.pool", "net.fc")
+
+
+@pytest.mark.parametrize(
+    "pool", [nn.AvgPool2d(2, 2, 1, divisor_override=3), lambda x: F.avg_pool2d(x, 3, divisor_override=2)]
+)
+def test_a_divisor_of_a_pooling_becomes_a_factor(pool: Callable[[Tensor], Tensor]) -> None:
+    """PyTorch's exporter drops it without a word."""
+
+    class Divided(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pool = pool
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.pool(self.pool(x))
+
+    images = torch.rand(2, 3, 16, 16)
+    network = trace(Divided(), input_shape=(3, 16, 16))
+    torch.testing.assert_close(network.module(images), pool(pool(images)))
+    functions = [node for node in network.module.graph.nodes if node.op == "call_function"]
+    assert [node.target for node in functions] == [F.avg_pool2d, torch.mul] * 2
+    assert not any(node.kwargs.get("divisor_override") for node in functions)
+    with pytest.raises(InputError, match="divisor_override and ceil_mode"):
+        trace(nn.AvgPool2d(2, ceil_mode=True, divisor_override=3), input_shape=(3, 16, 16))
 
 
 def test_a_reused_module_gives_two_names() -> None:
