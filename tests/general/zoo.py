@@ -202,6 +202,7 @@ UNSUPPORTED: dict[str, set[str]] = {
     "derived": {"pad", "mul"},
     "mobilenet_v3_small": {"Hardsigmoid", "mul"},
     "shufflenet_v2_x0_5": {"mean"},
+    "upsampling": {"mean"},
 }
 """What stays in float; nothing in the other networks."""
 
