@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.onnx.graph import ACTIVATIONS, Graph
-from calib.onnx.model import constant, free_name, replace_items, value_shapes, values_read
+from calib.onnx.model import attributes, constant, free_name, replace_items, value_shapes, values_read
 from common.errors import InputError
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ class _Rewriting:
         """The convolution of a Gemm's input as a map, or None where the Gemm is no linear layer."""
         import onnx
 
-        given: dict[str, Any] = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        given = attributes(node)
         plain = not given.get("transA") and given.get("alpha", 1.0) == 1 and given.get("beta", 1.0) == 1
         weight = constant(self._model, node.input[1], self._folder)
         bias = node.input[2] if len(node.input) > 2 else ""

@@ -2,18 +2,17 @@
 
 ``entropy`` and ``legacy`` calibrate after it. The rules are read from the tables that TensorRT 10.6 wrote for some 40
 networks (tests/calib/tensorrt).
-
-Imports onnx inside functions: it is slow to load.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from calib.onnx.graph import ELEMENTWISE, RESHAPES, WEIGHTED, Graph, stored
+from calib.onnx.model import attributes
 
 if TYPE_CHECKING:
     import onnx
@@ -80,7 +79,7 @@ class Fusion:
             name = node.output[0]
             if _is(node, {"Concat"}) and self._in_place(node):
                 found[_unreshaped(graph, node.input[0])] = found.get(name, (name,))
-            elif (node.op_type == "Split" and _attributes(node).get("axis", 0) == 1) or (
+            elif (node.op_type == "Split" and attributes(node).get("axis", 0) == 1) or (
                 node.op_type == "Slice" and self._first_channels(node)
             ):
                 found[name] = found.get(node.input[0], (node.input[0],))
@@ -126,7 +125,7 @@ class Fusion:
         graph = self._graph
         groups: dict[Any, list[tuple[str, int]]] = {}
         for node in graph.nodes:
-            given = _attributes(node)
+            given = attributes(node)
             if node.op_type != "Conv" or given.get("group", 1) != 1 or node.input[1] not in graph.weights:
                 continue
             name, activation = node.output[0], ""
@@ -163,7 +162,7 @@ class Fusion:
     def _in_place(self, node: onnx.NodeProto) -> bool:
         """Whether the operands of a concatenation of channels are computed where they belong, none copied there."""
         graph = self._graph
-        if _attributes(node).get("axis", 0) != 1 or len(node.input) < 2:
+        if attributes(node).get("axis", 0) != 1 or len(node.input) < 2:
             return False
         if _is(graph.sole_reader(node.output[0]), {"Slice", "Split"}):
             return False
@@ -198,15 +197,9 @@ def _unreshaped(graph: Graph, value: str) -> str:
 
 def _is_pointwise_convolution(node: onnx.NodeProto) -> bool:
     """Whether it is of 1 x 1, in steps of 1."""
-    given = _attributes(node)
+    given = attributes(node)
     sizes = [*given.get("kernel_shape", [0]), *given.get("strides", [])]
     return node.op_type == "Conv" and given.get("group", 1) == 1 and all(size == 1 for size in sizes)
-
-
-def _attributes(node: onnx.NodeProto) -> Mapping[str, Any]:
-    from onnx import helper
-
-    return {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def _is(node: onnx.NodeProto | None, kinds: AbstractSet[str]) -> bool:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from calib.onnx.model import attributes
+
 if TYPE_CHECKING:
     import onnx
 
@@ -53,10 +55,8 @@ class _Layers:
     """
 
     def __init__(self, node: onnx.NodeProto, names: Sequence[str], kind: int) -> None:
-        from onnx import helper
-
         self.nodes: list[onnx.NodeProto] = []
-        self.attributes: Mapping[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
+        self.attributes: Mapping[str, Any] = attributes(node)
         self._node, self._names, self._kind = node, list(names), kind
 
     def layer(self, operator: str, *inputs: str, **attributes: Any) -> str:

@@ -264,6 +264,13 @@ def value_shapes(
     return shapes
 
 
+def attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """The attributes that a node has, as Python's values, tensors and graphs as ONNX's."""
+    from onnx import helper
+
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
+
+
 def free_name(name: str, taken: set[str]) -> str:
     """``name``, or one like it that is not in ``taken``; it is in there from now on."""
     while name in taken:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.onnx.graph import Graph
-from calib.onnx.model import free_name, replace_items
+from calib.onnx.model import attributes, free_name, replace_items
 
 if TYPE_CHECKING:
     import onnx
@@ -32,7 +32,7 @@ def pad_in_front(model: onnx.ModelProto) -> None:
     taken = {name for node in graph.node for name in (*node.input, *node.output)} | {node.name for node in graph.node}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        settings = {item.name: onnx.helper.get_attribute_value(item) for item in node.attribute}
+        settings = attributes(node)
         if node.op_type == "AveragePool" and settings.get("ceil_mode") and settings.get("count_include_pad"):
             kept = [item for item in node.attribute if item.name not in ("count_include_pad", "pads")]
             pads = settings.get("pads", [])
