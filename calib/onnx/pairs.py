@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from calib.int8 import WEIGHT_MAX
 from calib.onnx.graph import Graph
-from calib.onnx.model import constant, free_name, replace_items, values_read
+from calib.onnx.model import attributes, constant, free_name, replace_items, values_read
 
 if TYPE_CHECKING:
     import onnx
@@ -71,6 +71,18 @@ class Weight:
     input_scale: float
     readers: Set[str] | None = None
     unsigned: bool = False
+
+
+def channel_axis(node: onnx.NodeProto, dimensions: int) -> int | None:
+    """The axis of the output channels in a weight of so many dimensions, or None where there is one scale for all."""
+    given = attributes(node)
+    if node.op_type == "Conv":
+        return 0
+    if node.op_type == "ConvTranspose":
+        return 1 if given.get("group", 1) == 1 else None
+    if node.op_type == "Gemm":
+        return 0 if given.get("transB") else 1
+    return 1 if dimensions == 2 else None
 
 
 def write_pairs(

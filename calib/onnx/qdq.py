@@ -25,7 +25,7 @@ from calib.int8 import weight_scales
 from calib.onnx.form import linear_as_convolution
 from calib.onnx.graph import RESHAPES, WEIGHTED, Graph
 from calib.onnx.model import constant, element_types, name_nodes, no_floats
-from calib.onnx.pairs import Activation, Weight, write_pairs
+from calib.onnx.pairs import Activation, Weight, channel_axis, write_pairs
 from calib.onnx.pools import pad_in_front
 from calib.table import CalibrationTable
 from common.errors import InputError, first_line
@@ -121,7 +121,7 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
             missing[node.name or node.op_type] = node.input[0]
             continue
         quantize_value(node.input[0], index)
-        axis = _channel_axis(node, weight)
+        axis = channel_axis(node, weight.ndim)
         scales: NDArray[Any] = _scales(weight, axis)
         if weight.dtype == np.float16:
             bias = constant(model, node.input[2], path.parent) if len(node.input) > 2 and node.input[2] else None
@@ -234,18 +234,6 @@ def _has_bias_behind(graph: Graph, node: onnx.NodeProto) -> bool:
     """Whether ONNX Runtime makes one operator of a matrix product and the sum behind it."""
     reader = graph.sole_reader(node.output[0])
     return node.op_type == "MatMul" and reader is not None and reader.op_type == "Add"
-
-
-def _channel_axis(node: onnx.NodeProto, weight: NDArray[Any]) -> int | None:
-    """The output channels' axis, or None where there is one scale for all."""
-    integers = {attribute.name: attribute.i for attribute in node.attribute}
-    if node.op_type == "Conv":
-        return 0
-    if node.op_type == "ConvTranspose":
-        return 1 if integers.get("group", 1) == 1 else None
-    if node.op_type == "Gemm":
-        return 0 if integers.get("transB") else 1
-    return 1 if weight.ndim == 2 else None
 
 
 def _scales(weight: NDArray[Any], axis: int | None) -> NDArray[np.float32]:

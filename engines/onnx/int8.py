@@ -19,7 +19,7 @@ from torch import fx
 from calib.explicit import place, place_in_front
 from calib.int8 import weight_scales
 from calib.network import Network
-from calib.onnx.pairs import MIDDLE, Activation, Weight, write_pairs
+from calib.onnx.pairs import MIDDLE, Activation, Weight, channel_axis, write_pairs
 from calib.onnx.pools import average_codes, pad_in_front
 from calib.plan import Int8Plan
 from common.errors import InputError
@@ -168,8 +168,9 @@ def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> l
         (node,) = nodes
         for index in range(1, len(node.input)):
             _own_initializer(graph, node, index, initializers)
-        axis = _channel_axis(node)
         values = onnx.numpy_helper.to_array(initializers[node.input[1]])
+        axis = channel_axis(node, values.ndim)
+        assert axis is not None  # Int8Plan.weighted holds no layers with one scale for all
         weight = torch.from_numpy(np.moveaxis(values, axis, 0).copy())
         scales = weight_scales(weight).numpy()
         input_scale = plan.scales[layer.inputs[0]]
@@ -181,14 +182,6 @@ def _weights(plan: Int8Plan, graph: onnx.GraphProto, computing: _Computing) -> l
             scales = np.maximum(scales, largest / (input_scale * LARGEST_BIAS)).astype(np.float32)
         weights.append(Weight(node.input[1], axis, scales, bias, input_scale))
     return weights
-
-
-def _channel_axis(node: onnx.NodeProto) -> int:
-    """The output channel's axis in the weight of a Conv, ConvTranspose, Gemm or MatMul."""
-    if node.op_type == "Conv":
-        return 0
-    transposed = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
-    return 0 if transposed else 1
 
 
 def _own_initializer(
