@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class IntegerNetwork(fx.Interpreter):
         self._codes: dict[str, Tensor] = {}
         self._requantized = place(plan).requantized
         self._pools = _window_pools(plan.network)
-        self._averaged = _averaged(plan, self._pools)
+        self._averaged = _averaged(plan, placement.scales, self._pools)
 
     def __call__(self, images: Tensor) -> Tensor:
         """float32 [B, C, H, W] -> what the network gives: a tensor, or a tuple of tensors."""
@@ -156,7 +156,7 @@ class IntegerNetwork(fx.Interpreter):
         result._codes = {}
         plan = dataclasses.replace(self.plan, layers=frozenset(layer.name for layer in result._layers.values()))
         result._requantized = place(plan).requantized
-        result._averaged = _averaged(plan, self._pools)
+        result._averaged = _averaged(plan, place(plan, before_relu=True).scales, self._pools)
         return result
 
     def run_node(self, n: fx.Node) -> Any:
@@ -219,13 +219,17 @@ class IntegerNetwork(fx.Interpreter):
         return quantize((total - _MIDDLE).float(), 1.0).mul_(scale)
 
 
-def _averaged(plan: Int8Plan, pools: Collection[str]) -> dict[str, float]:
+def _averaged(plan: Int8Plan, given: Mapping[str, float], pools: Collection[str]) -> dict[str, float]:
     """Fx node -> scale, of the ``pools`` whose readers all take their codes with the scale of what they average.
 
     They average codes, and round the middle between two to even, as TensorRT's kernels do: of a mean of the values
     that codes stand for, the last bits of float32 would decide.
+
+    Args:
+        plan: Which layers run in INT8, and the scales.
+        given: fx node -> scale of the codes that it gives, as :func:`place` finds them with ``before_relu``.
+        pools: fx nodes of average pooling with windows of one size.
     """
-    given = place(plan, before_relu=True).scales
     averaging = [layer for layer in plan.network.layers if layer.node in pools and layer.name in plan.layers]
     return {
         layer.node: given[layer.node] for layer in averaging if given.get(layer.node) == plan.scales[layer.inputs[0]]
