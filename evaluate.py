@@ -27,7 +27,7 @@ logger = logging.getLogger("evaluate")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 0 if the verdict is PASSED, 1 if it is FAILED."""
+    """Run the command and return its exit code: 0 for PASSED, 1 for FAILED, 2 where a precision was stopped."""
     config, flags = parse(evaluate_parser(), argv)
     # torchrun's variable; without it this is the only process.
     first = os.environ.get("RANK", "0") == "0"
@@ -42,9 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(target, "the report")
     # Who only reads needs no lock: every file of the run is either old or new, never torn.
     with run.locked() if first and target == run.folder else nullcontext(), stdout_to_stderr():
-        report = evaluated(config, run, flags.cache, explained=target is not None)
-        if report is None:
+        found = evaluated(config, run, flags.cache, explained=target is not None)
+        if found is None:
             return ExitCode.PASSED
+        report, stopped = found
         failure: Exception | None = None
         try:
             if target is not None:
@@ -60,11 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(json.dumps(asdict(report), indent=2, allow_nan=False)) if flags.json else print_report(report)
     if failure is not None:
         raise failure
+    if stopped:
+        return ExitCode.BAD_INPUT
     return ExitCode.PASSED if report.verdict.passed else ExitCode.FAILED
 
 
-def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) -> Report | None:
-    """Evaluate, with what only a written report shows where ``explained``; None in all processes but the first."""
+def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) -> tuple[Report, bool] | None:
+    """Evaluate, with what only a written report shows where ``explained``.
+
+    Returns:
+        The report, and whether the engine was stopped at a precision; None in all processes but the first.
+    """
     from engines.cuda import baselines_if_possible
     from engines.select import select_engine
     from engines.tensorrt.support import mode_for_named_table
@@ -88,7 +95,7 @@ def evaluated(config: Config, run: Run, cache: Path | None, *, explained: bool) 
     if found is None:
         return None
     report, measured = found
-    return explain(report, measured, config, subject) if explained else report
+    return explain(report, measured, config, subject) if explained else report, bool(measured.stopped)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,10 @@ class EngineError(Exception):
     """This engine cannot run this network in this precision here: one line that says why and what to do."""
 
 
+class StoppedError(EngineError):
+    """An engine that has this precision stops here: a version, a library, memory, a calibration, a failed build."""
+
+
 @dataclass(frozen=True)
 class Compiled:
     """A network, ready to run in one precision.

@@ -19,7 +19,7 @@ from common.decode import plain
 from common.errors import InputError
 from common.macs import MacCount
 from common.processes import ALONE, Processes
-from engines.base import Compiled, EngineError
+from engines.base import Compiled, EngineError, StoppedError
 from engines.select import SelectedEngine
 from evaluation.analysis import (
     TENSOR_IMAGES,
@@ -65,11 +65,13 @@ class Measured:
         labels: int64 [N], or targets, float32 [N, K].
         found: Precision -> what it gave, for those that ran.
         measure: By which it was gathered.
+        stopped: Precisions that their engine has, and was stopped at.
     """
 
     labels: Tensor
     found: dict[PrecisionName, Found]
     measure: Measure
+    stopped: tuple[PrecisionName, ...] = ()
 
 
 def evaluate(
@@ -102,7 +104,7 @@ def evaluate(
     # Two builds of an engine can differ in their results: all processes run the first one's.
     turns = processes.first_ahead() if engine.keeps_builds else nullcontext()
     with watch.part("compile"), turns:
-        compiled, skipped = compile_precisions(selection, subject, options.precisions)
+        compiled, skipped, stopped = compile_precisions(selection, subject, options.precisions)
     networks = list(compiled.values())
     with watch.part("accuracy"):
         found = run_shared(
@@ -120,7 +122,7 @@ def evaluate(
             options.latency_runs,
             config.engine.device,
         )
-    measured = Measured(labels, dict(zip(compiled, gathered, strict=True)), measure)
+    measured = Measured(labels, dict(zip(compiled, gathered, strict=True)), measure, tuple(stopped))
     rows: list[Row] = []
     for precision in TITLES:
         if precision in compiled:
@@ -218,14 +220,18 @@ def _usable_scales(table: CalibrationTable) -> dict[str, float]:
 
 def compile_precisions(
     selection: SelectedEngine, subject: Subject, precisions: Sequence[PrecisionName]
-) -> tuple[dict[PrecisionName, Compiled], dict[PrecisionName, str]]:
-    """Compile FP32, and of the other precisions those that were asked for: (networks, why the others did not run).
+) -> tuple[dict[PrecisionName, Compiled], dict[PrecisionName, str], list[PrecisionName]]:
+    """Compile FP32, and of the other precisions those that were asked for.
+
+    Returns:
+        The networks; why the others did not run; which of those their engine has, and was stopped at.
 
     Raises:
         InputError: the engine cannot run FP32, which the others are measured against.
     """
     compiled: dict[PrecisionName, Compiled] = {}
     skipped: dict[PrecisionName, str] = {}
+    stopped: list[PrecisionName] = []
     for precision in TITLES:
         if precision != "fp32" and precision not in precisions:
             skipped[precision] = "it was not asked for"
@@ -241,8 +247,10 @@ def compile_precisions(
                     name = selection.engine.name
                     raise InputError(f"{name} cannot run {subject.network.name} in FP32: {error}") from error
                 skipped[precision] = str(error)
+                if isinstance(error, StoppedError):
+                    stopped.append(precision)
         logger.warning("%s is skipped: %s", TITLES[precision], skipped[precision])
-    return compiled, skipped
+    return compiled, skipped, stopped
 
 
 def _timed(network: Compiled, latency: list[Latency]) -> Row:

@@ -30,7 +30,7 @@ from common.config import AlgorithmName, EngineConfig, PrecisionName, Quantizati
 from common.errors import InputError, first_line
 from common.macs import MacCount
 from data.base import ImageSet
-from engines.base import Compiled, Engine, EngineError, Outputs, OwnCalibration, map_outputs
+from engines.base import Compiled, Engine, Outputs, OwnCalibration, StoppedError, map_outputs
 from engines.cuda import capture
 from engines.gpu import Gpu
 from engines.tensorrt import build as building
@@ -97,13 +97,13 @@ class TorchTensorRTEngine(Engine):
             algorithm: Of the calibration.
 
         Raises:
-            EngineError: what was asked for is not possible here.
+            StoppedError: what was asked for is not possible here.
         """
         try:
             _, installed, _ = usable(self._config.device)
             return self._mode(installed, algorithm)
         except TensorRTError as error:
-            raise EngineError(str(error)) from error
+            raise StoppedError(str(error)) from error
 
     def _mode(self, installed: Installed, algorithm: AlgorithmName) -> tuple[Mode, str]:
         needs = algorithm_problem(algorithm)
@@ -123,7 +123,7 @@ class TorchTensorRTEngine(Engine):
                 for size in self._batch_sizes:
                     engines.try_once((size, *network.input_shape))
         except TensorRTError as error:
-            raise EngineError(str(error)) from error
+            raise StoppedError(str(error)) from error
         counts = engines.macs()
         details = {**job.details, **{f"engine of batch {size}": count.summary() for size, count in counts.items()}}
         details["TF32"] = "allowed" if self._config.tf32 else "off"
@@ -167,7 +167,7 @@ class TorchTensorRTEngine(Engine):
         try:
             own = calibrate(network, images, path, provenance, self._config, recalibrate)
         except TensorRTError as error:
-            raise EngineError(str(error)) from error
+            raise StoppedError(str(error)) from error
         if own.calibrated:
             logger.info("TensorRT calibrated in %.3f s and wrote %s", own.seconds, path)
         else:
@@ -314,7 +314,7 @@ class Engines:
 
         Raises:
             TensorRTError: it cannot be built.
-            EngineError: it does not run.
+            StoppedError: it does not run.
             InputError: its file cannot be written.
         """
         self.module(shape)
@@ -335,7 +335,7 @@ class Engines:
         """float32 [B, C, H, W] on the CPU -> what the network gives there; an odd B is padded to one that is built for.
 
         Raises:
-            EngineError: the engine cannot be built, or does not run, as where the GPU has too little memory.
+            StoppedError: the engine cannot be built, or does not run, as where the GPU has too little memory.
         """
         count = len(images)
         larger = [size for size in self._sizes if size >= count]
@@ -345,17 +345,17 @@ class Engines:
             with on(self._device):
                 return map_outputs(lambda output: output[:count].cpu(), self.on_device(batch.to(self._device)))
         except torch.cuda.OutOfMemoryError as error:
-            raise EngineError(
+            raise StoppedError(
                 f"{self._gpu.name} has too little free memory for a batch of {padded}: take smaller batches"
             ) from error
         except RuntimeError as error:  # of TensorRT's runtime and of CUDA
-            raise EngineError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
+            raise StoppedError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
 
     def _module_or_engine_error(self, shape: tuple[int, ...]) -> Any:
         try:
             return self.module(shape)
         except TensorRTError as error:
-            raise EngineError(str(error)) from error
+            raise StoppedError(str(error)) from error
 
     def module(self, shape: tuple[int, ...]) -> Any:
         """The engine for inputs of ``shape``: held, loaded, or built and stored.

@@ -45,7 +45,7 @@ def fallback() -> TorchEngine:
 
 def test_the_fallback_runs_what_the_engine_cannot_and_says_so(subject: Any) -> None:
     selection = SelectedEngine(NoHalf(("fp32",)), "auto", fallback())
-    compiled, skipped = compile_precisions(selection, subject, ["fp32", "fp16", "int8"])
+    compiled, skipped, _ = compile_precisions(selection, subject, ["fp32", "fp16", "int8"])
     assert (compiled["fp32"].engine, compiled["fp16"].engine) == ("onnxruntime", "torch")
     assert "run by torch, since no fp16 kernels" in str(compiled["fp16"].latency_note)
     assert compiled["fp16"].details["why not onnxruntime"] == "no fp16 kernels"
@@ -53,7 +53,7 @@ def test_the_fallback_runs_what_the_engine_cannot_and_says_so(subject: Any) -> N
 
 
 def test_an_engine_asked_for_by_name_is_not_replaced(subject: Any) -> None:
-    compiled, skipped = compile_precisions(SelectedEngine(NoHalf(("fp32",)), "by name"), subject, ["fp32", "fp16"])
+    compiled, skipped, _ = compile_precisions(SelectedEngine(NoHalf(("fp32",)), "by name"), subject, ["fp32", "fp16"])
     assert list(compiled) == ["fp32"]
     assert skipped["fp16"] == "no fp16 kernels"
     with pytest.raises(InputError, match="onnxruntime cannot run LeNet in FP32: no fp32 kernels"):
@@ -61,6 +61,6 @@ def test_an_engine_asked_for_by_name_is_not_replaced(subject: Any) -> None:
 
 
 def test_the_reference_itself_falls_back(subject: Any) -> None:
-    compiled, _ = compile_precisions(SelectedEngine(NoHalf(()), "auto", fallback()), subject, ["fp32"])
+    compiled, _, _ = compile_precisions(SelectedEngine(NoHalf(()), "auto", fallback()), subject, ["fp32"])
     assert compiled["fp32"].engine == "torch"
     assert compiled["fp32"].latency_note is None

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from common.errors import InputError
 from evaluate import main as evaluate
 from quantize import main
 from tests.runs import digits_run
-from tests.upstream import Upstream
+from tests.upstream import INSTALLED, Upstream
 
 THEIRS = CalibrationTable(
     {
@@ -130,6 +131,23 @@ QUICK = [
     *("--precisions", "[int8]", "--latency-batch-sizes", "[]"),
     *("--no-analysis", "--tolerance", "100", "--agreement", "0", "--json"),
 ]
+
+
+def test_what_stops_one_precision_is_exit_code_2_and_the_others_run(machine, quantize, artifacts, capsys):
+    machine()
+    quantize()
+    machine(installed=replace(INSTALLED, tensorrt="10.6.0"))
+    evaluation = ["--artifacts", str(artifacts), "--latency-batch-sizes", "[]", "--no-analysis", "--json"]
+
+    assert evaluate([*evaluation, "--engine", "torch-tensorrt"]) == 2
+    out, err = capsys.readouterr()
+    rows = {row["precision"]: row for row in json.loads(out)["rows"] if row["role"] != "baseline"}
+    assert {precision for precision, row in rows.items() if row["accuracy"]} == {"fp32", "fp16"}
+    (line,) = [line for line in err.splitlines() if "INT8" in line]
+    assert "INT8 is skipped: TensorRT has to calibrate LeNet again (its table is of TensorRT 10.12.0, and" in line
+
+    # Where the engine was not asked for by name, another one runs it.
+    assert evaluate([*evaluation, "--tolerance", "100", "--agreement", "0"]) == 0
 
 
 class TestNamedTable:
