@@ -21,6 +21,7 @@ class LayerMacs:
         macs: Multiply-accumulates for one image.
         int8: Whether both operands are INT8.
         reason: Why they are not; empty where they are.
+        planned: Whether they were to be, whatever an engine made of it.
     """
 
     layer: str
@@ -28,6 +29,7 @@ class LayerMacs:
     macs: int
     int8: bool
     reason: str = ""
+    planned: bool = True
 
 
 @dataclass(frozen=True)

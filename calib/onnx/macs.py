@@ -98,7 +98,7 @@ def count_macs(
             continue
         missing = [] if node.op_type in _INTEGER else _in_float(node, graph)
         reason = (reasons or {}).get(name) or " and ".join(missing)
-        layers.append(LayerMacs(name, node.op_type, macs, not missing, reason if missing else ""))
+        layers.append(LayerMacs(name, node.op_type, macs, not missing, reason if missing else "", planned=not missing))
     return MacCount(source, layers, uncounted)
 
 

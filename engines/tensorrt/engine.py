@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from calib.cache import Provenance, read_provenance, weights_fingerprint
 from calib.explicit import fake_quantize, place_in_front
 from calib.network import Network
-from calib.plan import plan_int8
+from calib.plan import Int8Plan, plan_int8
 from calib.subset import Subset
 from calib.table import CalibrationTable
 from common.config import AlgorithmName, EngineConfig, PrecisionName, QuantizationConfig
@@ -192,18 +192,18 @@ class TorchTensorRTEngine(Engine):
             raise TensorRTError("INT8 needs a calibration table: run quantize.py --precision int8")
         mode, why = self._mode(installed, table.algorithm)
         details = {"quantization": f"{mode} ({why})"}
+        plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
         if mode == "explicit":
             if self._config.int8_fp16 and strongly_typed(installed):
                 raise TensorRTError(
                     f"TensorRT {installed.tensorrt} has no flag for FP16 layers in an INT8 engine: "
                     "leave --engine.int8_fp16 out"
                 )
-            plan = plan_int8(network, table, self._quantization.keep_fp, self._quantization.quantize_output)
             plan = for_tensorrt(plan)
             details["int8 layers"] = ", ".join(layer.name for layer in network.layers if layer.name in plan.layers)
             content = table.dumps().encode()
             module = fake_quantize(plan, place_in_front(plan))
-            return Job(network.name, "int8-explicit", module, build, False, content, None, details, plan.network)
+            return Job(network.name, "int8-explicit", module, build, False, content, None, details, plan)
         path = self._own_table_path(network)
         content = self._own_table(path, network, table.algorithm, installed)
 
@@ -211,7 +211,7 @@ class TorchTensorRTEngine(Engine):
             device = building.gpu_device(self._config.device)
             return table_calibrator(torch_tensorrt, path, table.algorithm, device)
 
-        return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details, network)
+        return Job(network.name, "int8-implicit", network.module, build, False, content, calibrator, details, plan)
 
     @staticmethod
     def _own_table(path: Path, network: Network, algorithm: AlgorithmName, installed: Installed) -> bytes:
@@ -244,7 +244,7 @@ class Job:
         table: Bytes of the calibration table; empty without one.
         calibrator: Makes the calibrator of one build, for implicit INT8.
         details: For the report.
-        described: The network that ``module`` computes, for INT8, where the layers that ran in it are counted.
+        plan: What is to run in INT8, of the network that ``module`` computes; the layers that did are counted.
     """
 
     network: str
@@ -255,7 +255,7 @@ class Job:
     table: bytes = b""
     calibrator: Callable[[], CalibratorRun] | None = None
     details: dict[str, str] = field(default_factory=dict)
-    described: Network | None = None
+    plan: Int8Plan | None = None
 
 
 class Engines:
@@ -293,11 +293,11 @@ class Engines:
 
     def macs(self) -> dict[int, MacCount]:
         """Batch size -> what its engine multiplies in INT8 and in float, where its builder told."""
-        network = self._job.described
-        if network is None:
+        plan = self._job.plan
+        if plan is None:
             return {}
         counts = {
-            size: executed_macs(network, layers, f"as TensorRT's engine of batch {size} executes it")
+            size: executed_macs(plan, layers, f"as TensorRT's engine of batch {size} executes it")
             for size, layers in sorted(self._layers.items())
         }
         return {size: count for size, count in counts.items() if count is not None}
@@ -387,7 +387,7 @@ class Engines:
                 return module
         logger.info("building %s: %s", path.name, reason)
         start = time.perf_counter()
-        log = BuilderLog() if self._job.described is not None else None
+        log = BuilderLog() if self._job.plan is not None else None
         module = self._build(shape, log)
         if log is not None:
             record = replace(record, layers=read_layers(log.text))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.network import Layer, Network
+from calib.plan import Int8Plan
 from common.macs import LayerMacs, MacCount
 
 _HEADING = "Engine Layer Information:"
@@ -78,7 +79,7 @@ def read_layers(log: str) -> list[EngineLayer]:
     return found
 
 
-def executed_macs(network: Network, layers: Sequence[EngineLayer], source: str) -> MacCount | None:
+def executed_macs(plan: Int8Plan, layers: Sequence[EngineLayer], source: str) -> MacCount | None:
     """Count a network's multiply-accumulates by the types that the layers of its engine read.
 
     A convolution or linear layer is found by the module that its TorchScript node names; where the node names none,
@@ -86,28 +87,30 @@ def executed_macs(network: Network, layers: Sequence[EngineLayer], source: str) 
     kind. Those that cannot be told, such as inside a block that TensorRT compiled as one, are listed as not counted.
 
     Args:
-        network: What TensorRT was given, traced with an ``input_shape``.
+        plan: What was to run in INT8, of the network that TensorRT was given, traced with an ``input_shape``.
         layers: Of the engine.
         source: What was counted, for people.
 
     Returns:
         None where nothing is known of any layer.
     """
+    network = plan.network
     if network.input_shape is None or not layers:
         return None
     reads = _reads(network, layers)
     sizes = _macs(network)
     counted, uncounted = [], []
     for layer in network.layers:
-        if layer.name not in sizes:
+        operator = _OPERATORS.get(layer.kind)
+        if operator is None:
             continue
         types = reads.get(layer.name)
         if types is None:
             uncounted.append(layer.name)
             continue
-        int8 = types[:1] == ["Int8"]
-        operator = _OPERATORS[layer.kind]
-        counted.append(LayerMacs(layer.name, operator, sizes[layer.name], int8, "" if int8 else _REASON))
+        int8, planned = types[:1] == ["Int8"], layer.name in plan.layers
+        reason = "" if int8 else plan.kept.get(layer.name, _REASON)
+        counted.append(LayerMacs(layer.name, operator, sizes[layer.name], int8, reason, planned))
     return MacCount(source, counted, uncounted) if counted else None
 
 

@@ -56,6 +56,10 @@ def network():
     return trace(LeNet(), "LeNet", (1, 28, 28))
 
 
+def planned(network, keep_fp=()):
+    return plan_int8(network, CalibrationTable(dict.fromkeys(network.tensors, 0.01)), keep_fp)
+
+
 def int8(count):
     return {layer.layer: layer.int8 for layer in count.layers}
 
@@ -92,7 +96,7 @@ def test_a_name_with_line_breaks_is_one_layer():
 @pytest.mark.parametrize("text", ["", "DEBUG: nothing\n", "Engine Layer Information:", "Engine Layer Information:\nno"])
 def test_a_log_without_layers(text, network):
     assert read_layers(text) == []
-    assert executed_macs(network, [], "here") is None
+    assert executed_macs(planned(network), [], "here") is None
 
 
 def test_an_older_way_of_writing_types():
@@ -105,11 +109,40 @@ def test_an_older_way_of_writing_types():
 
 
 def test_multiplications_by_module_and_by_place(network):
-    count = executed_macs(network, read_layers(IMPLICIT), "as the engine executes it")
+    count = executed_macs(planned(network), read_layers(IMPLICIT), "as the engine executes it")
     assert {layer.layer: layer.macs for layer in count.layers} == MACS
     assert int8(count) == {"conv1": False, "conv2": True, "ip1": False, "ip2": False}
     assert "in ip1, conv1, ip2 (computed in float: TensorRT chose that kernel, by speed)" in count.warning()
     assert count.source == "as the engine executes it"
+    assert all(layer.planned for layer in count.layers)
+
+
+def test_a_layer_that_was_not_to_run_in_int8_has_that_reason(network):
+    count = executed_macs(planned(network, ["ip1"]), read_layers(IMPLICIT), "here")
+    assert {layer.layer: layer.planned for layer in count.layers} == {**dict.fromkeys(MACS, True), "ip1": False}
+    reasons = {layer.layer: layer.reason for layer in count.layers}
+    assert reasons == {
+        "conv1": "computed in float: TensorRT chose that kernel, by speed",
+        "conv2": "",
+        "ip1": "kept in float as asked",
+        "ip2": "computed in float: TensorRT chose that kernel, by speed",
+    }
+
+
+def test_products_of_two_values_are_not_counted():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2)
+            return x @ x.transpose(1, 2)
+
+    listed = read_layers(log(line("CaskConvolution", convolution("input.1", "conv"), "Int8")))
+    count = executed_macs(planned(trace(Attention(), "Attention", (1, 8, 8))), listed, "here")
+    assert int8(count) == {"conv": True}
+    assert count.uncounted == ["matmul"]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +156,7 @@ def test_multiplications_by_module_and_by_place(network):
 def test_engines_that_tensorrt_built(name, model, shape, layers, in_float):
     """Implicit INT8 for batch 1, by TensorRT 10.6.0 on an H100, as evaluate.py kept them beside the engines."""
     listed = [decode(EngineLayer, item, name) for item in json.loads((LISTED / f"{name}.json").read_text())]
-    count = executed_macs(trace(model(), name, shape), listed, "here")
+    count = executed_macs(planned(trace(model(), name, shape)), listed, "here")
     assert len(count.layers) == layers
     assert count.uncounted == []
     assert [layer.layer for layer in count.in_float] == in_float
@@ -132,7 +165,7 @@ def test_engines_that_tensorrt_built(name, model, shape, layers, in_float):
 def test_what_cannot_be_told_is_not_counted(network):
     block = line("Myelin", "{ForeignNode[%61 : Tensor = aten::t(%w)...%87 : Tensor = aten::softmax(%x)]}", "Float")
     text = log(*IMPLICIT.splitlines()[1:5], block)
-    count = executed_macs(network, read_layers(text), "here")
+    count = executed_macs(planned(network), read_layers(text), "here")
     assert int8(count) == {"conv1": False, "conv2": True}
     assert count.uncounted == ["ip1", "ip2"]
 
@@ -141,20 +174,20 @@ def test_an_engine_with_explicit_quantization(network):
     """For batch 8, by TensorRT 10.6.0 on an H100: its convolutions have numbers, and no names."""
     listed = [decode(EngineLayer, item, "LeNet") for item in json.loads((LISTED / "LeNet.explicit.json").read_text())]
     plan = for_tensorrt(plan_int8(network, CalibrationTable(SCALES)))
-    count = executed_macs(plan.network, listed, "here")
+    count = executed_macs(plan, listed, "here")
     assert int8(count) == {"conv1": True, "conv2": True, "ip1": True, "ip2": True}
     assert {layer.layer: layer.macs for layer in count.layers} == MACS
     for layer in listed:
         if layer.name.endswith("(Unnamed Layer* 16) [Convolution]"):
             layer.reads[0] = "Float"
-    assert int8(executed_macs(plan.network, listed[::-1], "here")) == {
+    assert int8(executed_macs(plan, listed[::-1], "here")) == {
         "conv1": True,
         "conv2": False,
         "ip1": True,
         "ip2": True,
     }
     del listed[1]  # with a convolution that TensorRT computes within a block, the others cannot be told apart
-    assert executed_macs(plan.network, listed, "here") is None
+    assert executed_macs(plan, listed, "here") is None
 
 
 def test_a_log_is_taken_from_stderr_and_errors_are_given_back(capfd):
@@ -183,6 +216,6 @@ def test_a_log_is_taken_of_a_build_that_fails(capfd):
 def test_a_transposed_convolution_multiplies_each_value_that_it_reads() -> None:
     network = trace(nn.Sequential(nn.ConvTranspose2d(3, 4, 2, 2), nn.Conv2d(4, 2, 1)).eval(), "net", (3, 8, 8))
     layers = read_layers(log(line("CaskDeconvolutionV2", convolution("input.1", "0"), "Int8")))
-    count = executed_macs(network, layers, "the engine")
+    count = executed_macs(planned(network), layers, "the engine")
     assert count is not None
     assert [(layer.layer, layer.macs, layer.int8) for layer in count.layers] == [("0", 3 * 64 * 4 * 4, True)]
