@@ -3,10 +3,12 @@
 For each configuration the three commands run as a user starts them: training, calibration by DataLoaderCalibrator
 beside the reference, and FP32, FP16 and INT8 engines compared; then ``evaluate.py`` once more, which must build
 nothing. Latency is that of the engine replayed as a CUDA graph, with the call through Torch-TensorRT in brackets.
-Nothing else should run on the machine.
+Nothing else should run on the machine. ``--files`` asks and times the ONNX files with explicit quantization, too
+(:mod:`benchmarks.onnx_in_tensorrt`).
 
     python -m benchmarks.hardware --epochs 3
     python -m benchmarks.hardware --configs configs/resnet18_imagefolder.yaml --data-dir /data/parts
+    python -m benchmarks.hardware --configs --files
 
 Options that it does not know go to all three commands.
 """
@@ -16,22 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import statistics
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from benchmarks.process import run_process
-from common.cli import ROOT
+from common.cli import ROOT, config_parser, parse
 from common.command import run_command
 from common.console import start_logging
-from common.errors import ExitCode
+from common.errors import ExitCode, InputError
 from common.files import write_json, write_text
 from evaluation.measures import Latency, Row
 from evaluation.results import Report, read_report
 from evaluation.text import milliseconds, percent, points, size
+
+if TYPE_CHECKING:
+    from benchmarks.onnx_in_tensorrt import Answer, Race
 
 logger = logging.getLogger("benchmarks")
 
@@ -66,7 +72,10 @@ def parser() -> argparse.ArgumentParser:
         epilog="Other options go to all three commands.",
         allow_abbrev=False,
     )
-    result.add_argument("--configs", nargs="+", default=list(CONFIGS), help="configurations of the runs")
+    result.add_argument("--configs", nargs="*", default=list(CONFIGS), help="configurations of the runs")
+    result.add_argument("--files", nargs="*", metavar="NETWORK", help="ask and time the ONNX files of these, or of all")
+    result.add_argument("--seconds", type=float, default=5, help="of training, for each network of --files")
+    result.add_argument("--builds", type=int, default=2, help="engines of each kind that --files times")
     result.add_argument("--epochs", type=int, help="epochs of training; the configuration's if not given")
     result.add_argument("--artifacts", type=Path, default=Path("artifacts/hardware"), help="folder of the runs")
     return result
@@ -80,7 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for config in options.configs:
         found.append(measure(config, options.artifacts.absolute(), options.epochs, others))
         write_json(options.artifacts / "hardware.json", [_plain(one) for one in found])
-    page = markdown(found)
+    page = markdown(found) if found else ""
+    if options.files is not None:
+        page += files(options.files, options.seconds, options.builds, others)
     write_text(options.artifacts / "hardware.md", page)
     print(page)
     return ExitCode.PASSED
@@ -122,6 +133,71 @@ def measure(config: str, artifacts: Path, epochs: int | None, others: Sequence[s
 def markdown(found: Sequence[MeasuredRun]) -> str:
     """What was measured, as the README and docs/hardware.md show it."""
     return "\n\n".join([_machine(found[0].report), *(part for one in found for part in _section(one))]) + "\n"
+
+
+def files(names: Sequence[str], seconds: float, builds: int, others: Sequence[str]) -> str:
+    """Ask and time the ONNX files with explicit quantization in TensorRT; the tables.
+
+    Args:
+        names: Of networks to ask; none for all.
+        seconds: Of training, for each.
+        builds: Engines of each kind that are timed.
+        others: Options of the commands, which may say where MNIST lies.
+
+    Raises:
+        InputError: there is no GPU with TensorRT, or no such network.
+    """
+    from benchmarks.bare_tensorrt import TensorRT
+    from benchmarks.onnx_in_tensorrt import NETWORKS, answers, races
+    from data import open_splits
+    from engines.tensorrt.support import usable
+
+    if unknown := set(names) - NETWORKS.keys():
+        raise InputError(f"unknown network {min(unknown)}: take some of {', '.join(NETWORKS)}")
+    usable(0)
+    config = parse(config_parser("benchmarks", "", {}), ["--config", str(ROOT / CONFIGS[0]), *others])[0]
+    splits = open_splits(config.data, config.seed)
+    answered, timed = [], []
+    for one in answers(names or list(NETWORKS), splits, seconds, TensorRT().build):
+        logger.info("%s", one)
+        answered.append(one)
+    for race in races((1, 32, 256), builds):
+        logger.info("%s", race)
+        timed.append(race)
+    return f"\n{answer_table(answered)}\n\n{race_table(timed)}\n"
+
+
+def answer_table(found: Sequence[Answer | str]) -> str:
+    """What the engines answered, and the lines of what failed behind it."""
+    columns = (
+        *("network", "built in", "engine's layers", "classes as simulated", "mean difference of a score"),
+        *("the same, FP32 to INT8", "FP32 and INT8 agree", "top-1, FP32", "top-1, INT8"),
+    )
+    rows = [
+        (
+            *(one.network, f"{one.built:.1f} s", str(one.layers), f"{one.agrees:.1f} %", f"{one.off:.2g}"),
+            *(f"{one.moved:.2g}", f"{one.agrees_with_fp32:.1f} %", f"{one.fp32:.1f} %", f"{one.top1:.1f} %"),
+        )
+        for one in found
+        if not isinstance(one, str)
+    ]
+    return "\n".join([table(columns, rows), *(f"\n- {one}" for one in found if isinstance(one, str))])
+
+
+def race_table(found: Sequence[Race]) -> str:
+    """Median ms of the builds, of each build in brackets."""
+    columns = ("", "FP32 without TF32", "implicit INT8", "`*_int8.onnx`", "file to implicit")
+
+    def cell(builds: Sequence[float]) -> str:
+        return f"{statistics.median(builds):.4f} ({' '.join(f'{time:.4f}' for time in builds)})"
+
+    return table(
+        columns,
+        [
+            (f"{one.network}, batch {one.batch}", *map(cell, one.milliseconds.values()), f"{one.ratio:.2f}")
+            for one in found
+        ],
+    )
 
 
 def _machine(report: Report) -> str:

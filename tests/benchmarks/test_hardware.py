@@ -101,3 +101,8 @@ def test_options_that_it_does_not_know_are_the_commands():
     options, others = hardware.parser().parse_known_args(["--epochs", "3", "--engine.timing_iterations", "1"])
     assert options.epochs == 3
     assert others == ["--engine.timing_iterations", "1"]
+
+
+def test_files_of_an_unknown_network():
+    with pytest.raises(InputError, match="unknown network vgg1: take some of lenet, "):
+        hardware.main(["--configs", "--files", "lenet", "vgg1"])
