@@ -28,8 +28,6 @@ HOLD_WITH_CALIBRATOR = ("delivers", "algorithms", "reads_table", "keeps_exceptio
 ASK_WITH_CALIBRATOR = ("calibrate", "engine")
 # What happens to others, in whose place ours stands.
 CONTROLS = ("upstream_aborts", "upstream_crashes")
-# What happens to others, in whose place ours stands.
-CONTROLS = ("upstream_aborts", "upstream_crashes")
 
 
 @pytest.fixture(scope="session")

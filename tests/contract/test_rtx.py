@@ -1,4 +1,8 @@
-"""Our ONNX files with explicit quantization in the real parser and builder of TensorRT-RTX, which need no GPU."""
+"""Our ONNX files with explicit quantization in the real parser and builder of TensorRT-RTX, which need no GPU.
+
+``int8`` is what ``quantize.py --export onnx`` writes, ``qdq`` what ``python -m calib calibrate --qdq`` makes of a float
+file.
+"""
 
 import json
 import subprocess
@@ -9,6 +13,8 @@ from typing import Any
 import onnx
 import pytest
 
+from calib.onnx.qdq import quantize
+from calib.table import CalibrationTable
 from engines.onnx.float import float_model
 from engines.onnx.int8 import int8_model
 from tests.contract.made import FOLDER, require
@@ -29,6 +35,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     for name in NETWORKS:
         plan = make_plan(make_network(name))
         models = {"fp32": float_model(plan.network), "int8": int8_model(plan)}
+        values = ["data", *(value for node in models["fp32"].graph.node for value in node.output)]
+        models["qdq"] = quantize(models["fp32"], CalibrationTable(dict.fromkeys(values, 0.05)), folder).model
         if name == "lenet":
             models["int8_cpu"] = int8_model(plan, for_cpu=True)
         for form, model in models.items():
@@ -41,7 +49,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     return {Path(item["file"]).stem: item for item in found}
 
 
-@pytest.mark.parametrize("form", ["fp32", "int8"])
+@pytest.mark.parametrize("form", ["fp32", "int8", "qdq"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_is_parsed_and_built(built: dict[str, dict[str, Any]], name: str, form: str) -> None:
     result = built[f"{name}_{form}"]
