@@ -8,6 +8,7 @@ Nothing else should run on the machine. ``--files`` asks and times the ONNX file
 
     python -m benchmarks.hardware --epochs 3
     python -m benchmarks.hardware --configs configs/resnet18_imagefolder.yaml --data-dir /data/parts
+    python -m benchmarks.hardware --configs configs/resnet18_imagefolder.yaml --digits
     python -m benchmarks.hardware --configs --files
 
 Options that it does not know go to all three commands.
@@ -38,6 +39,7 @@ from evaluation.text import milliseconds, percent, points, size
 
 if TYPE_CHECKING:
     from benchmarks.onnx_in_tensorrt import Answer, Race
+    from data import Splits
 
 logger = logging.getLogger("benchmarks")
 
@@ -73,6 +75,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     result.add_argument("--configs", nargs="*", default=list(CONFIGS), help="configurations of the runs")
+    result.add_argument("--digits", action="store_true", help="as --data-dir a folder of MNIST's digits as images")
     result.add_argument("--files", nargs="*", metavar="NETWORK", help="ask and time the ONNX files of these, or of all")
     result.add_argument("--seconds", type=float, default=5, help="of training, for each network of --files")
     result.add_argument("--builds", type=int, default=2, help="engines of each kind that --files times")
@@ -85,13 +88,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
     options, others = parser().parse_known_args(argv)
     start_logging()
+    if options.digits:
+        others += ["--data-dir", str(digit_folder(options.artifacts.absolute() / "digits", _mnist()))]
     found = []
     for config in options.configs:
         found.append(measure(config, options.artifacts.absolute(), options.epochs, others))
         write_json(options.artifacts / "hardware.json", [_plain(one) for one in found])
     page = markdown(found) if found else ""
     if options.files is not None:
-        page += files(options.files, options.seconds, options.builds, others)
+        page += files(options.files, options.seconds, options.builds)
     write_text(options.artifacts / "hardware.md", page)
     print(page)
     return ExitCode.PASSED
@@ -135,30 +140,56 @@ def markdown(found: Sequence[MeasuredRun]) -> str:
     return "\n\n".join([_machine(found[0].report), *(part for one in found for part in _section(one))]) + "\n"
 
 
-def files(names: Sequence[str], seconds: float, builds: int, others: Sequence[str]) -> str:
+def digit_folder(folder: Path, splits: Splits, train: int = 120, test: int = 40) -> Path:
+    """Make a folder of images for ``imagefolder``, and return it: MNIST's digits as PNG files of 224 x 224 pixels.
+
+    Args:
+        folder: Gets the images.
+        splits: MNIST.
+        train: How many of each digit it gets from the training file, the first there.
+        test: Likewise from the test file.
+    """
+    from PIL import Image
+
+    for part, images, count in (("train", splits.train_file, train), ("test", splits.test, test)):
+        for digit in range(10):
+            place = folder / part / str(digit)
+            place.mkdir(parents=True, exist_ok=True)
+            found = (images.labels == digit).nonzero()[:count, 0]
+            for number, pixels in enumerate((255 * images.images(found)).round().byte().numpy()):
+                image = Image.fromarray(pixels[0]).resize((224, 224), Image.Resampling.BILINEAR)
+                image.convert("RGB").save(place / f"{number}.png")
+    return folder
+
+
+def _mnist() -> Splits:
+    """MNIST, where MNIST_DIR or the user's cache folder has it."""
+    from data import open_splits
+
+    config = parse(config_parser("benchmarks", "", {}), ["--config", str(ROOT / CONFIGS[0])])[0]
+    return open_splits(config.data, config.seed)
+
+
+def files(names: Sequence[str], seconds: float, builds: int) -> str:
     """Ask and time the ONNX files with explicit quantization in TensorRT; the tables.
 
     Args:
         names: Of networks to ask; none for all.
         seconds: Of training, for each.
         builds: Engines of each kind that are timed.
-        others: Options of the commands, which may say where MNIST lies.
 
     Raises:
         InputError: there is no GPU with TensorRT, or no such network.
     """
     from benchmarks.bare_tensorrt import TensorRT
     from benchmarks.onnx_in_tensorrt import NETWORKS, answers, races
-    from data import open_splits
     from engines.tensorrt.support import usable
 
     if unknown := set(names) - NETWORKS.keys():
         raise InputError(f"unknown network {min(unknown)}: take some of {', '.join(NETWORKS)}")
     usable(0)
-    config = parse(config_parser("benchmarks", "", {}), ["--config", str(ROOT / CONFIGS[0]), *others])[0]
-    splits = open_splits(config.data, config.seed)
     answered, timed = [], []
-    for one in answers(names or list(NETWORKS), splits, seconds, TensorRT().build):
+    for one in answers(names or list(NETWORKS), _mnist(), seconds, TensorRT().build):
         logger.info("%s", one)
         answered.append(one)
     for race in races((1, 32, 256), builds):

@@ -2,10 +2,16 @@ import dataclasses
 import json
 import subprocess
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
 
 from benchmarks import hardware
+from common.config import DataConfig
 from common.errors import InputError
+from data import open_splits
 from evaluation.measures import Accuracy, Interval, Latency, Paired, Row, Timing
 from evaluation.results import Report
 from tests.records import REPORT
@@ -101,6 +107,18 @@ def test_options_that_it_does_not_know_are_the_commands():
     options, others = hardware.parser().parse_known_args(["--epochs", "3", "--engine.timing_iterations", "1"])
     assert options.epochs == 3
     assert others == ["--engine.timing_iterations", "1"]
+
+
+def test_digits_as_a_folder_of_images(tmp_path):
+    digits = open_splits(DataConfig(dataset="digits"), 1)
+    folder = hardware.digit_folder(tmp_path / "digits", digits, train=2, test=1)
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*.png")}
+    numbers = {"train": (0, 1), "test": (0,)}
+    assert found == {f"{part}/{digit}/{at}.png" for part in numbers for digit in range(10) for at in numbers[part]}
+    first = digits.test.images((digits.test.labels == 3).nonzero()[:1, 0])
+    enlarged = functional.interpolate(first, size=(224, 224), mode="bilinear")[0]
+    written = torch.from_numpy(np.asarray(Image.open(folder / "test" / "3" / "0.png")).copy()).permute(2, 0, 1)
+    torch.testing.assert_close(written / 255, enlarged.expand(3, -1, -1), atol=0.01, rtol=0)
 
 
 def test_files_of_an_unknown_network():
