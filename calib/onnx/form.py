@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from calib.onnx.graph import ACTIVATIONS, Graph
-from calib.onnx.model import attributes, constant, free_name, replace_items, value_shapes, values_read
+from calib.onnx.model import attributes, constant, drop_unread, free_name, replace_items, value_shapes
 from common.errors import InputError
 
 if TYPE_CHECKING:
@@ -147,12 +147,7 @@ class _Rewriting:
         return name
 
     def finish(self) -> onnx.ModelProto:
-        """The network, without nodes whose results nothing reads."""
-        read = {value.name for value in self._model.graph.output}
-        kept: list[onnx.NodeProto] = []
-        for node in reversed(self._nodes):
-            if not read.isdisjoint(node.output):
-                kept.append(node)
-                read.update(values_read(node))
-        replace_items(self._model.graph.node, reversed(kept))
+        """The network, without what nothing reads any more."""
+        replace_items(self._model.graph.node, self._nodes)
+        drop_unread(self._model.graph)
         return self._model

@@ -14,7 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib.onnx.graph import ACTIVATIONS, RESHAPES, Graph
-from calib.onnx.model import QUANTIZERS, constant, no_floats, replace_items
+from calib.onnx.model import (
+    QUANTIZERS,
+    attributes,
+    constant,
+    drop_unread,
+    free_name,
+    integer_operators,
+    no_floats,
+    replace_items,
+)
 from calib.table import LEVELS
 from common.errors import InputError
 
@@ -32,6 +41,17 @@ _SAME_SCALE: Final = RESHAPES | {
     "Transpose",
 }
 
+_POSITIVE: Final = frozenset({"Abs", "Exp", "HardSigmoid", "Relu", "Sigmoid", "Softmax", "Sqrt"})
+"""Operators whose result is never below zero."""
+
+_KEEPS_SIGN: Final = (
+    _SAME_SCALE | QUANTIZERS | {"AveragePool", "Gather", "GlobalAveragePool", "Resize", "Slice", "Split"}
+)
+"""Operators whose result is not below zero where the first value that they read is not."""
+
+_JOINS: Final = frozenset({"Add", "Concat", "Max", "Mul", "Sum"})
+"""The same of all values that they read."""
+
 
 @dataclass(frozen=True)
 class FromQdq:
@@ -41,7 +61,8 @@ class FromQdq:
         scales: Tensor -> scale, in the network's order.
         asymmetric: Tensors whose zero point is not that of a symmetric range, which their scale here covers.
         unknown: Tensors that the pairs say nothing about.
-        model: The float network that the table goes with: without the pairs, weights rounded as they were.
+        model: The float network that the table goes with: without the pairs, weights rounded as they were, and a ReLU
+            where only the codes, which begin at zero, kept a value from being negative.
     """
 
     scales: Mapping[str, float]
@@ -63,31 +84,36 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     Raises:
         InputError: the network has no pairs around its values, or scales that are no constants or per channel.
     """
+    if integers := integer_operators(model):
+        raise InputError(f"{path} computes on integers ({', '.join(integers)}): quantize it in the Q/DQ format instead")
     quantizers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
     if not quantizers:
         raise InputError(f"{path} has no quantize/dequantize operators: python -m calib calibrate makes its table")
     graph = Graph(model)
     scales: dict[str, float] = {}
     asymmetric: dict[str, None] = {}
+    lowest_codes: dict[str, int] = {}
     for node in quantizers:
         if node.op_type != "QuantizeLinear" or node.input[0] in graph.constant:
             continue
+        value = node.input[0]
         scale = _constant(model, node, 1, path)
-        zero = _constant(model, node, 2, path) if len(node.input) > 2 and node.input[2] else np.array(0, np.uint8)
-        if scale.size != 1 or zero.size != 1:
-            raise InputError(f"{path}: {node.input[0]!r} is quantized per channel, which no calibration table can hold")
-        if zero.dtype not in (np.int8, np.uint8):
-            raise InputError(f"{path}: {node.input[0]!r} is quantized to {zero.dtype}, and a table is of int8")
-        offset = int(zero.item()) - (128 if zero.dtype == np.uint8 else 0)
-        if offset:
-            asymmetric.setdefault(node.input[0])
-        found = float(scale.item()) * (LEVELS + abs(offset)) / LEVELS
-        averaged = _averaged_codes(graph, node.input[0]) if found == 1 else None
+        if scale.size != 1:
+            raise InputError(f"{path}: {value!r} is quantized per channel, which no calibration table can hold")
+        lowest, highest = _codes(model, graph, node, path)
+        # int8 has one code more below zero than above, which a symmetric range leaves out.
+        largest = max(highest, -lowest - 1)
+        if largest > LEVELS:
+            asymmetric.setdefault(value)
+        found = float(scale.item()) * largest / LEVELS
+        averaged = _averaged_codes(graph, value) if found == 1 else None
         found = scales.get(averaged or "", found)
-        scales[node.input[0]] = max(found, scales.get(node.input[0], 0.0))
+        scales[value] = max(found, scales.get(value, found))
+        lowest_codes[value] = min(lowest, lowest_codes.get(value, lowest))
     if not scales:
         raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
-    stripped = _without_pairs(model, path)
+    clamped = {value for value, lowest in lowest_codes.items() if lowest == 0}
+    stripped = _without_pairs(_with_relus(model, clamped, path), path)
     graph = Graph(stripped)
     _spread(graph, scales)
     tensors = [*graph.inputs, *(name for node in graph.nodes for name in node.output if name not in graph.constant)]
@@ -108,6 +134,26 @@ def _averaged_codes(graph: Graph, value: str) -> str | None:
         if node.op_type != "Pad":
             wanted = next(kinds)
     return None
+
+
+def _codes(model: onnx.ModelProto, graph: Graph, node: onnx.NodeProto, path: Path) -> tuple[int, int]:
+    """The lowest and the highest code that a QuantizeLinear gives, and a Clip behind it leaves, from zero's on."""
+    import onnx
+
+    kind = attributes(node).get("output_dtype", onnx.TensorProto.UINT8)
+    zero = np.zeros((), onnx.helper.tensor_dtype_to_np_dtype(kind))
+    if len(node.input) > 2 and node.input[2]:
+        zero = _constant(model, node, 2, path)
+    if zero.dtype not in (np.int8, np.uint8):
+        raise InputError(f"{path}: {node.input[0]!r} is quantized to {zero.dtype}, and a table is of int8")
+    limits = np.iinfo(zero.dtype)
+    lowest, highest = int(limits.min), int(limits.max)
+    clip = graph.sole_reader(node.output[0])
+    if clip is not None and clip.op_type == "Clip":
+        bounds = [*clip.input[1:], "", ""]
+        lowest = max(lowest, int(_constant(model, clip, 1, path).item())) if bounds[0] else lowest
+        highest = min(highest, int(_constant(model, clip, 2, path).item())) if bounds[1] else highest
+    return lowest - int(zero.item()), highest - int(zero.item())
 
 
 def _constant(model: onnx.ModelProto, node: onnx.NodeProto, slot: int, path: Path) -> NDArray[Any]:
@@ -135,56 +181,78 @@ def _spread(graph: Graph, scales: dict[str, float]) -> None:
                 scales[source], changed = scales[result], True
 
 
+def _with_relus(model: onnx.ModelProto, clamped: set[str], path: Path) -> onnx.ModelProto:
+    """The network with a ReLU for each of the ``clamped`` values that could be below zero without its pair.
+
+    ONNX Runtime's quantizer leaves out a ReLU whose result it quantizes to codes from zero up, which clamp as well.
+    """
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = Graph(result)
+    taken = {*graph.producer, *graph.constant, *graph.inputs}
+    positive: set[str] = set()
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.nodes:
+        nodes.append(node)
+        read = [*filter(None, node.input)]
+        kept = read if node.op_type in _JOINS else read[:1] if node.op_type in _KEEPS_SIGN else []
+        if node.op_type in _POSITIVE or (kept and positive.issuperset(kept)) or _clips_at_zero(model, node, path):
+            positive.update(node.output)
+        for index, value in enumerate(node.output):
+            quantized = all(reader.op_type == "QuantizeLinear" for reader in graph.readers.get(value, ()))
+            if value not in clamped or value in positive or not quantized or value in graph.outputs:
+                continue
+            node.output[index] = free_name(f"{value}_before_relu", taken)
+            nodes.append(onnx.helper.make_node("Relu", [node.output[index]], [value], f"{value}_Relu"))
+            positive.add(value)
+    replace_items(result.graph.node, nodes)
+    return result
+
+
+def _clips_at_zero(model: onnx.ModelProto, node: onnx.NodeProto, path: Path) -> bool:
+    if node.op_type != "Clip":
+        return False
+    lowest = attributes(node).get("min")
+    if len(node.input) > 1 and node.input[1]:
+        lowest = constant(model, node.input[1], path.parent)
+    return lowest is not None and bool(np.all(np.asarray(lowest) >= 0))
+
+
 def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """The float network: values are read directly, weights are what they were rounded to."""
     import onnx
 
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    producer = {name: node for node in result.graph.node for name in node.output}
+    constants = Graph(model).constant
     outputs = {value.name for value in result.graph.output}
-    direct: dict[str, str] = {}
+    direct: dict[str, str] = {}  # codes, or what they are dequantized to -> the value
+    codes: set[str] = set()
     nodes = []
     for node in result.graph.node:
-        if node.op_type == "QuantizeLinear":
-            direct[node.output[0]] = direct.get(node.input[0], node.input[0])
-        elif node.op_type == "DequantizeLinear":
-            source = direct.get(node.input[0])
-            if source is None or (source not in producer and _is_weight(result, source)):
-                weight = _rounded(model, node, source, path)
-                result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
-            elif node.output[0] in outputs:
-                nodes.append(onnx.helper.make_node("Identity", [source], [node.output[0]], node.name))
-            else:
-                direct[node.output[0]] = source
-        else:
+        source = direct.get(node.input[0]) if node.input else None
+        if node.op_type == "QuantizeLinear" or (node.op_type == "Clip" and node.input[0] in codes):
+            direct[node.output[0]] = source or node.input[0]
+            codes.add(node.output[0])
+        elif node.op_type != "DequantizeLinear":
             nodes.append(node)
+        elif (weight := _weight(model, node, constants, path)) is not None:
+            result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
+        elif source is None:
+            raise InputError(f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before")
+        elif node.output[0] in outputs:
+            nodes.append(onnx.helper.make_node("Identity", [source], [node.output[0]], node.name))
+        else:
+            direct[node.output[0]] = source
     for node in nodes:
         node.input[:] = [direct.get(name, name) for name in node.input]
     replace_items(result.graph.node, nodes)
-    read = {name for node in result.graph.node for name in node.input} | outputs
-    replace_items(result.graph.initializer, [weight for weight in result.graph.initializer if weight.name in read])
+    drop_unread(result.graph)
     return result
 
 
-def _is_weight(model: onnx.ModelProto, name: str) -> bool:
-    return any(weight.name == name for weight in model.graph.initializer)
-
-
-def _rounded(model: onnx.ModelProto, node: onnx.NodeProto, source: str | None, path: Path) -> NDArray[Any]:
-    """The value of a weight behind its DequantizeLinear: of int8 codes, or of a float weight that is quantized."""
-    axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
-    scale = _constant(model, node, 1, path)
-    zero = _constant(model, node, 2, path) if len(node.input) > 2 and node.input[2] else np.array(0, np.uint8)
-    array = constant(model, source or node.input[0], path.parent)
-    if array is None:
-        raise InputError(f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before")
-    if scale.size > 1:
-        shape = [-1 if other == axis % array.ndim else 1 for other in range(array.ndim)]
-        scale, zero = scale.reshape(shape), zero.reshape(shape) if zero.size > 1 else zero
-    offset = zero.astype(np.float32)
-    if source is not None:
-        limits = np.iinfo(zero.dtype)
-        array = np.clip(np.rint(array / scale) + offset, limits.min, limits.max)
-    rounded: NDArray[Any] = ((array.astype(np.float32) - offset) * scale).astype(scale.dtype)
-    return rounded
+def _weight(model: onnx.ModelProto, node: onnx.NodeProto, constants: set[str], path: Path) -> NDArray[Any] | None:
+    """What a DequantizeLinear makes of a weight, be it stored as codes or quantized in the network; None of a value."""
+    return constant(model, node.output[0], path.parent) if node.output[0] in constants else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
 
 QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
-_MOVES = frozenset({"Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"})
-"""Operators behind which exporters leave weights."""
+_INTEGER = re.compile(r"QLinear.+|Q(Attention|Gemm)|DynamicQuantize.+|.+Integer(ToFloat)?")
+"""Operators that read codes and compute with them, as ONNX Runtime's quantizer writes them in its older formats."""
+
+_MOVES = QUANTIZERS | {"Cast", "Clip", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
+"""Operators behind which exporters leave weights, quantized or not."""
 
 _SMALL = 1024
 """Values of a constant that may hold sizes."""
@@ -136,12 +140,21 @@ def read_float_model(path: Path) -> onnx.ModelProto:
     """As :func:`read_model`, of a network that is not quantized yet.
 
     Raises:
-        InputError: as there, or the network holds quantize/dequantize operators.
+        InputError: as there, or the network is quantized.
     """
     model = read_model(path)
+    if integers := integer_operators(model):
+        raise InputError(
+            f"{path} computes on integers ({', '.join(integers)}) and takes no table: name the float network"
+        )
     if any(node.op_type in QUANTIZERS for node in model.graph.node):
         raise InputError(f"{path} holds quantize/dequantize operators and takes no table: name the float network")
     return model
+
+
+def integer_operators(model: onnx.ModelProto) -> list[str]:
+    """The kinds of operators in a network that compute on integers, without pairs around them."""
+    return sorted({node.op_type for node in model.graph.node if _INTEGER.fullmatch(node.op_type)})
 
 
 def external_weights(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -312,6 +325,21 @@ def replace_items(field: Any, items: Iterable[Any]) -> None:
     field.extend(copies)
 
 
+def drop_unread(graph: onnx.GraphProto) -> None:
+    """Remove nodes and weights of which nothing reads a result, in place."""
+    read = {value.name for value in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(graph.node):
+        if not read.isdisjoint(node.output):
+            kept.append(node)
+            read.update(values_read(node))
+    replace_items(graph.node, reversed(kept))
+    # In old files weights are inputs as well, and would be real ones without their values.
+    dropped = {weight.name for weight in graph.initializer if weight.name not in read}
+    replace_items(graph.input, [value for value in graph.input if value.name not in dropped])
+    replace_items(graph.initializer, [weight for weight in graph.initializer if weight.name not in dropped])
+
+
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of the main graph that hold graphs of their own (If, Loop, Scan)."""
     import onnx
@@ -321,7 +349,7 @@ def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | None:
-    """The value of an initializer, a Constant node's output, or one of them moved by operators such as Transpose.
+    """The value of an initializer, a Constant node's output, or what operators such as Transpose make of one.
 
     None if ``name`` is none of these.
     """
@@ -333,11 +361,11 @@ def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | 
     node = next((node for node in model.graph.node if name in node.output), None)
     if node is None or node.op_type not in (*_MOVES, "Constant"):
         return None
-    return constant_value(node) if node.op_type == "Constant" else _moved(model, node, folder)
+    return constant_value(node) if node.op_type == "Constant" else _computed(model, node, folder)
 
 
-def _moved(model: onnx.ModelProto, node: onnx.NodeProto, folder: Path) -> NDArray[Any] | None:
-    """What a node that moves values makes of constants, or None where it reads others."""
+def _computed(model: onnx.ModelProto, node: onnx.NodeProto, folder: Path) -> NDArray[Any] | None:
+    """What a node makes of constants, or None where it reads other values."""
     from onnx.reference import ReferenceEvaluator
 
     inputs = {name: constant(model, name, folder) for name in filter(None, node.input)}
@@ -345,8 +373,8 @@ def _moved(model: onnx.ModelProto, node: onnx.NodeProto, folder: Path) -> NDArra
         return None
     versions = {item.domain: item.version for item in model.opset_import}
     evaluator: Any = ReferenceEvaluator(node, opsets=versions)
-    moved: NDArray[Any] = evaluator.run(None, inputs)[0]
-    return moved
+    computed: NDArray[Any] = evaluator.run(None, inputs)[0]
+    return computed
 
 
 def constant_value(node: onnx.NodeProto) -> NDArray[Any] | None:

@@ -342,10 +342,71 @@ def test_an_asymmetric_range_is_covered(tmp_path, capsys):
     assert CalibrationTable.read(tmp_path / "table").dynamic_ranges["data"] == pytest.approx(255 * 0.02)
 
 
+def clipped(zero, lowest, highest):
+    """As Brevitas and PyTorch write fewer than 256 codes: a Clip between the two of a pair."""
+    made = trained(zero, kind=np.asarray(lowest).dtype.type, lo=lowest, hi=highest)
+    made.graph.node.insert(1, node("Clip", ["q", "lo", "hi"], ["clipped"]))
+    made.graph.node[2].input[0] = "clipped"
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "largest"),
+    [
+        (clipped(0, np.int8(-127), np.int8(127)), 127),
+        (clipped(0, np.uint8(0), np.uint8(127)), 127),
+        (clipped(0, np.int8(-8), np.int8(7)), 7),
+        (clipped(3, np.int8(-8), np.int8(7)), 10),
+    ],
+)
+def test_codes_that_are_clipped(tmp_path, capsys, made, largest):
+    path, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "plain.onnx"
+    assert run("from-qdq", path, "--output", tmp_path / "table", "--onnx", plain) == 0
+    assert CalibrationTable.read(tmp_path / "table").dynamic_ranges == pytest.approx({"data": largest * 0.02})
+    assert capsys.readouterr().err == ""
+    assert [item.op_type for item in onnx.load(plain).graph.node] == ["Conv"]
+
+
+def test_the_type_of_codes_without_a_zero_point(tmp_path, capsys):
+    made = trained(0)
+    del made.graph.node[0].input[2], made.graph.node[1].input[2]
+    made.graph.node[0].attribute.append(onnx.helper.make_attribute("output_dtype", onnx.TensorProto.INT8))
+    made.opset_import[0].version = 21
+    assert run("from-qdq", save(made, tmp_path / "qat.onnx"), "--output", tmp_path / "table") == 0
+    assert CalibrationTable.read(tmp_path / "table").scales == pytest.approx({"data": 0.02})
+    assert capsys.readouterr().err == ""
+
+
+def test_codes_from_zero_up_are_a_relu(tmp_path):
+    # ONNX Runtime's quantizer leaves out the ReLU behind the convolution, whose codes clamp; pooling needs none.
+    nodes = [
+        node("Conv", ["data", "w"], ["relu"]),
+        node("QuantizeLinear", ["relu", "s", "z"], ["q"]),
+        node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
+        node("MaxPool", ["dq"], ["pool"], kernel_shape=[2, 2]),
+        node("QuantizeLinear", ["pool", "s", "z"], ["pool_q"]),
+        node("DequantizeLinear", ["pool_q", "s", "z"], ["out"]),
+    ]
+    generator = np.random.default_rng(5)
+    weights = {"w": weight(generator, 2, 3, 3, 3), "s": np.float32(0.02), "z": np.uint8(0)}
+    made = model(nodes, {"data": [2, 3, 6, 6]}, {"out": [2, 2, 3, 3]}, weights)
+    path, table, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "table", tmp_path / "plain.onnx"
+    assert run("from-qdq", path, "--output", table, "--onnx", plain) == 0
+    assert [item.op_type for item in onnx.load(plain).graph.node] == ["Conv", "Relu", "MaxPool", "Identity"]
+    scales = CalibrationTable.read(table).scales
+    assert scales == pytest.approx(dict.fromkeys(["relu_before_relu", "relu", "pool", "out"], 0.02 * 255 / 127))
+    feed = {"data": generator.standard_normal((2, 3, 6, 6)).astype(np.float32)}
+    np.testing.assert_allclose(outputs(plain, feed)[0], outputs(path, feed)[0], atol=0.0101)
+
+
 @pytest.mark.parametrize(
     ("made", "complaint"),
     [
         (classifier(), "has no quantize/dequantize operators"),
+        (
+            model([node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"])], {"x": [1]}, {"q": [1]}, {}),
+            r"on integers \(DynamicQuantizeLinear\): quantize it in the Q/DQ format",
+        ),
         (trained(np.zeros(3), [0.1, 0.2, 0.3], np.int8), "'data' is quantized per channel"),
         (trained(0, kind=np.uint16), "quantized to uint16"),
     ],
