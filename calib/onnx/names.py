@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from calib.onnx.graph import Graph
 from calib.onnx.model import no_floats, read_float_model
 from calib.onnx.parser_names import layer_name
+from calib.onnx.rules import FUSED_ALGORITHMS, entries
 
 if TYPE_CHECKING:
     import onnx
@@ -79,8 +80,12 @@ class NetworkNames:
         return _NUMBER.sub("", name) in self.made
 
 
-def network_names(path: Path) -> NetworkNames:
+def network_names(path: Path, algorithm: str | None = None) -> NetworkNames:
     """The names of the network in ``path``.
+
+    Args:
+        path: An ONNX file.
+        algorithm: Of the table: with some, TensorRT calibrates after layer fusion, and asks for fewer tensors.
 
     Raises:
         InputError: not an ONNX file, or one that is quantized already.
@@ -89,9 +94,18 @@ def network_names(path: Path) -> NetworkNames:
     needs = _needs(model)
     graph = Graph(model)
     around = {name: [graph.producer.get(name), *graph.readers.get(name, ())] for name in needs}
+    for node in graph.nodes:
+        if node.op_type == "Gemm" and any(node.input[2:]):
+            product = f"{layer_name(node)}_output"  # before the bias is added
+            needs[product], around[product] = "advised", [node]
+    if algorithm in FUSED_ALGORITHMS:
+        left = {entry.name for entry in entries(model, algorithm, path.parent)[0]}
+        needs = {name: need if name in left else "none" for name, need in needs.items()}
+    # A constant that several operators share passes an Identity.
+    shared = {node.output[0] for node in graph.nodes if node.op_type == "Identity"} & graph.constant
     return NetworkNames(
         needs,
-        made=frozenset(f"{name}_output" for name in (*map(layer_name, graph.nodes), *graph.constant)),
+        made=frozenset(f"{name}_output" for name in (*map(layer_name, graph.nodes), *graph.constant)) | shared,
         same={node.output[0]: f"{layer_name(node)}_output" for node in graph.nodes if node.op_type == "Softmax"},
         layers={name: tuple(node.name or node.op_type for node in nodes if node) for name, nodes in around.items()},
     )

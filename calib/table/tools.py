@@ -224,7 +224,7 @@ def _check(arguments: argparse.Namespace) -> int:
         warnings += _by_reason(unusable, ":")
         if arguments.onnx:
             usable = {name: scale for name, scale in scales.items() if name not in unusable}
-            differences, advice = _compare_with_network(scales, usable, arguments.onnx)
+            differences, advice = _compare_with_network(scales, usable, arguments.onnx, found.algorithm)
             findings += differences
             warnings += advice
     if arguments.json:
@@ -250,12 +250,12 @@ def _check(arguments: argparse.Namespace) -> int:
 
 
 def _compare_with_network(
-    scales: Mapping[str, float], usable: Mapping[str, float], path: Path
+    scales: Mapping[str, float], usable: Mapping[str, float], path: Path, algorithm: str | None
 ) -> tuple[list[str], list[str]]:
     """What is wrong with the names of a table for the network in ``path``, and what may be."""
     from calib.onnx.names import network_names
 
-    network = network_names(path)
+    network = network_names(path, algorithm)
     findings = []
     if unknown := [name for name in scales if not network.knows(name)]:
         findings.append(f"the network {path} has no {named(unknown)}")

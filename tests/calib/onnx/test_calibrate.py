@@ -44,11 +44,33 @@ def test_tables_of_tensorrt(name, tmp_path):
     assert len(differ) <= (0 if algorithm in ("minmax", "legacy") else TIES), differ
 
 
-@pytest.mark.parametrize("name", [name for name in TABLES if "entropy2" in name or "minmax" in name])
+@pytest.mark.parametrize("name", TABLES)
 def test_check_knows_the_names_of_tensorrt(name, capsys):
     network = TENSORRT / "nets" / f"{name.split('.')[0]}.onnx"
     assert run("check", TENSORRT / "tables" / name, "--onnx", network) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_check_asks_for_a_product_and_knows_a_shared_constant(tmp_path, images, capsys):
+    # PyTorch's exporter lets a weight that two layers share pass an Identity, which gives its entry the name.
+    nodes = [
+        node("Identity", ["slope"], ["shared"]),
+        node("PRelu", ["data", "slope"], ["a"]),
+        node("PRelu", ["a", "shared"], ["b"]),
+        node("GlobalAveragePool", ["b"], ["pool"]),
+        node("Flatten", ["pool"], ["flat"]),
+        node("Gemm", ["flat", "w", "bias"], ["fc"], transB=1),
+    ]
+    weights = {"slope": np.full((3, 1, 1), 0.25), "w": np.eye(3), "bias": np.ones(3)}
+    weights = {name: array.astype(np.float32) for name, array in weights.items()}
+    network = save(model(nodes, {"data": ["N", 3, 16, 16]}, {"fc": ["N", 3]}, weights), tmp_path / "network.onnx")
+    np.save(tmp_path / "images.npy", images)
+    assert "shared" in table_of(network, tmp_path / "images.npy", tmp_path).scales
+    assert run("check", tmp_path / "made.cache", "--onnx", network) == 0
+    assert "warning" not in capsys.readouterr().out
+    assert run("remove", tmp_path / "made.cache", "/fc/Gemm_output") == 0
+    assert run("check", tmp_path / "made.cache", "--onnx", network) == 0
+    assert "without a scale for tensor '/fc/Gemm_output'" in capsys.readouterr().out
 
 
 @pytest.fixture
