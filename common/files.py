@@ -7,6 +7,7 @@ import json
 import os
 import secrets
 import tempfile
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -176,6 +177,10 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
+        if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+            raise InputError(
+                f"{path} is not UTF-8 text but UTF-16, as PowerShell writes it: save it as UTF-8"
+            ) from error
         raise InputError(f"{path} is not UTF-8 text (byte {error.start})") from error
 
 

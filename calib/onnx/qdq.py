@@ -48,16 +48,8 @@ behind a pooling, and behind the reshape that it puts in front of a matrix produ
 
 _POOLING: Final = frozenset({"AveragePool", "GlobalAveragePool", "MaxPool"})
 _NO_ARITHMETIC: Final = RESHAPES | {
-    "Cast",
-    "Concat",
-    "Constant",
-    "Dropout",
-    "Gather",
-    "Pad",
-    "Shape",
-    "Slice",
-    "Split",
-    "Transpose",
+    *("Cast", "Concat", "ConcatFromSequence", "Constant", "ConstantOfShape", "Dropout", "Expand", "Gather"),
+    *("OptionalGetElement", "Pad", "SequenceAt", "Shape", "Slice", "Split", "Tile", "Transpose"),
 }
 
 

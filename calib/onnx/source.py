@@ -137,17 +137,20 @@ _Opened = tuple[int, int | None, Callable[[int, int], Batch]]
 def _arrays(source: Path, inputs: Sequence[NetworkInput]) -> _Opened:
     try:
         loaded = np.load(source, mmap_mode="r", allow_pickle=False)
-        arrays = dict(loaded) if isinstance(loaded, np.lib.npyio.NpzFile) else {inputs[0].name: loaded}
         named = isinstance(loaded, np.lib.npyio.NpzFile)
+        names = [item.name for item in inputs if item.name in loaded] if named else []
+        arrays = {name: loaded[name] for name in names} if named else {inputs[0].name: loaded}
     except OSError:
         raise
     except (ValueError, EOFError, zipfile.BadZipFile, KeyError, MemoryError) as error:
-        raise InputError(f"{source} is neither a folder of images nor a .npy or .npz file") from error
+        raise InputError(f"{source} is neither a folder of images nor a .npy or .npz file, or a damaged one") from error
     if missing := [item.name for item in inputs if item.name not in arrays]:
         needed = ", ".join(repr(item.name) for item in inputs)
         if named:
             raise InputError(f"{source} has no array {missing[0]!r}: the inputs of the network are {needed}")
         raise InputError(f"the network has the inputs {needed}: give a .npz file with an array of each name")
+    if others := [item.name for item in inputs if not isinstance(arrays[item.name], np.ndarray)]:
+        raise InputError(f"{source}: {others[0]!r} is no array: write the file with numpy.savez")
     flat: dict[str, NDArray[Any]] = {}
     given: set[int | None] = set()
     for item in inputs:
@@ -174,8 +177,8 @@ def _has_batches(array: NDArray[Any], item: NetworkInput, what: str) -> bool:
     """
     if item.dtype == "object":
         raise InputError(f"input {item.name!r} of the network is text, which is not calibrated: cut it off")
-    # float16 networks are given what others are given.
-    if str(array.dtype) not in (item.dtype, "float32" if item.dtype == "float16" else item.dtype):
+    # float16 networks are given what others are given; the order of bytes is NumPy's matter.
+    if str(array.dtype.newbyteorder("=")) not in (item.dtype, "float32" if item.dtype == "float16" else item.dtype):
         raise InputError(f"{what} is {array.dtype}, and the network takes {item.text()}: convert it first")
     rank = array.ndim if item.shape is None else len(item.shape)
     if not rank:

@@ -16,7 +16,7 @@ import math
 import re
 import struct
 import tempfile
-from codecs import BOM_UTF8
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -114,6 +114,8 @@ def format_of(content: bytes) -> Format:
     content = content.removeprefix(BOM_UTF8)
     if content.lstrip()[:1] == b"{":
         return _json_format(content)
+    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)):
+        return "table"
     if b"\0" in content[:32]:
         return "onnxruntime"
     try:

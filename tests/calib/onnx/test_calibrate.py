@@ -1,6 +1,7 @@
 """``python -m calib calibrate``: TensorRT's tables for ONNX networks, kinds of sources, and bad input."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -453,6 +454,17 @@ def test_arrays_that_do_not_fit(images, tmp_path, refused, network):
         (tmp_path / "images.npz").write_bytes(content[:length])
         refused(network, tmp_path / "images.npz", "neither a folder of images nor")
     refused(network, tmp_path / "missing", "cannot read")
+    with zipfile.ZipFile(tmp_path / "images.npz", "w") as archive:
+        archive.writestr("data", "text")
+    refused(network, tmp_path / "images.npz", "'data' is no array: write the file with numpy.savez")
+
+
+def test_the_order_of_bytes_and_values_does_not_matter(images, tmp_path, network):
+    tables = []
+    for array in (images, images.astype(">f4"), np.asfortranarray(images)):
+        np.savez(tmp_path / "images.npz", data=array, unused=np.ones(3))
+        tables.append(table_of(network, tmp_path / "images.npz", tmp_path))
+    assert tables[0] == tables[1] == tables[2]
 
 
 def test_a_single_number_as_input(images, tmp_path, refused):
