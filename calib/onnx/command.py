@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from calib.algorithms import ALGORITHMS, DEFAULT, OPTIONS
 from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
-from calib.table.tools import named, write_table
+from calib.table.tools import counted, named, write_table
 from common.errors import ExitCode, InputError
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     quantized = _write_quantized(arguments, model, table, batches) if arguments.qdq else None
     if not arguments.json:
         print(
-            f"{len(table.scales)} tensors, {calibration.images} images in {calibration.batches} batches, "
+            f"{counted(len(table.scales), 'tensor')}, {counted(calibration.images, 'image')} in "
+            f"{counted(calibration.batches, 'batch')}, "
             f"{calibration.seconds:.1f} s with {calibration.provider}"
         )
         if quantized is not None:

@@ -11,7 +11,7 @@ from typing import Any
 from calib.algorithms import ALGORITHMS, DEFAULT
 from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
-from calib.table.tools import named, write_table
+from calib.table.tools import counted, named, write_table
 from common.errors import ExitCode
 
 
@@ -67,7 +67,7 @@ def _from_qdq(arguments: argparse.Namespace) -> int:
         return ExitCode.PASSED
     if arguments.onnx:
         print(f"wrote {arguments.onnx}")
-    print(f"{len(table.scales)} tensors")
+    print(counted(len(table.scales), "tensor"))
     if found.unknown:
         print(f"no scale, since no pair says one: {named(found.unknown)}")
     return ExitCode.PASSED

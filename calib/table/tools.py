@@ -137,7 +137,7 @@ def _show(arguments: argparse.Namespace) -> int:
         print(json.dumps({**formats.to_json(table), "unusable": table.unusable}, indent=2))
         return ExitCode.PASSED
     version = f", TensorRT {table.tensorrt_version}" if table.has_version else ""
-    print(f"{arguments.table}: {table.algorithm}{version}, {len(table.scales)} tensors")
+    print(f"{arguments.table}: {table.algorithm}{version}, {counted(len(table.scales), 'tensor')}")
     rows = [
         (name, table.spelling.get(name, scale_to_hex(scale)), f"{scale:.9g}", f"{LEVELS * scale:.7g}")
         for name, scale in table.scales.items()
@@ -243,9 +243,9 @@ def _check(arguments: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"warning: {arguments.table}: {warning}")
     if findings or table is None:
-        print(f"{arguments.table}: {len(findings)} {'problem' if len(findings) == 1 else 'problems'}")
+        print(f"{arguments.table}: {counted(len(findings), 'problem')}")
         return ExitCode.FAILED
-    print(f"{arguments.table}: valid, {table.header}, {len(table.scales)} tensors")
+    print(f"{arguments.table}: valid, {table.header}, {counted(len(table.scales), 'tensor')}")
     return ExitCode.PASSED
 
 
@@ -281,6 +281,11 @@ def named(names: Sequence[str]) -> str:
     first = ", ".join(map(repr, names[:_NAMED]))
     more = f" and {len(names) - _NAMED} more ({len(names)} in all)" if len(names) > _NAMED else ""
     return f"{'tensor' if len(names) == 1 else 'tensors'} {first}{more}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: ``1 tensor``, ``2 tensors``, ``3 batches``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}{'es' if what.endswith('ch') else 's'}"
 
 
 def _by_reason(unusable: Mapping[str, str], verb: str) -> list[str]:

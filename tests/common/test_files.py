@@ -247,6 +247,9 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
     (tmp_path / "binary").write_bytes(b"ab\xff")
     with pytest.raises(InputError, match=r"is not UTF-8 text \(byte 2\)$"):
         read_text(tmp_path / "binary")
+    (tmp_path / "windows").write_text("TRT-8501-EntropyCalibration2", encoding="utf-16")
+    with pytest.raises(InputError, match="is not UTF-8 text but UTF-16, as PowerShell writes it"):
+        read_text(tmp_path / "windows")
 
 
 @pytest.mark.parametrize(

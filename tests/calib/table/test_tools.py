@@ -152,6 +152,14 @@ def test_check_as_json(table, tmp_path, capsys):
     assert found["warnings"] == ["tensor 'x': the scale is NaN"]
 
 
+def test_a_table_in_utf16_is_named_so(table, tmp_path):
+    other = tmp_path / "windows"
+    other.write_text(table.read_text(encoding="utf-8"), encoding="utf-16")
+    for line in (["show", other], ["check", other], ["convert", other, tmp_path / "out"]):
+        with pytest.raises(InputError, match="UTF-16, as PowerShell writes it: save it as UTF-8"):
+            run(*line)
+
+
 def test_check_warns_of_scales_and_line_ends(tmp_path, capsys):
     path = tmp_path / "table"
     path.write_bytes(b"TRT-8601-EntropyCalibration2\r\ndata: 3c008912\r\ndead: 00000000\r\ntiny: 00000001\r\n")
