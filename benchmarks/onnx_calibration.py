@@ -19,8 +19,8 @@ from benchmarks.timing import in_turns, ratio, spread, timed
 from calib.network import INPUT
 from calib.onnx.calibrate import calibrate_onnx
 from calib.onnx.model import network_inputs, read_float_model
-from calib.onnx.observe import open_session
 from calib.onnx.rules import entries
+from calib.onnx.session import open_session
 from calib.onnx.source import DEFAULT_BATCH, Pixels, open_source
 from calib.tracing import trace
 from common.threads import available_cores

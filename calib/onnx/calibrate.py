@@ -89,7 +89,8 @@ def calibrate_onnx(
     start = time.perf_counter()
     wanted = [value for entry in entries for value in (entry.value, *entry.whole) if value is not None]
     heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole}
-    observed = Observed(path, model, wanted)
+    in_order = {name for value, whole in heads.items() for name in (value, *whole)}
+    observed = Observed(path, model, wanted, in_order)
     if not observed.values:
         raise InputError(f"{path} computes with integers alone: there is nothing to calibrate")
     histograms, infinite = collect(observed, batches, progress, heads)

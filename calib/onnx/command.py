@@ -239,7 +239,7 @@ def _pixels(arguments: argparse.Namespace) -> Pixels:
 
 
 def _warnings(calibration: OnnxCalibration, subgraphs: list[str], left_over: int) -> list[str]:
-    from calib.onnx.observe import has_cuda
+    from calib.onnx.session import has_cuda
 
     lines = []
     if has_cuda() and not calibration.provider.startswith("CUDA"):

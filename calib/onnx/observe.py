@@ -5,23 +5,29 @@ Imports onnx and onnxruntime inside functions: they are slow to load.
 
 from __future__ import annotations
 
+import logging
 import math
-import platform
-import re
-from collections.abc import Iterable, Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from calib.onnx.model import name_nodes
+from calib.onnx.blocks import has_blocks, in_blocks
+from calib.onnx.session import open_session, reason, with_outputs
 from calib.onnx.source import Batch
-from common.errors import InputError, first_line
+from common.errors import InputError
 from common.threads import available_cores
 
 if TYPE_CHECKING:
     import onnx
     from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 _BUDGET = 192 * 2**20
 """Bytes of observed values at a time; a batch that has more is run in parts, one after the other."""
@@ -29,13 +35,9 @@ _BUDGET = 192 * 2**20
 _BUDGET_OF_A_CORE = 24 * 2**20
 """The same where there are many cores, each of which should have an image: resnet18's values at 224 x 224 are 22 MB."""
 
-_CUDA = "CUDAExecutionProvider"
-
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(double)")
 
 _LEAST = 1e-300
-
-_UNKNOWN_OPERATOR = ("is not a registered function/op", "No Op registered", "NOT_IMPLEMENTED")
 
 
 class Observed:
@@ -49,6 +51,8 @@ class Observed:
         path: The file, whose folder holds external weights.
         model: Its network, without these.
         values: Values of the main graph; those that ONNX Runtime finds to be no float tensors are left out.
+        in_order: Those of them whose elements :meth:`run` gives in the network's order; None for all. Others may come
+            in the order in which ONNX Runtime computes them, which is faster.
 
     Attributes:
         values: The float ones of them.
@@ -59,18 +63,23 @@ class Observed:
         InputError: ONNX Runtime does not take the network.
     """
 
-    def __init__(self, path: Path, model: onnx.ModelProto, values: Sequence[str]) -> None:
+    def __init__(
+        self, path: Path, model: onnx.ModelProto, values: Sequence[str], in_order: Collection[str] | None = None
+    ) -> None:
         inputs = {value.name for value in model.graph.input}
         self._passed = [name for name in values if name in inputs]
         asked = [name for name in dict.fromkeys(values) if name not in inputs]
-        self._path, self._model = path, with_outputs(model, asked)
+        self._path = path
         self._cores = available_cores()
-        self._session = open_session(path, self._model, 1)
+        outputs, self._open = asked, partial(open_session, path, with_outputs(model, asked))
+        if in_order is not None and has_blocks(model):
+            outputs = self._give_blocks(with_outputs(model, asked), in_order)
+        self._session = self._open(1)
         given = {item.name for item in self._session.get_inputs() if item.type in _FLOATS}
         self._passed = [name for name in self._passed if name in given]
         kinds = {output.name: output.type for output in self._session.get_outputs()}
-        floats = {name for name, kind in kinds.items() if kind in _FLOATS}
-        self._asked = [name for name in asked if name in floats]
+        # Value -> what the session calls it.
+        self._asked = {name: output for name, output in zip(asked, outputs, strict=True) if kinds[output] in _FLOATS}
         self.values = [*self._passed, *self._asked]
         self.rectified = {
             node.input[0]: node.output[0]
@@ -80,6 +89,19 @@ class Observed:
         self.provider: str = self._session.get_providers()[0]
         self._fixed = next((item.shape[0] for item in self._session.get_inputs() if _is_fixed(item)), None)
         self._images = self._at_a_time = 0
+
+    def _give_blocks(self, model: onnx.ModelProto, in_order: Collection[str]) -> list[str]:
+        """Take the network that :func:`calib.onnx.blocks.in_blocks` makes; the names of its outputs."""
+        folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        optimized = folder / "optimized.onnx"
+        try:
+            blocked, outputs = in_blocks(self._path, model, in_order, optimized)
+        except InputError as error:  # of a broken network, which the next session says again, or of a full disk
+            logger.debug("the values of convolutions are put in order: %s", error)
+            return [output.name for output in model.graph.output]
+        self._open = partial(open_session, optimized, blocked, optimize=False)
+        return outputs
 
     def waves(self, batch: Batch) -> list[list[Batch]]:
         """A batch cut into parts: lists of those that :meth:`run` takes at a time, in as many threads.
@@ -118,8 +140,8 @@ class Observed:
         if self._cores > self._at_a_time:
             del self._session
             # A session has one set of threads for all that run it, beside the thread that each has of its own.
-            self._session = open_session(self._path, self._model, self._cores - self._at_a_time + 1)
-        del self._model  # as large as its weights
+            self._session = self._open(self._cores - self._at_a_time + 1)
+        del self._open  # holds the model, as large as its weights
 
     def run(self, batch: Batch) -> dict[str, Tensor]:
         """The float values of one part of a batch, by name, on the CPU; several threads may call it at a time.
@@ -133,9 +155,9 @@ class Observed:
         values = {name: batch[name] for name in self._passed}
         fed = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in batch.items()}
         try:
-            found = self._session.run_with_ort_values(self._asked, fed) if self._asked else []
+            found = self._session.run_with_ort_values([*self._asked.values()], fed) if self._asked else []
         except Exception as error:  # its exceptions share no base class of their own
-            raise InputError(f"ONNX Runtime does not run {self._path}: {_reason(error)}") from error
+            raise InputError(f"ONNX Runtime does not run {self._path}: {reason(error)}") from error
         tensors = {name: torch.from_numpy(array) for name, array in values.items()}
         tensors.update((name, _tensor(value)) for name, value in zip(self._asked, found, strict=True))
         # TensorRT computes double precision in float32.
@@ -152,78 +174,6 @@ def _tensor(value: Any) -> Tensor:
 
 def _is_fixed(item: Any) -> bool:
     return bool(item.shape) and isinstance(item.shape[0], int)
-
-
-def with_outputs(model: onnx.ModelProto, values: Sequence[str]) -> onnx.ModelProto:
-    """The network with these values as its outputs, and no others."""
-    import onnx
-
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    name_nodes(copy)  # ONNX Runtime refuses two of one name, which TensorRT takes
-    del copy.graph.output[:]
-    known = {value.name: value for value in model.graph.output}
-    copy.graph.output.extend(known.get(name, onnx.ValueInfoProto(name=name)) for name in values)
-    return copy
-
-
-def open_session(path: Path, model: onnx.ModelProto, threads: int) -> Any:
-    """A session for ``model``, whose external weights lie where ``path`` is, with so many threads for an operator.
-
-    Raises:
-        InputError: ONNX Runtime does not take the network.
-    """
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 4  # errors are raised as well
-    options.add_session_config_entry("session.intra_op.spin_duration_us", "1000")
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent.resolve()))
-    if platform.machine() in ("x86_64", "AMD64"):
-        # Sums of two products of integers do not saturate with this.
-        options.add_session_config_entry("session.x64quantprecision", "1")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if has_cuda():
-        providers.insert(0, (_CUDA, {"use_tf32": "0"}))
-    try:
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=providers)
-    except Exception as error:  # its exceptions share no base class of their own
-        foreign = ", ".join(_foreign_operators(model))
-        if foreign and any(text in str(error) for text in _UNKNOWN_OPERATOR):
-            raise InputError(
-                f"{path} has operators that ONNX Runtime does not have: {foreign}; cut the network before them, "
-                "or calibrate with TensorRT"
-            ) from error
-        raise InputError(f"ONNX Runtime does not take {path}: {_reason(error)}") from error
-
-
-def has_cuda() -> bool:
-    """Whether the ONNX Runtime that is installed has the CUDA provider, which yet may find no GPU or library."""
-    import onnxruntime
-
-    return _CUDA in onnxruntime.get_available_providers()
-
-
-def _foreign_operators(model: onnx.ModelProto) -> Iterator[str]:
-    """The operators of a model that ONNX does not define, once each, and those of other domains."""
-    import onnx
-
-    versions = {item.domain: item.version for item in model.opset_import}
-    seen = set()
-    for node in model.graph.node:
-        domain = node.domain if node.domain != "ai.onnx" else ""
-        known = domain in ("", "ai.onnx.ml") and onnx.defs.has(node.op_type, versions.get(domain, 1), domain)
-        known = known or domain.startswith("com.microsoft")
-        if not known and (domain, node.op_type) not in seen:
-            seen.add((domain, node.op_type))
-            yield f"{node.op_type} (domain {domain})" if domain else node.op_type
-
-
-def _reason(error: Exception) -> str:
-    """The first line of ONNX Runtime's message, without its error code."""
-    text = first_line(error).rpartition("[ONNXRuntimeError] : ")[2]
-    return re.sub(r"^[0-9]+ : [A-Z_]+ : ", "", text)[:300]
 
 
 def compare_outputs(

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from calib.__main__ import main
-from calib.onnx import observe
+from calib.onnx import observe, session
 from calib.onnx.graph import Graph
 from calib.onnx.model import read_float_model
 from calib.table import CalibrationTable
@@ -335,7 +335,7 @@ def test_custom_operators_are_named_in_one_line(tmp_path, source):
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_a_gpu_that_cannot_be_had_is_told(tmp_path, capsys, source, network, monkeypatch):
-    monkeypatch.setattr(observe, "has_cuda", lambda: True)
+    monkeypatch.setattr(session, "has_cuda", lambda: True)
     table_of(network, source, tmp_path)
     told = capsys.readouterr()
     assert "warning: ONNX Runtime's CUDA provider does not start" in told.err
