@@ -237,6 +237,11 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             direct[node.output[0]] = source or node.input[0]
             codes.add(node.output[0])
         elif node.op_type != "DequantizeLinear":
+            if node.op_type in _SAME_SCALE and node.input[0] in codes:  # moves values now
+                direct[node.output[0]] = node.output[0]
+                codes.add(node.output[0])
+                if node.op_type == "Pad" and len(node.input) > 2:
+                    node.input[2] = ""  # from the codes' zero point to 0
             nodes.append(node)
         elif (weight := _weight(model, node, constants, path)) is not None:
             result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))

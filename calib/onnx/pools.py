@@ -18,34 +18,56 @@ if TYPE_CHECKING:
     import onnx
 
 
-def pad_in_front(model: onnx.ModelProto) -> None:
+def pad_in_front(model: onnx.ModelProto, codes: bool = False) -> None:
     """Let no average pooling with ``ceil_mode`` count padding, in place; the numbers stay the same.
 
     Windows that hang over the padded border are divided by what lies within it. ONNX Runtime's integer kernel divides
-    them by the whole window where padding counts (1.30; its float kernel does not). Padding goes into an operator in
-    front, behind which the pooling is computed in float.
+    them by the whole window where padding counts (1.32; its float kernel does not). Padding goes into an operator in
+    front.
+
+    Args:
+        model: Its nodes have names.
+        codes: Pad what is dequantized, not the values: before 1.32, ONNX Runtime takes zeros in front of a pooling back
+            into it. TensorRT has no kernel for codes.
     """
     import onnx
     from onnx import numpy_helper
 
-    graph = model.graph
-    taken = {name for node in graph.node for name in (*node.input, *node.output)} | {node.name for node in graph.node}
+    graph = Graph(model)
+    taken = {*graph.producer, *graph.weights, *graph.inputs} | {node.name for node in graph.nodes}
     nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
+    for node in graph.nodes:
         settings = attributes(node)
         if node.op_type == "AveragePool" and settings.get("ceil_mode") and settings.get("count_include_pad"):
             kept = [item for item in node.attribute if item.name not in ("count_include_pad", "pads")]
+            replace_items(node.attribute, kept)
             pads = settings.get("pads", [])
             if any(pads):
                 begin, end = pads[: len(pads) // 2], pads[len(pads) // 2 :]
                 amounts = free_name(f"{node.name}_pads", taken)
-                padded = free_name(f"{node.input[0]}_padded", taken)
-                graph.initializer.append(numpy_helper.from_array(np.array([0, 0, *begin, 0, 0, *end]), amounts))
-                nodes.append(onnx.helper.make_node("Pad", [node.input[0], amounts], [padded], f"{node.name}_Pad"))
-                node.input[0] = padded
-            replace_items(node.attribute, kept)
+                model.graph.initializer.append(numpy_helper.from_array(np.array([0, 0, *begin, 0, 0, *end]), amounts))
+                pad = onnx.helper.make_node("Pad", [node.input[0], amounts], [""], f"{node.name}_Pad")
+                pad.output[0] = node.input[0] = free_name(f"{node.input[0]}_padded", taken)
+                before = graph.producer.get(pad.input[0])
+                if codes and before is not None and before.op_type == "DequantizeLinear":
+                    nodes.extend(_before_dequantizing(pad, before, taken))
+                else:
+                    nodes.append(pad)
         nodes.append(node)
-    replace_items(graph.node, nodes)
+    replace_items(model.graph.node, nodes)
+
+
+def _before_dequantizing(pad: onnx.NodeProto, before: onnx.NodeProto, taken: set[str]) -> list[onnx.NodeProto]:
+    """Padding of codes with their zero point, and their dequantizing, instead of padding behind ``before``."""
+    import onnx
+
+    behind = onnx.NodeProto()
+    behind.CopyFrom(before)
+    behind.name, behind.output[0] = f"{pad.name}_dequantized", pad.output[0]
+    pad.input[0] = before.input[0]
+    pad.input.append(before.input[2])
+    pad.output[0] = behind.input[0] = free_name(f"{pad.input[0]}_padded", taken)
+    return [pad, behind]
 
 
 def average_codes(model: onnx.ModelProto) -> None:

@@ -78,7 +78,7 @@ def int8_model(
     write_pairs(model, activations, weights, integer_biases=for_cpu)
     if for_cpu:
         average_codes(model)
-    pad_in_front(model)
+    pad_in_front(model, codes=for_cpu)
     return model
 
 
