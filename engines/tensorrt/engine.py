@@ -30,7 +30,7 @@ from common.config import AlgorithmName, EngineConfig, PrecisionName, Quantizati
 from common.errors import InputError, first_line
 from common.macs import MacCount
 from data.base import ImageSet
-from engines.base import Compiled, Engine, Outputs, OwnCalibration, StoppedError, map_outputs
+from engines.base import Compiled, Engine, Outputs, OwnCalibration, map_outputs
 from engines.cuda import capture
 from engines.gpu import Gpu
 from engines.tensorrt import build as building
@@ -97,13 +97,10 @@ class TorchTensorRTEngine(Engine):
             algorithm: Of the calibration.
 
         Raises:
-            StoppedError: what was asked for is not possible here.
+            TensorRTError: what was asked for is not possible here.
         """
-        try:
-            _, installed, _ = usable(self._config.device)
-            return self._mode(installed, algorithm)
-        except TensorRTError as error:
-            raise StoppedError(str(error)) from error
+        _, installed, _ = usable(self._config.device)
+        return self._mode(installed, algorithm)
 
     def _mode(self, installed: Installed, algorithm: AlgorithmName) -> tuple[Mode, str]:
         needs = algorithm_problem(algorithm)
@@ -115,15 +112,12 @@ class TorchTensorRTEngine(Engine):
 
     def compile(self, network: Network, precision: PrecisionName, table: CalibrationTable | None) -> Compiled:
         """See :meth:`engines.base.Engine.compile`."""
-        try:
-            torch_tensorrt, installed, gpu = usable(self._config.device)
-            job = self._job(torch_tensorrt, installed, network, precision, table)
-            engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
-            if network.input_shape is not None:
-                for size in self._batch_sizes:
-                    engines.try_once((size, *network.input_shape))
-        except TensorRTError as error:
-            raise StoppedError(str(error)) from error
+        torch_tensorrt, installed, gpu = usable(self._config.device)
+        job = self._job(torch_tensorrt, installed, network, precision, table)
+        engines = Engines(job, torch_tensorrt, installed, gpu, self._folder / "engines", self._batch_sizes)
+        if network.input_shape is not None:
+            for size in self._batch_sizes:
+                engines.try_once((size, *network.input_shape))
         counts = engines.macs()
         details = {**job.details, **{f"engine of batch {size}": count.summary() for size, count in counts.items()}}
         details["TF32"] = "allowed" if self._config.tf32 else "off"
@@ -164,10 +158,7 @@ class TorchTensorRTEngine(Engine):
             return None
         path = self._own_table_path(network)
         provenance = replace(provenance, algorithm=algorithm)
-        try:
-            own = calibrate(network, images, path, provenance, self._config, recalibrate)
-        except TensorRTError as error:
-            raise StoppedError(str(error)) from error
+        own = calibrate(network, images, path, provenance, self._config, recalibrate)
         if own.calibrated:
             logger.info("TensorRT calibrated in %.3f s and wrote %s", own.seconds, path)
         else:
@@ -313,8 +304,7 @@ class Engines:
         """Build or load the engine for inputs of ``shape``, and run it on zeros: a full GPU may show only then.
 
         Raises:
-            TensorRTError: it cannot be built.
-            StoppedError: it does not run.
+            TensorRTError: it cannot be built, or does not run.
             InputError: its file cannot be written.
         """
         self.module(shape)
@@ -325,9 +315,7 @@ class Engines:
 
         The GPU must be the current device.
         """
-        module = self._modules.get(tuple(images.shape))
-        if module is None:
-            module = self._module_or_engine_error(tuple(images.shape))
+        module = self.module(tuple(images.shape))
         with torch.no_grad():
             return map_outputs(Tensor.float, module(images.half())) if self._job.half else module(images)
 
@@ -335,7 +323,7 @@ class Engines:
         """float32 [B, C, H, W] on the CPU -> what the network gives there; an odd B is padded to one that is built for.
 
         Raises:
-            StoppedError: the engine cannot be built, or does not run, as where the GPU has too little memory.
+            TensorRTError: the engine cannot be built, or does not run, as where the GPU has too little memory.
         """
         count = len(images)
         larger = [size for size in self._sizes if size >= count]
@@ -345,17 +333,11 @@ class Engines:
             with on(self._device):
                 return map_outputs(lambda output: output[:count].cpu(), self.on_device(batch.to(self._device)))
         except torch.cuda.OutOfMemoryError as error:
-            raise StoppedError(
+            raise TensorRTError(
                 f"{self._gpu.name} has too little free memory for a batch of {padded}: take smaller batches"
             ) from error
         except RuntimeError as error:  # of TensorRT's runtime and of CUDA
-            raise StoppedError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
-
-    def _module_or_engine_error(self, shape: tuple[int, ...]) -> Any:
-        try:
-            return self.module(shape)
-        except TensorRTError as error:
-            raise StoppedError(str(error)) from error
+            raise TensorRTError(f"TensorRT does not run its engine of batch {padded}: {build_error(error)}") from error
 
     def module(self, shape: tuple[int, ...]) -> Any:
         """The engine for inputs of ``shape``: held, loaded, or built and stored.

@@ -28,6 +28,7 @@ from common.config import AlgorithmName
 from common.console import silenced
 from common.errors import InputError, first_line
 from common.versions import installed_versions
+from engines.base import StoppedError
 from engines.gpu import Capability, Gpu, GpuError, dotted, find_gpu
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ TENSORRT_ALGORITHMS: Final[Mapping[AlgorithmName, str]] = {
 """Members of ``torch_tensorrt.ts.ptq.CalibrationAlgo``."""
 
 
-class TensorRTError(InputError):
+class TensorRTError(StoppedError, InputError):
     """TensorRT cannot do this here: one line that says why and what to do."""
 
 
