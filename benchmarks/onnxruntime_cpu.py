@@ -35,7 +35,6 @@ def make_models(plan: Int8Plan, calibration: Sequence[Tensor]) -> dict[str, onnx
 
     from engines.onnx.float import float_model
     from engines.onnx.int8 import int8_model
-    from engines.onnxruntime.engine import int8_weights_are_exact
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -44,9 +43,7 @@ def make_models(plan: Int8Plan, calibration: Sequence[Tensor]) -> dict[str, onnx
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
 
-    # As the engine makes it.
-    ours = int8_model(plan, for_cpu=True, int8_weights=int8_weights_are_exact())
-    models = {FP32: float_model(plan.network), OURS: ours}
+    models = {FP32: float_model(plan.network), OURS: int8_model(plan, for_cpu=True)}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         onnx.save(models[FP32], source)

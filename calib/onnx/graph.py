@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from calib.onnx.model import constant_value, values_read
+from calib.onnx.model import constant_value, inner_graphs, values_read
 
 if TYPE_CHECKING:
     import onnx
@@ -52,7 +52,7 @@ class Graph:
             for name in dict.fromkeys(read):
                 self.readers.setdefault(name, []).append(node)
             self.producer.update((name, node) for name in node.output if name)
-            if all(name in self.constant for name in read) and not node.op_type.startswith("Random"):
+            if all(name in self.constant for name in read) and not _draws(node):
                 self.constant.update(node.output)
 
     def used(self, value: str) -> bool:
@@ -63,6 +63,12 @@ class Graph:
         """The only node that reads ``value``, or None if there are others or it is an output."""
         readers = self.readers.get(value, [])
         return readers[0] if len(readers) == 1 and value not in self.outputs else None
+
+
+def _draws(node: onnx.NodeProto) -> bool:
+    """Whether a node, or one inside it, gives random numbers."""
+    inner = (each for graph in inner_graphs(node) for each in graph.node)
+    return node.op_type.startswith("Random") or any(map(_draws, inner))
 
 
 def stored(graph: Graph, name: str, folder: Path) -> NDArray[Any] | None:

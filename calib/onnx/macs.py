@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from calib.onnx.external import loadable
 from calib.onnx.graph import RESHAPES, Graph
-from calib.onnx.model import subgraph_nodes, value_shapes
+from calib.onnx.model import inner_graphs, subgraph_nodes, value_shapes
 from common.macs import LayerMacs, MacCount
 
 if TYPE_CHECKING:
@@ -157,11 +157,7 @@ def _known(shape: Sequence[int | None]) -> list[int]:
 
 def _multiplies(node: onnx.NodeProto) -> bool:
     """Whether a loop or branch holds a convolution or matrix product."""
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            if any(inner.op_type in _OPERANDS or _multiplies(inner) for inner in graph.node):
-                return True
-    return False
+    return any(inner.op_type in _OPERANDS or _multiplies(inner) for graph in inner_graphs(node) for inner in graph.node)
 
 
 def _macs(node: onnx.NodeProto, shapes: Mapping[str, list[int | None]]) -> int | None:
@@ -224,13 +220,23 @@ def _is_dequantized(name: str, graph: Graph) -> bool:
         node = graph.producer.get(value)
         if node is None:
             return False
-        if node.op_type == "DequantizeLinear" or value in seen:
+        if _dequantizes(node) or value in seen:
             continue
         if node.op_type not in _MOVES:
             return False
         seen.add(value)
         pending.extend(node.input if node.op_type == "Concat" else node.input[:1])
     return True
+
+
+def _dequantizes(node: onnx.NodeProto) -> bool:
+    """Whether a DequantizeLinear gives a node's value, be it in each branch of an If."""
+    if node.op_type != "If":
+        return node.op_type == "DequantizeLinear"
+    return all(
+        any(inner.op_type == "DequantizeLinear" and inner.output[0] == branch.output[0].name for inner in branch.node)
+        for branch in inner_graphs(node)
+    )
 
 
 def _result(node: onnx.NodeProto) -> str:

@@ -309,13 +309,21 @@ def values_read(node: onnx.NodeProto) -> list[str]:
 
 
 def _outer_values(node: onnx.NodeProto) -> Iterator[str]:
-    """What the graphs inside a node read, also of their own values, which have other names."""
-    for attribute in node.attribute:
-        for graph in [*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs]:
-            for inner in graph.node:
-                yield from filter(None, inner.input)
-                yield from _outer_values(inner)
-            yield from (output.name for output in graph.output)
+    """What the graphs inside a node read of what is around them."""
+    for graph in inner_graphs(node):
+        own = {value.name for value in (*graph.input, *graph.initializer)}
+        own.update(name for inner in graph.node for name in inner.output)
+        read = [name for inner in graph.node for name in values_read(inner)]
+        yield from (name for name in (*read, *(output.name for output in graph.output)) if name not in own)
+
+
+def inner_graphs(node: onnx.NodeProto) -> list[onnx.GraphProto]:
+    """The graphs inside a node (If, Loop, Scan)."""
+    return [
+        graph
+        for attribute in node.attribute
+        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs)
+    ]
 
 
 def replace_items(field: Any, items: Iterable[Any]) -> None:
@@ -342,10 +350,7 @@ def drop_unread(graph: onnx.GraphProto) -> None:
 
 def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of the main graph that hold graphs of their own (If, Loop, Scan)."""
-    import onnx
-
-    graphs = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
-    return [node for node in model.graph.node if any(attribute.type in graphs for attribute in node.attribute)]
+    return [node for node in model.graph.node if inner_graphs(node)]
 
 
 def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | None:

@@ -61,7 +61,6 @@ class Weight:
         bias: The initializer of the layer's bias, or None.
         input_scale: Of the value that the layer reads.
         readers: Names of the ONNX nodes that read it quantized; None for all.
-        unsigned: Whether it is stored as uint8 with zero point 128 instead of int8 with zero point 0.
     """
 
     name: str
@@ -70,7 +69,6 @@ class Weight:
     bias: str | None
     input_scale: float
     readers: Set[str] | None = None
-    unsigned: bool = False
 
 
 def channel_axis(node: onnx.NodeProto, dimensions: int) -> int | None:
@@ -138,8 +136,8 @@ class _Pairs:
     def weight(self, weight: Weight) -> None:
         """Store a weight as codes: rint(weight / scale) in [-127, 127].
 
-        Signed codes that several layers read are stored for each of them: ONNX Runtime's ``session.x64quantprecision``
-        makes them unsigned layer by layer, and fails where another one did so before.
+        What several layers read is stored for each of them: ONNX Runtime's ``session.x64quantprecision`` makes codes
+        unsigned layer by layer, and fails where another one did so before.
         """
         values = self._constant(weight.name)
         shape = [-1 if axis == weight.axis else 1 for axis in range(values.ndim)]
@@ -147,20 +145,16 @@ class _Pairs:
         codes = values / (scales if weight.axis is None else scales.reshape(shape))
         np.rint(codes, out=codes)
         np.clip(codes, -WEIGHT_MAX, WEIGHT_MAX, out=codes)
-        if weight.unsigned:
-            codes += MIDDLE
-        stored = codes.astype(np.uint8 if weight.unsigned else np.int8)
-        zero_points = np.full(weight.scales.shape, MIDDLE if weight.unsigned else 0, stored.dtype)
+        stored, zero_points = codes.astype(np.int8), np.zeros(weight.scales.shape, np.int8)
         name = weight.name
-        named = [node.name for node in self._readers.get(name, ())]
-        readers = [node for node in named if weight.readers is None or node in weight.readers]
-        for group in [set(readers)] if weight.unsigned else [{reader} for reader in readers]:
-            inputs = [
-                self._store(f"{name}_quantized", stored),
-                self._store(f"{name}_scale", weight.scales),
-                self._store(f"{name}_zero_point", zero_points),
-            ]
-            self._dequantized_constant(name, inputs, weight.axis, group)
+        for reader in [node.name for node in self._readers.get(name, ())]:
+            if weight.readers is None or reader in weight.readers:
+                inputs = [
+                    self._store(f"{name}_quantized", stored),
+                    self._store(f"{name}_scale", weight.scales),
+                    self._store(f"{name}_zero_point", zero_points),
+                ]
+                self._dequantized_constant(name, inputs, weight.axis, {reader})
 
     def bias(self, weight: Weight, bias: str) -> None:
         """Store a bias as int32."""

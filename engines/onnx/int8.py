@@ -6,7 +6,6 @@ Where the pairs stand is the plan's (:mod:`calib.explicit`); this module finds t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Final
@@ -26,14 +25,13 @@ from common.errors import InputError
 from engines.integer import LARGEST_BIAS
 from engines.onnx.float import float_graph
 from engines.onnxruntime.form import for_onnxruntime, rewrite_for_kernels
+from engines.onnxruntime.weights import choose_weights
 from engines.tensorrt.form import for_tensorrt
 
 _WEIGHTED: Final = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 
 
-def int8_model(
-    plan: Int8Plan, for_cpu: bool = False, int8_weights: bool = False, any_size: bool = False
-) -> onnx.ModelProto:
+def int8_model(plan: Int8Plan, for_cpu: bool = False, any_size: bool = False) -> onnx.ModelProto:
     """The network in ONNX with explicit quantization: the float network with Q/DQ pairs and int8 weights.
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and
@@ -42,18 +40,16 @@ def int8_model(
 
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
-    (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), weights,
-    too (without VNNI, its kernels for uint8 with int8 add two products in 16 bits, where they saturate), but values
-    behind a ReLU with zero point 0 and their layers' weights in int8 (2 * 127 * 127 does not saturate), int32 biases,
-    ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has an integer operator, convolutions of few channels
-    with several columns at once (:mod:`engines.onnxruntime.columns`), and no convolution in INT8 whose result is read
-    in float (:mod:`engines.onnxruntime.form`).
+    (on x86 it has no fast convolution on int8 values, and converts them only where each has a single reader), but
+    those behind a ReLU with zero point 0, weights in the type whose sums are exact on the CPU that loads the file
+    (:mod:`engines.onnxruntime.weights`), int32 biases, ReLU as a leaky ReLU of slope 0, for which, unlike ReLU, it has
+    an integer operator, convolutions of few channels with several columns at once
+    (:mod:`engines.onnxruntime.columns`), and no convolution in INT8 whose result is read in float
+    (:mod:`engines.onnxruntime.form`).
 
     Args:
         plan: Which layers run in INT8; of a network traced with an ``input_shape``.
         for_cpu: Whether the model is for ONNX Runtime on a CPU alone.
-        int8_weights: With ``for_cpu``, int8 weights with zero point 0 throughout: for the CPU at hand, where
-            :func:`engines.onnxruntime.engine.int8_weights_are_exact`, and where they are faster.
         any_size: With ``for_cpu``, no several columns at once, which fixes the size of the images.
 
     Raises:
@@ -71,12 +67,9 @@ def int8_model(
         rectified = {values[name] for name in placement.rectified if name in values}
         for value, activation in activations.items():
             activation.zero_point = 0 if value in rectified else MIDDLE
-        if not int8_weights:
-            layers = [node for node in model.graph.node if node.op_type in _WEIGHTED]
-            exact = {node.input[1] for node in layers if node.input[0] in rectified}
-            weights = [dataclasses.replace(weight, unsigned=weight.name not in exact) for weight in weights]
     write_pairs(model, activations, weights, integer_biases=for_cpu)
     if for_cpu:
+        choose_weights(model)
         average_codes(model)
     pad_in_front(model, codes=for_cpu)
     return model

@@ -108,10 +108,7 @@ class OnnxRuntimeEngine(Engine):
             if fault is not None:
                 raise EngineError(fault)
         try:
-            if plan:
-                model = int8_model(plan, for_cpu=True, int8_weights=int8_weights_are_exact())
-            else:
-                model = float_model(network)
+            model = int8_model(plan, for_cpu=True) if plan else float_model(network)
         except InputError as error:
             raise EngineError(str(error)) from error
         if precision == "fp16":
@@ -162,24 +159,17 @@ def open_session(
 
 
 @cache
-def int8_weights_are_exact() -> bool:
-    """Whether this CPU's kernels for uint8 values with int8 weights sum exactly.
-
-    They are the fastest where the CPU has instructions for them; on x86 without VNNI they saturate. So it is tried.
-    """
-    return _sums_are_exact(np.int8)
-
-
-@cache
 def integer_fault() -> str | None:
     """Why the integer kernels of this ONNX Runtime cannot be trusted on this CPU, or None if they compute right.
+
+    Those for int8 weights may saturate, where a network has uint8 ones (:mod:`engines.onnxruntime.weights`).
 
     The versions up to 1.25 give wrong sums on CPUs with AMX where the number of terms is no multiple of 64
     (microsoft/onnxruntime, pull request 27671).
     """
     import onnxruntime
 
-    if int8_weights_are_exact() or _sums_are_exact(np.uint8):
+    if sums_are_exact(np.int8) or sums_are_exact(np.uint8):
         return None
     return (
         f"ONNX Runtime {onnxruntime.__version__} computes integer matrix products wrongly on this CPU "
@@ -187,7 +177,7 @@ def integer_fault() -> str | None:
     )
 
 
-def _sums_are_exact(weights: type[np.int8] | type[np.uint8]) -> bool:
+def sums_are_exact(weights: type[np.int8] | type[np.uint8]) -> bool:
     """Whether products of uint8 values with weights of this type are right, at the ends of both ranges too."""
     from onnx import TensorProto, helper, numpy_helper
 

@@ -29,11 +29,11 @@ from engines.onnxruntime.engine import (
     OnnxRuntimeEngine,
     describe_dot_products,
     dot_products,
-    int8_weights_are_exact,
     integer_fault,
     integer_operators,
     open_runner,
     open_session,
+    sums_are_exact,
 )
 from models import LeNet
 from tests.networks import NETWORKS, Unrunnable, images, make_network, make_plan
@@ -240,7 +240,6 @@ def test_wrong_sums_are_found(monkeypatch):
     monkeypatch.setattr(
         "engines.onnxruntime.engine._infer", lambda session, images: session.run(None, {"data": images})[0] + 1
     )
-    monkeypatch.setattr("engines.onnxruntime.engine.int8_weights_are_exact", int8_weights_are_exact.__wrapped__)
     fault = integer_fault.__wrapped__()
     assert fault is not None
     assert "install onnxruntime" in fault
@@ -250,41 +249,7 @@ def test_wrong_sums_are_found(monkeypatch):
     platform.machine() not in ("x86_64", "AMD64") or dot_products() != [], reason="only x86 without VNNI saturates"
 )
 def test_int8_weights_are_found_to_saturate():
-    assert not int8_weights_are_exact()
-
-
-@pytest.mark.parametrize("exact", [True, False])
-def test_the_engine_takes_int8_weights_where_they_are_exact(monkeypatch, exact, integer_kernels):
-    kinds = []
-
-    def open_and_look(model, threads):
-        pairs = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
-        types = {value.name: value.data_type for value in model.graph.initializer}
-        kinds.append({types[pair.input[0]] for pair in pairs if pair.input[0] in types})
-        return open_runner(model, threads)
-
-    monkeypatch.setattr("engines.onnxruntime.engine.int8_weights_are_exact", lambda: exact)
-    monkeypatch.setattr("engines.onnxruntime.engine.open_runner", open_and_look)
-    network = make_network("lenet")
-    make_engine().compile(network, "int8", make_table(network))
-    weights = {onnx.TensorProto.INT8} if exact else {onnx.TensorProto.INT8, onnx.TensorProto.UINT8}
-    assert kinds == [weights | {onnx.TensorProto.INT32}]  # the biases are int32; ip2 reads what a ReLU gives
-
-
-def test_the_file_with_int8_weights_has_the_same_codes():
-    plan = make_plan(make_network("lenet"))
-    signed, unsigned = (
-        [
-            numpy_helper.to_array(value).astype(int)
-            for value in int8_model(plan, for_cpu=True, int8_weights=int8).graph.initializer
-            if value.data_type in (onnx.TensorProto.INT8, onnx.TensorProto.UINT8) and len(value.dims) > 1
-        ]
-        for int8 in (True, False)
-    )
-    assert len(signed) == 4
-    *shifted, behind_relu = unsigned
-    for codes, others in zip(signed, [*(each - 128 for each in shifted), behind_relu], strict=True):
-        np.testing.assert_array_equal(codes, others)
+    assert not sums_are_exact(np.int8)
 
 
 @pytest.mark.parametrize(
