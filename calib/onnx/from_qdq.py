@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from calib.onnx.graph import ACTIVATIONS, RESHAPES, Graph
+from calib.onnx.graph import ACTIVATIONS, RESHAPES, Graph, dequantizer
 from calib.onnx.model import (
     QUANTIZERS,
     attributes,
@@ -226,7 +226,13 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
 
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    constants = Graph(model).constant
+    for node in result.graph.node:
+        dequantized = dequantizer(node)
+        if node.op_type == "If" and dequantized is not None:
+            chosen = onnx.helper.make_node("DequantizeLinear", dequantized.input, node.output, node.name)
+            chosen.attribute.extend(dequantized.attribute)
+            node.CopyFrom(chosen)
+    constants = Graph(result).constant
     outputs = {value.name for value in result.graph.output}
     direct: dict[str, str] = {}  # codes, or what they are dequantized to -> the value
     codes: set[str] = set()
@@ -243,7 +249,7 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 if node.op_type == "Pad" and len(node.input) > 2:
                     node.input[2] = ""  # from the codes' zero point to 0
             nodes.append(node)
-        elif (weight := _weight(model, node, constants, path)) is not None:
+        elif (weight := _weight(result, node, constants, path)) is not None:
             result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
         elif source is None:
             raise InputError(f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before")

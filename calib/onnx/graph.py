@@ -71,6 +71,14 @@ def _draws(node: onnx.NodeProto) -> bool:
     return node.op_type.startswith("Random") or any(map(_draws, inner))
 
 
+def dequantizer(node: onnx.NodeProto) -> onnx.NodeProto | None:
+    """The DequantizeLinear that gives a node's value, or None; of an If with one in each branch, the shorter one's."""
+    if node.op_type != "If":
+        return node if node.op_type == "DequantizeLinear" else None
+    branches = sorted((list(graph.node) for graph in inner_graphs(node)), key=len)
+    return branches[0][-1] if all(each and each[-1].op_type == "DequantizeLinear" for each in branches) else None
+
+
 def stored(graph: Graph, name: str, folder: Path) -> NDArray[Any] | None:
     """A constant that the file holds, or None where ``name`` is none."""
     from onnx import numpy_helper

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from calib.onnx.external import loadable
-from calib.onnx.graph import RESHAPES, Graph
+from calib.onnx.graph import RESHAPES, Graph, dequantizer
 from calib.onnx.model import inner_graphs, subgraph_nodes, value_shapes
 from common.macs import LayerMacs, MacCount
 
@@ -220,23 +220,13 @@ def _is_dequantized(name: str, graph: Graph) -> bool:
         node = graph.producer.get(value)
         if node is None:
             return False
-        if _dequantizes(node) or value in seen:
+        if dequantizer(node) is not None or value in seen:
             continue
         if node.op_type not in _MOVES:
             return False
         seen.add(value)
         pending.extend(node.input if node.op_type == "Concat" else node.input[:1])
     return True
-
-
-def _dequantizes(node: onnx.NodeProto) -> bool:
-    """Whether a DequantizeLinear gives a node's value, be it in each branch of an If."""
-    if node.op_type != "If":
-        return node.op_type == "DequantizeLinear"
-    return all(
-        any(inner.op_type == "DequantizeLinear" and inner.output[0] == branch.output[0].name for inner in branch.node)
-        for branch in inner_graphs(node)
-    )
 
 
 def _result(node: onnx.NodeProto) -> str:

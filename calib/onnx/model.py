@@ -153,8 +153,10 @@ def read_float_model(path: Path) -> onnx.ModelProto:
 
 
 def integer_operators(model: onnx.ModelProto) -> list[str]:
-    """The kinds of operators in a network that compute on integers, without pairs around them."""
-    return sorted({node.op_type for node in model.graph.node if _INTEGER.fullmatch(node.op_type)})
+    """The kinds of operators in a network that compute on integers, and not on constants, without pairs around them."""
+    weights = {weight.name for weight in model.graph.initializer}
+    computing = (node for node in model.graph.node if not weights.issuperset(node.input))
+    return sorted({node.op_type for node in computing if _INTEGER.fullmatch(node.op_type)})
 
 
 def external_weights(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from calib.table import CalibrationTable
 from common.config import EngineConfig
 from common.errors import InputError
 from common.processes import Processes
@@ -254,15 +255,19 @@ def test_processes_calibrate_with_the_table_of_one(
     # 5 batches leave the second process one fewer.
     options = (*common, "--batches", "5", "--batch-size", "60", "--json", "--recalibrate")
     alone = command("quantize.py", *options)
-    expected = table.read_bytes()
+    expected = CalibrationTable.read(table)
     table.unlink()
 
     shared = together(2, "quantize.py", *options)
 
     assert shared.returncode == 0, shared.stderr
-    assert table.read_bytes() == expected
+    # Matrix products of two processes can differ in the last bit (seen on a Xeon); a neighbouring bin is 2.4e-4 away.
+    found = CalibrationTable.read(table)
+    assert (found.header, found.scales) == (expected.header, pytest.approx(expected.scales, rel=1e-6))
     ours, theirs = json.loads(shared.stdout), json.loads(alone.stdout)
-    assert ours["calibration"]["tensors"] == theirs["calibration"]["tensors"]
+    assert ours["calibration"]["tensors"].keys() == theirs["calibration"]["tensors"].keys()
+    for name, tensor in theirs["calibration"]["tensors"].items():
+        assert ours["calibration"]["tensors"][name] == pytest.approx(tensor, rel=1e-6, abs=1e-4)
     assert ours["calibration"]["images"] == 300
     assert len(ours["calibration"]["batch_seconds"]) == 3
     # The cached table serves, and the other process is not needed.
