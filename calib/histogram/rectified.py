@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calib.histogram.base import BINS, SMALLEST, Counted, flat
+from calib.histogram.native import Counter
 
 _ROW = 2**17
-"""Values at a time, whose bins stay in the CPU's cache."""
+"""Values at a time, which stay in the CPU's cache."""
 
 
-def count_rectified(values: Tensor, limit: float) -> tuple[Counted, Counted] | None:
-    """Count ``values`` and ``max(values, 0)``, both with one range, as :func:`calib.histogram.base.count` counts each.
+def count_rectified(
+    values: Tensor, limit: float, rectified_limit: float, native: Counter | None = None
+) -> tuple[Counted, Counted] | None:
+    """Count ``values`` and ``max(values, 0)``, as :func:`calib.histogram.base.count` counts each.
 
     Bins have a sign here: the ReLU's histogram are the positive ones, and all else is zero. Values take no turns
     between sets of counters as in :func:`count`: in front of a ReLU few are equal, and it took longer.
@@ -21,30 +25,40 @@ def count_rectified(values: Tensor, limit: float) -> tuple[Counted, Counted] | N
     Args:
         values: Any shape, on the CPU.
         limit: The range: upper end of the last bin.
+        rectified_limit: The ReLU's range.
+        native: Counts in NumPy's place.
 
     Returns:
-        The two counts; None where the values exceed the range or are NaN, where they are no float32, and where the
-        range is too small for its bins to be normal numbers: each is counted alone then.
+        The two counts; None where the values exceed a range or are NaN, where they are no float32, where a range is too
+        small for its bins to be normal numbers, and without ``native`` where the ranges differ: each is counted alone
+        then.
     """
-    if values.dtype != torch.float32 or limit < BINS * SMALLEST:
+    limits = dict.fromkeys((limit, rectified_limit))
+    if values.dtype != torch.float32 or min(limits) < BINS * SMALLEST or (native is None and len(limits) > 1):
         return None
     exact = flat(values.detach()).numpy()
-    factor = np.float32(BINS / limit)
-    bins = np.empty(min(exact.size, _ROW), np.int16)
-    signed = np.zeros(2 * BINS + 1, np.int64)
-    low = high = 0.0
+    signed = {one: np.zeros(2 * BINS + 1, np.int64) for one in limits}
+    largest = most = 0.0
     for start in range(0, exact.size, _ROW):
         part = exact[start : start + _ROW]
-        least, largest = float(part.min()), float(part.max())
-        if not (-limit <= least and largest <= limit):
+        for one, counts in signed.items():
+            magnitude, positive = (native or _count)(part, np.float32(BINS / one), counts)
+        if not (magnitude <= limit and positive <= rectified_limit):
             return None
-        low, high = min(low, least), max(high, largest)
-        row = bins[: part.size]
-        np.multiply(part, factor, out=row, casting="unsafe")  # truncates, in float32 before
-        row += BINS
-        signed += torch.bincount(torch.from_numpy(row), minlength=signed.size).numpy()
-    negative, rectified = signed[:BINS][::-1], signed[BINS:]
-    counts = rectified.copy()
-    counts[1:] += negative
-    rectified[0] += negative.sum()
-    return Counted(counts, limit, max(-low, high)), Counted(rectified, limit, high)
+        largest, most = max(largest, magnitude), max(most, positive)
+    counts = signed[limit][BINS:].copy()
+    counts[1:] += signed[limit][:BINS][::-1]
+    rectified = signed[rectified_limit][BINS:].copy()
+    rectified[0] += signed[rectified_limit][:BINS].sum()
+    return Counted(counts, limit, largest), Counted(rectified, rectified_limit, most)
+
+
+def _count(values: NDArray[np.float32], factor: np.float32, counts: NDArray[np.int64]) -> tuple[float, float]:
+    """See :data:`calib.histogram.native.Counter`."""
+    least, most = float(values.min()), float(values.max())
+    if max(-least, most) * factor <= BINS + 1:
+        bins = np.empty(values.size, np.int16)
+        np.multiply(values, factor, out=bins, casting="unsafe")  # truncates, in float32 before
+        bins += BINS
+        counts += torch.bincount(torch.from_numpy(bins), minlength=counts.size).numpy()
+    return (max(-least, most) if least == least else least), max(most, 0.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from calib.histogram.base import AbsHistogram, Counted, count, refuse_infinite
+from calib.histogram.native import native_counter
 from calib.histogram.rectified import count_rectified
 from calib.onnx.observe import Observed
 from calib.onnx.source import Batch, Batches
@@ -108,6 +109,7 @@ class _Histograms:
         self._heads = heads
         self._rectified = {name: relu for name, relu in observed.rectified.items() if not {name, relu} & heads.keys()}
         self._of = {name: AbsHistogram() for name in observed.values}
+        self._native = native_counter()
         self.infinite: dict[str, None] = {}
 
     def _values(self, part: _Part) -> dict[str, Tensor]:
@@ -133,17 +135,20 @@ class _Histograms:
             if name in self.infinite or name in found:
                 continue
             limit, relu = self._of[name].early_range, self._rectified.get(name)
-            # So it is where the largest value is positive, as in most sums with the output of a ReLU.
-            if relu is not None and self._of[relu].early_range == limit and (both := count_rectified(value, limit)):
+            if relu is not None and (both := count_rectified(value, limit, self._of[relu].early_range, self._native)):
                 found[name], found[relu] = (both[0], None), (both[1], None)
                 continue
-            counted = count(value, limit)
+            counted = self._count(value, limit)
             found[name] = counted, None if counted.fits else value
         return found
 
     def again(self, item: tuple[str, Tensor]) -> tuple[str, Counted]:
         """Count a value that exceeded the range."""
-        return item[0], count(item[1], self._of[item[0]].range)
+        return item[0], self._count(item[1], self._of[item[0]].range)
+
+    def _count(self, value: Tensor, limit: float) -> Counted:
+        both = count_rectified(value, limit, limit, self._native) if self._native is not None else None
+        return count(value, limit) if both is None else both[0]
 
     def widen(self, number: int, maxima: Iterable[Mapping[str, float]]) -> None:
         """Make room for the values of batch ``number``, whose parts have these absolute maxima.
