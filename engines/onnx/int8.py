@@ -36,7 +36,8 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, any_size: bool = False) ->
 
     As it is, the model suits every reader: int8 with zero point 0, biases in float (TensorRT takes no others), and
     the plan in the form that TensorRT fuses (:func:`engines.tensorrt.form.for_tensorrt`), with one Q/DQ pair for each
-    value, right in front of the layers that read it in INT8.
+    value, right in front of the layers that read it in INT8. In both forms average pooling between codes of one scale
+    averages the codes (:func:`calib.onnx.pools.average_codes`).
 
     For ONNX Runtime's CPU kernels, the same numbers can be written in another way: a pair behind every one of these
     operations, since it makes an integer operator of what lies between two pairs, values in uint8 with zero point 128
@@ -70,7 +71,7 @@ def int8_model(plan: Int8Plan, for_cpu: bool = False, any_size: bool = False) ->
     write_pairs(model, activations, weights, integer_biases=for_cpu)
     if for_cpu:
         choose_weights(model)
-        average_codes(model)
+    average_codes(model)
     pad_in_front(model, codes=for_cpu)
     return model
 

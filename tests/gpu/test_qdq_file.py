@@ -42,12 +42,20 @@ class Pooled(nn.Module):
         return self.last(self.pool(torch.relu(self.first(x))))
 
 
-@pytest.mark.parametrize("pool", [nn.AvgPool2d(2), nn.AvgPool2d(3, 1, 1)])
+POOLS = {
+    "even": nn.AvgPool2d(2),
+    "padding counts": nn.AvgPool2d(3, 1, 1),
+    "padding does not count": nn.AvgPool2d(3, 1, 1, count_include_pad=False),
+    "beyond the border": nn.AvgPool2d(3, 2, ceil_mode=True),
+}
+
+
+@pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_average_pooling_rounds_as_the_simulation_does(engine_of, pool):
     torch.manual_seed(0)
     network = trace(Pooled(pool).eval(), "pooled", (3, 16, 16))
     inputs = torch.rand(BATCH, 3, 16, 16)
-    scale = 2**-6  # with a scale whose inverse is rounded, TensorRT's product of the two may be less than 1
+    scale = 0.006077843252569437  # in float32 its product with its inverse is less than 1
     plan = plan_int8(network, CalibrationTable(dict.fromkeys(network.tensors, scale)))
     form = for_tensorrt(plan)
     codes = (IntegerNetwork(form)(inputs) / scale).round()

@@ -80,13 +80,14 @@ def test_codes_are_averaged_exactly(name: str, optimize: bool) -> None:
     assert ("AveragePool" in {node.op_type for node in optimized.graph.node}) != optimize
 
 
+@pytest.mark.parametrize("for_cpu", [False, True])
 @pytest.mark.parametrize("name", ["even", "beyond the padding"])
-def test_the_way_back_finds_the_scale_of_the_values(name: str) -> None:
+def test_the_way_back_finds_the_scale_of_the_values(name: str, for_cpu: bool) -> None:
     pools = {"first": POOLS[name], "second": copy.deepcopy(POOLS[name])}
     layers = {"conv": nn.Conv2d(3, 4, 1), **pools, "last": nn.Conv2d(4, 2, 1), "flat": nn.Flatten()}
     network = trace(nn.Sequential(OrderedDict(layers)), "twice", (3, 12, 12))
     table = CalibrationTable(dict.fromkeys(network.tensors, SCALE))
-    found = table_of_quantized(int8_model(plan_int8(network, table), for_cpu=True), Path("twice.onnx"))
+    found = table_of_quantized(int8_model(plan_int8(network, table), for_cpu), Path("twice.onnx"))
     onnx.checker.check_model(found.model, full_check=True)
     assert [found.scales[tensor] for tensor in ("conv", "first", "second")] == pytest.approx([SCALE] * 3)
 
