@@ -83,31 +83,18 @@ def measure_latency(
         device: Index of the GPU, for the networks that run on one.
 
     Returns:
-        For each network, one entry per batch size.
+        For each network, one entry per batch size, but for those for which a GPU has no memory left.
     """
     results: list[list[Latency]] = [[] for _ in compiled]
     for size in batch_sizes:
         images = source.images(torch.arange(size) % len(source)).contiguous()
-        compute = [_subject(network, images, seconds, runs, device) for network in compiled]
-        _take_turns(compute)
-        on_gpu = [index for index, network in enumerate(compiled) if network.run_on_device is not None]
-        called = {
-            index: _called_subject(compiled[index], images, seconds, runs, device)
-            for index in on_gpu
-            if compute[index].replayed
-        }
-        copies = {index: _end_to_end_subject(compiled[index], images, seconds, runs, device) for index in on_gpu}
-        _take_turns(list(called.values()))
-        _take_turns(list(copies.values()))
-        for index, subject in enumerate(compute):
-            results[index].append(
-                Latency(
-                    batch_size=size,
-                    compute=summarise(subject.times, size),
-                    without_graph=summarise(called[index].times, size) if index in called else None,
-                    end_to_end=summarise(copies[index].times, size) if index in copies else None,
-                )
-            )
+        try:
+            entries = _measure(compiled, images, seconds, runs, device)
+        except torch.cuda.OutOfMemoryError:
+            logger.warning("no latency at batch %d: GPU %d has no memory left, end what else uses it", size, device)
+            continue
+        for entry, result in zip(entries, results, strict=True):
+            result.append(entry)
     for index, network in enumerate(compiled):
         if index and network.latency_note is None and results[0]:
             results[index] = [
@@ -115,6 +102,31 @@ def measure_latency(
                 for base, entry in zip(results[0], results[index], strict=True)
             ]
     return results
+
+
+def _measure(compiled: Sequence[Compiled], images: Tensor, seconds: float, runs: int, device: int) -> list[Latency]:
+    """An entry for each network, without a speed-up, at one batch size; as :func:`measure_latency`."""
+    compute = [_subject(network, images, seconds, runs, device) for network in compiled]
+    _take_turns(compute)
+    on_gpu = [index for index, network in enumerate(compiled) if network.run_on_device is not None]
+    called = {
+        index: _called_subject(compiled[index], images, seconds, runs, device)
+        for index in on_gpu
+        if compute[index].replayed
+    }
+    copies = {index: _end_to_end_subject(compiled[index], images, seconds, runs, device) for index in on_gpu}
+    _take_turns(list(called.values()))
+    _take_turns(list(copies.values()))
+    size = len(images)
+    return [
+        Latency(
+            batch_size=size,
+            compute=summarise(subject.times, size),
+            without_graph=summarise(called[index].times, size) if index in called else None,
+            end_to_end=summarise(copies[index].times, size) if index in copies else None,
+        )
+        for index, subject in enumerate(compute)
+    ]
 
 
 def summarise(times: Sequence[float], batch_size: int) -> Timing:

@@ -25,6 +25,8 @@ from common.errors import first_line
 from engines.tensorrt.support import Installed, TensorRTError, require_builder, strongly_typed
 
 MIB = 1024 * 1024
+LEAST_MEMORY = 64 * MIB
+"""Of a GPU, free: far less than any build takes, for which TensorRT would try most of a minute."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,9 @@ def build_engine(
     if calibrator is not None:
         arguments["calibrator"] = calibrator
     try:
+        torch.cuda.empty_cache()  # what a calibration on the GPU has left to PyTorch
+        if is_full(device):
+            raise TensorRTError(f"GPU {build.device} has no memory left to build an engine: end what else uses it")
         # Before a builder is asked for: made on a full GPU, that takes most of a minute, and finds no kernels later.
         traced = to_torchscript(module, shape, device, half)
         if device.type == "cuda":
@@ -198,7 +203,13 @@ def build_engine(
     except TensorRTError:
         raise
     except Exception as error:  # C++ and Python errors of every kind mean the same here
-        raise TensorRTError(f"TensorRT could not build the engine: {build_error(error)}") from error
+        full = f"; GPU {build.device} has no memory left, end what else uses it" if is_full(device) else ""
+        raise TensorRTError(f"TensorRT could not build the engine: {build_error(error)}{full}") from error
+
+
+def is_full(device: torch.device) -> bool:
+    """Whether a GPU has so little free memory that nothing can be built on it."""
+    return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < LEAST_MEMORY
 
 
 def takes_half(installed: Installed, build: Build) -> bool:

@@ -115,6 +115,20 @@ def test_a_batch_larger_than_the_set_repeats_its_images(clock: Clock) -> None:
     assert seen[0][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
+def test_a_full_gpu_costs_the_latency_of_that_batch_size_alone(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    def run(images: Tensor) -> Tensor:
+        if len(images) == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        clock.now += 0.001
+        return images.flatten(1)
+
+    full = Compiled("full", "int8", "GPU", run, 1)
+    found = measure_latency([network(clock, 0.004, [], "other"), full], source(), [1, 4, 2], 0.1, 10)
+    assert [[entry.batch_size for entry in entries] for entries in found] == [[1, 2], [1, 2]]
+    assert found[1][1].speedup == pytest.approx(8)
+    assert caplog.messages == ["no latency at batch 4: GPU 0 has no memory left, end what else uses it"]
+
+
 def test_percentiles_are_numpys() -> None:
     times = torch.rand(137, dtype=torch.float64).mul(10).tolist()
 

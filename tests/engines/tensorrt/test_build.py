@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from common.config import EngineConfig
+from engines.tensorrt import build
 from engines.tensorrt.build import Build, build_engine, build_error, compile_arguments, takes_half, to_torchscript
 from engines.tensorrt.support import Installed, TensorRTError
 from tests.upstream import INSTALLED, Upstream
@@ -101,3 +102,30 @@ class TestBuilding:
         upstream = Upstream(torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate"))
         with pytest.raises(TensorRTError, match="too little free memory for batches of 3"):
             build_engine(upstream, INSTALLED, nn.Linear(4, 2), (3, 4), Build(frozenset({"fp32"})), device=CPU)
+
+    @pytest.fixture
+    def memory(self, monkeypatch):
+        """Sets the free memory of every GPU, MiB."""
+        free = [0]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0] << 20, 80 << 30))
+        return free
+
+    def test_a_full_gpu_is_told_before_anything_is_tried(self, memory):
+        memory[0] = 8
+        upstream = Upstream()
+        message = "^GPU 1 has no memory left to build an engine: end what else uses it$"
+        with pytest.raises(TensorRTError, match=message):
+            build_engine(upstream, INSTALLED, nn.Linear(4, 2), (3, 4), Build(frozenset({"fp32"}), device=1))
+        assert not upstream.calls
+
+    def test_a_gpu_that_became_full_is_told_beside_what_tensorrt_said(self, memory, monkeypatch):
+        memory[0] = 1000
+
+        def fails(*arguments):
+            memory[0] = 8
+            raise RuntimeError("CUDNN_STATUS_INTERNAL_ERROR")
+
+        monkeypatch.setattr(build, "to_torchscript", fails)
+        message = "the engine: CUDNN_STATUS_INTERNAL_ERROR; GPU 0 has no memory left, end what else uses it$"
+        with pytest.raises(TensorRTError, match=message):
+            build_engine(Upstream(), INSTALLED, nn.Linear(4, 2), (3, 4), Build(frozenset({"fp32"})))
