@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from calib.algorithms import DEFAULT, thresholds
 from calib.histogram.base import AbsHistogram
+from calib.histogram.native import native_counter
 from calib.onnx.histograms import collect
 from calib.onnx.model import read_float_model
 from calib.onnx.observe import Observed
@@ -90,7 +92,9 @@ def calibrate_onnx(
     wanted = [value for entry in entries for value in (entry.value, *entry.whole) if value is not None]
     heads = {entry.value: entry.whole for entry in entries if entry.value is not None and entry.whole}
     in_order = {name for value, whole in heads.items() for name in (value, *whole)}
-    observed = Observed(path, model, wanted, in_order)
+    with ThreadPoolExecutor(1) as other:
+        other.submit(native_counter)  # compiled while ONNX Runtime optimizes the network
+        observed = Observed(path, model, wanted, in_order)
     if not observed.values:
         raise InputError(f"{path} computes with integers alone: there is nothing to calibrate")
     histograms, infinite = collect(observed, batches, progress, heads)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -22,8 +23,10 @@ from calib.onnx.source import Batch, Batches
 from common.errors import InputError
 from common.threads import available_cores
 
-_KEPT = 2
+_KEPT = 4
 """Waves of the first batch whose values are kept until their range is known; where there are more, they run twice."""
+
+_Found = dict[str, tuple[Counted, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ def collect(
     Raises:
         InputError: ONNX Runtime does not run the network, or values are NaN.
     """
-    histograms = _Histograms(observed, heads or {})
-    with _one_thread_each(), ThreadPoolExecutor(available_cores()) as pool:
+    histograms, cores = _Histograms(observed, heads or {}), available_cores()
+    running: deque[tuple[int, Iterator[_Found]]] = deque()
+    with _one_thread_each(), ThreadPoolExecutor(cores) as pool:
         for number, batch in enumerate(batches, start=1):
             start = time.perf_counter()
             for name, array in batch.items():
@@ -77,16 +81,14 @@ def collect(
                 found = chain.from_iterable(pool.map(histograms.maxima, wave) for wave in waves)
                 histograms.widen(number, found)
             for wave in waves:
-                parts = list(pool.map(histograms.count, wave))
-                histograms.widen(number, ({name: one.largest for name, (one, _) in part.items()} for part in parts))
-                over = [(name, value) for part in parts for name, (_, value) in part.items() if value is not None]
-                over.sort(key=lambda item: -item[1].numel())  # so that no thread is left with a large one
-                histograms.add(
-                    [(name, one) for part in parts for name, (one, value) in part.items() if value is None]
-                    + list(pool.map(histograms.again, over))
-                )
+                running.append((number, pool.map(histograms.count, wave)))
+                # Where all cores have a part, the next ones wait in line while these are added: none is idle.
+                while len(running) > (1 if number > 1 and len(wave) == cores else 0):
+                    histograms.settle(*running.popleft(), pool)
             if progress is not None:
                 progress(number, time.perf_counter() - start)
+        while running:
+            histograms.settle(*running.popleft(), pool)
     return histograms.finite(), tuple(histograms.infinite)
 
 
@@ -128,9 +130,9 @@ class _Histograms:
         """Absolute maximum of each value of a part."""
         return {name: _largest(value) for name, value in self._values(part).items()}
 
-    def count(self, part: _Part) -> dict[str, tuple[Counted, Tensor | None]]:
+    def count(self, part: _Part) -> _Found:
         """What was counted of each value of a part, and the value itself where it exceeds the range."""
-        found: dict[str, tuple[Counted, Tensor | None]] = {}
+        found: _Found = {}
         for name, value in self._values(part).items():
             if name in self.infinite or name in found:
                 continue
@@ -141,6 +143,21 @@ class _Histograms:
             counted = self._count(value, limit)
             found[name] = counted, None if counted.fits else value
         return found
+
+    def settle(self, number: int, parts: Iterable[_Found], pool: Executor) -> None:
+        """Add what :meth:`count` found of parts of batch ``number``; in the order of the batches.
+
+        Raises:
+            InputError: values are NaN.
+        """
+        parts = list(parts)
+        self.widen(number, ({name: one.largest for name, (one, _) in part.items()} for part in parts))
+        over = [(name, value) for part in parts for name, (_, value) in part.items() if value is not None]
+        over.sort(key=lambda item: -item[1].numel())  # so that no thread is left with a large one
+        self.add(
+            [(name, one) for part in parts for name, (one, value) in part.items() if value is None]
+            + list(pool.map(self.again, over))
+        )
 
     def again(self, item: tuple[str, Tensor]) -> tuple[str, Counted]:
         """Count a value that exceeded the range."""
