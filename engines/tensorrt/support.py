@@ -231,8 +231,13 @@ def load() -> tuple[ModuleType, Installed]:
         raise TensorRTError(f"torch_tensorrt {torch_tensorrt.__version__} comes without its TorchScript front end")
     library = library_version(tensorrt.__version__)
     if library != three_numbers(tensorrt.__version__):
-        logger.info("TensorRT's library is %s, its Python bindings are %s", library, tensorrt.__version__)
+        _say_once(f"TensorRT's library is {library}, its Python bindings are {tensorrt.__version__}")
     return torch_tensorrt, Installed(torch.__version__, torch_tensorrt.__version__, library)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    logger.info("%s", line)
 
 
 def library_version(bindings: str) -> str:
