@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -21,9 +21,6 @@ QUANTIZERS = frozenset({"QuantizeLinear", "DequantizeLinear"})
 
 _INTEGER = re.compile(r"QLinear.+|Q(Attention|Gemm)|DynamicQuantize.+|.+Integer(ToFloat)?")
 """Operators that read codes and compute with them, as ONNX Runtime's quantizer writes them in its older formats."""
-
-_MOVES = QUANTIZERS | {"Cast", "Clip", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
-"""Operators behind which exporters leave weights, quantized or not."""
 
 _SMALL = 1024
 """Values of a constant that may hold sizes."""
@@ -356,32 +353,61 @@ def subgraph_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 def constant(model: onnx.ModelProto, name: str, folder: Path) -> NDArray[Any] | None:
-    """The value of an initializer, a Constant node's output, or what operators such as Transpose make of one.
+    """The value of an initializer, or of what is computed from some: transposed or quantized, or by weight norm.
 
-    None if ``name`` is none of these.
+    None where it is no constant, or where ONNX Runtime does not compute it.
     """
     from onnx import numpy_helper
 
     for weight in model.graph.initializer:
         if weight.name == name:
             return numpy_helper.to_array(weight, base_dir=str(folder))
-    node = next((node for node in model.graph.node if name in node.output), None)
-    if node is None or node.op_type not in (*_MOVES, "Constant"):
+    weights = {weight.name: weight for weight in model.graph.initializer}
+    nodes = _computing(model, name, weights.keys())
+    if nodes is None:
         return None
-    return constant_value(node) if node.op_type == "Constant" else _computed(model, node, folder)
+    if len(nodes) == 1 and nodes[0].op_type == "Constant":
+        return constant_value(nodes[0])
+    read = {value for node in nodes for value in node.input} & weights.keys()
+    arrays = {value: numpy_helper.to_array(weights[value], base_dir=str(folder)) for value in read}
+    return _computed(model, name, nodes, arrays)
 
 
-def _computed(model: onnx.ModelProto, node: onnx.NodeProto, folder: Path) -> NDArray[Any] | None:
-    """What a node makes of constants, or None where it reads other values."""
-    from onnx.reference import ReferenceEvaluator
+def _computed(
+    model: onnx.ModelProto, name: str, nodes: Sequence[onnx.NodeProto], weights: Mapping[str, NDArray[Any]]
+) -> NDArray[Any] | None:
+    """What nodes of a model compute from weights, or None where ONNX Runtime has no operator for it."""
+    import onnx
+    import onnxruntime
 
-    inputs = {name: constant(model, name, folder) for name in filter(None, node.input)}
-    if any(value is None for value in inputs.values()):
+    stored = [onnx.numpy_helper.from_array(array, weight) for weight, array in weights.items()]
+    graph = onnx.helper.make_graph(nodes, "constant", [], [onnx.ValueInfoProto(name=name)], stored)
+    computing = onnx.helper.make_model(graph, opset_imports=model.opset_import, ir_version=max(model.ir_version, 4))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised as well
+    try:
+        session = onnxruntime.InferenceSession(computing.SerializeToString(), options, ["CPUExecutionProvider"])
+        value: NDArray[Any] = session.run([name], {})[0]
+    except Exception:  # noqa: BLE001 - its exceptions share no base class of their own
         return None
-    versions = {item.domain: item.version for item in model.opset_import}
-    evaluator: Any = ReferenceEvaluator(node, opsets=versions)
-    computed: NDArray[Any] = evaluator.run(None, inputs)[0]
-    return computed
+    return value
+
+
+def _computing(model: onnx.ModelProto, name: str, weights: Container[str]) -> list[onnx.NodeProto] | None:
+    """The nodes that compute a value from weights alone, in order; None where it depends on more, or on chance."""
+    producer = {value: node for node in model.graph.node for value in node.output}
+    needed: set[str] = set()
+    pending = [name]
+    while pending:
+        value = pending.pop()
+        if value in weights or value in needed:
+            continue
+        node = producer.get(value)
+        if node is None or node.op_type.startswith("Random") or any(_outer_values(node)):
+            return None
+        needed.update(node.output)
+        pending += filter(None, node.input)
+    return [node for node in model.graph.node if not needed.isdisjoint(node.output)]
 
 
 def constant_value(node: onnx.NodeProto) -> NDArray[Any] | None:

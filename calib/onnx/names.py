@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.onnx.graph import Graph
-from calib.onnx.model import no_floats, read_float_model
+from calib.onnx.model import no_floats, read_float_model, values_read
 from calib.onnx.parser_names import layer_name
 from calib.onnx.rules import FUSED_ALGORITHMS, entries
 
@@ -126,11 +126,12 @@ def _needs(model: onnx.ModelProto) -> dict[str, Need]:
     tensors: dict[str, Need] = {name: "none" if name in others else "required" for name in inputs}
     shapes: set[str] = set()
     for node in graph.node:
-        # What is computed from constants alone is a constant.
-        if all(name in constants for name in node.input):
+        # What is computed from constants alone is a constant; an If reads what its branches read.
+        read = values_read(node)
+        if constants.issuperset(read):
             constants |= set(node.output)
             continue
-        if node.op_type == "Shape" or all(name in constants | shapes for name in node.input):
+        if node.op_type == "Shape" or (constants | shapes).issuperset(read):
             shapes |= set(node.output)
         for name in filter(None, node.output):
             used_by = readers.get(name, [])

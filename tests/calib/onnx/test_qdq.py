@@ -276,6 +276,24 @@ def test_the_summary_for_people(images, tmp_path, capsys):
     assert "INT8: 100.0 % of 57.9 k multiply-accumulates\n" in out
 
 
+def test_a_weight_that_is_computed(tmp_path, capsys):
+    # As weight norm leaves it where the exporter does not fold constants.
+    nodes = [
+        node("ReduceL2", ["v"], ["norm"], axes=[1, 2, 3]),
+        node("Div", ["v", "norm"], ["direction"]),
+        node("Mul", ["direction", "g"], ["w"]),
+        node("Conv", ["data", "w"], ["out"]),
+    ]
+    generator = np.random.default_rng(8)
+    weights = {"v": weight(generator, 4, 3, 3, 3), "g": weight(generator, 4, 1, 1, 1)}
+    network = save(model(nodes, {"data": [2, 3, 6, 6]}, {"out": [2, 4, 4, 4]}, weights), tmp_path / "network.onnx")
+    np.save(tmp_path / "images.npy", generator.random((8, 3, 6, 6), dtype=np.float32))
+    found, _, int8 = calibrated(network, tmp_path / "images.npy", tmp_path, capsys)
+    assert (found["int8"], found["float"]) == ({"Conv": 1}, {})
+    assert found["sqnr_db"]["out"] > 30
+    assert [item.op_type for item in onnx.load(int8).graph.node if "Linear" not in item.op_type] == ["Conv"]
+
+
 # from-qdq
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx.helper import make_node
+from onnx import ValueInfoProto
+from onnx.helper import make_graph, make_node
 
 from calib.__main__ import main
 from calib.table import CalibrationTable, formats
@@ -234,6 +235,18 @@ def test_sizes_need_no_scale(tmp_path, capsys):
     CalibrationTable(dict.fromkeys(["data", "conv1", "relu1", "prob"], 1.0)).write(tmp_path / "table")
     assert run("check", tmp_path / "table", "--onnx", path) == 0
     assert "warning" not in capsys.readouterr().out
+
+
+def test_what_only_the_branches_of_an_if_read_is_no_constant(tmp_path, capsys):
+    branch = make_graph([make_node("Relu", ["conv1"], ["inside"])], "branch", [], [ValueInfoProto(name="inside")])
+    nodes = [
+        make_node("Conv", ["data", "w"], ["conv1"]),
+        make_node("If", ["flag"], ["prob"], then_branch=branch, else_branch=branch),
+    ]
+    made = model(nodes, {"data": None}, {"prob": None}, {"w": np.zeros((1, 1, 1, 1)), "flag": np.array(True)})
+    CalibrationTable(dict.fromkeys(["data", "conv1", "prob"], 1.0)).write(tmp_path / "table")
+    assert run("check", tmp_path / "table", "--onnx", save(made, tmp_path / "network.onnx")) == 0
+    assert "no tensor" not in capsys.readouterr().out
 
 
 def test_check_against_what_is_no_float_network(table, tmp_path):
