@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -181,8 +182,10 @@ def _write_quantized(
         if warning := macs.warning():
             print(f"warning: {warning}", file=sys.stderr)
         found = {"macs": {"total": macs.total, "int8": macs.int8}, "summary": macs.summary()}
+    compared = {name: decibels for name, decibels in sqnr.items() if decibels is None or math.isfinite(decibels)}
     return {
-        "sqnr_db": sqnr,
+        "sqnr_db": compared,
+        "not_compared": [name for name in sqnr if name not in compared],
         "int8": dict(made.int8),
         "float": dict(made.floats),
         "missing": dict(made.missing),
@@ -192,10 +195,12 @@ def _write_quantized(
 
 def _print_quantized(path: Path, quantized: dict[str, Any]) -> None:
     print(f"wrote {path}")
-    if not quantized["sqnr_db"]:
+    if not quantized["sqnr_db"] and not quantized["not_compared"]:
         print("SQNR: the network has no output of floats")
     for name, decibels in quantized["sqnr_db"].items():
         print(f"SQNR of {name}: " + ("no error" if decibels is None else f"{decibels:.1f} dB"))
+    for name in quantized["not_compared"]:
+        print(f"SQNR of {name}: not compared, since it has no values or, once quantized, another number of them")
     for kind, what in (("int8", "in INT8"), ("float", "in float")):
         counts = ", ".join(f"{count} {operator}" for operator, count in quantized[kind].items()) or "none"
         print(f"operators {what}: {counts}")
@@ -214,8 +219,6 @@ def _options(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _pixels(arguments: argparse.Namespace) -> Pixels:
-    import math
-
     from calib.onnx.source import Pixels
 
     size = arguments.size

@@ -182,7 +182,9 @@ def compare_outputs(
 ) -> dict[str, float | None]:
     """Signal-to-quantization-noise ratio of each float output over the batches, in dB; None where there is no error.
 
-    10 log10(sum of x**2 / sum of (x - y)**2), with x of the float network and y of the quantized one.
+    10 log10(sum of x**2 / sum of (x - y)**2), with x of the float network and y of the quantized one. NaN for an output
+    whose values cannot be compared: it has none, or another number of them after quantization, as the boxes that a
+    detector keeps.
 
     Raises:
         InputError: ONNX Runtime does not run one of them.
@@ -190,16 +192,21 @@ def compare_outputs(
     names = [value.name for value in model.graph.output]
     floats, other = Observed(path, model, names), Observed(path, quantized, names)
     signal, noise = dict.fromkeys(floats.values, 0.0), dict.fromkeys(floats.values, 0.0)
+    compared = dict.fromkeys(floats.values, 0)
     with ThreadPoolExecutor(available_cores()) as pool:
         for batch in batches:
             for wave, same in zip(floats.waves(batch), other.waves(batch), strict=True):
                 for found, approximate in zip(pool.map(floats.run, wave), pool.map(other.run, same), strict=True):
                     for name, value in found.items():
-                        if value.shape == approximate[name].shape:
-                            x, y = value.double(), approximate[name].double()
-                            signal[name] += float((x**2).sum())
-                            noise[name] += float(((x - y) ** 2).sum())
-    return {
+                        if value.shape != approximate[name].shape:
+                            noise[name] = math.nan
+                            continue
+                        x, y = value.double(), approximate[name].double()
+                        signal[name] += float((x**2).sum())
+                        noise[name] += float(((x - y) ** 2).sum())
+                        compared[name] += value.numel()
+    ratios: dict[str, float | None] = {
         name: 10 * math.log10(max(signal[name], _LEAST) / noise[name]) if noise[name] else None
         for name in floats.values
     }
+    return {name: ratio if compared[name] else math.nan for name, ratio in ratios.items()}

@@ -294,6 +294,23 @@ def test_a_weight_that_is_computed(tmp_path, capsys):
     assert [item.op_type for item in onnx.load(int8).graph.node if "Linear" not in item.op_type] == ["Conv"]
 
 
+def test_an_output_whose_size_depends_on_the_values(tmp_path, capsys):
+    nodes = [
+        node("Conv", ["data", "w"], ["c"]),
+        node("Greater", ["c", "zero"], ["positive"]),
+        node("Reshape", ["c", "flat"], ["values"]),
+        node("Reshape", ["positive", "flat"], ["mask"]),
+        node("Compress", ["values", "mask"], ["kept"]),
+    ]
+    generator = np.random.default_rng(9)
+    weights = {"w": weight(generator, 4, 3, 3, 3), "zero": np.float32(0), "flat": np.array([-1])}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"kept": [None], "c": ["N", 4, 14, 14]}, weights)
+    np.save(tmp_path / "images.npy", generator.standard_normal((8, 3, 16, 16), np.float32))
+    network = save(made, tmp_path / "network.onnx")
+    found, _, _ = calibrated(network, tmp_path / "images.npy", tmp_path, capsys)
+    assert (list(found["sqnr_db"]), found["not_compared"]) == (["c"], ["kept"])
+
+
 # from-qdq
 
 
