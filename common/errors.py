@@ -13,7 +13,7 @@ class ExitCode(IntEnum):
     FAILED = 1
     """The command ran and its verdict is negative."""
     BAD_INPUT = 2
-    """Bad input or a missing requirement; nothing was overwritten."""
+    """Bad input or a missing requirement; nothing was overwritten, but for a report of what ran all the same."""
     INTERNAL = 3
     """A defect of this program."""
     INTERRUPTED = 130
