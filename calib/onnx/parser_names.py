@@ -12,7 +12,7 @@ Imports onnx inside functions: it is slow to load.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -31,6 +31,8 @@ _ELEMENTWISE = frozenset(
 )
 _LAYERS = {
     "Celu": 7,
+    "Constant": 0,
+    "Dropout": 0,
     "HardSwish": 2,
     "Mish": 3,
     "ReduceL1": 2,
@@ -82,97 +84,13 @@ class ParserNames:
 
     def read(self, node: onnx.NodeProto) -> dict[int, str]:
         """Count the layers of the next node; names of its inputs' broadcasts, by position."""
-        import onnx
-
-        name = self._node = layer_name(node)
-        kind = node.op_type
-        found: dict[int, str] = {}
+        self._node = layer_name(node)
         self.layers, self.made = [], []
-        if kind in _ELEMENTWISE and len(node.input) == 1:
-            self._layer("ONNXTRT_identity")
-            if kind == "Mean":
-                self._temporary()
-        elif kind in _ELEMENTWISE or kind in ("PRelu", "Where"):
-            found = self._operands(node, range(len(node.input)))
-            self._all(name, 1 if kind in ("PRelu", "Where") else len(node.input) - 1)
-            if kind == "Mean":
-                self._temporary()  # one divided by the number of operands
-        elif kind in ("GreaterOrEqual", "LessOrEqual"):
-            found = self._operands(node, range(2))
-            self._all(name, 3)
-        elif kind == "MatMul":
-            found = self._operands(node, range(2))
-            self._layer(name)
-        elif kind == "Gemm":
-            found = self._gemm(node, name)
-        elif kind == "Celu":
-            self._celu(node)
-            self._all(name, _LAYERS[kind])
-        elif kind in ("LogSoftmax", "Softmax"):
-            self._layer(name)
-            self._reshape(self._shape(node.input[0]), name=None)
-        elif kind == "Flatten":
-            self._flatten(node, name)
-        elif kind == "Reshape":
-            self._layer("ONNXTRT_ShapeShuffle")
-            self._layer(name)
-        elif kind in ("Squeeze", "Unsqueeze"):
-            self._reshape(self._shape(node.input[0]), name, gathered=True, longer=kind == "Unsqueeze")
-        elif kind == "InstanceNormalization":
-            self._unsqueezed(node.input[1:3])
-            self._layer(name)
-        elif kind == "LayerNormalization":
-            self._temporary(2)
-            found = self._operands(node, range(1, len(node.input)), rank=len(self._shape(node.input[0])))
-            self._layer(name)
-        elif kind == "BatchNormalization":
-            if not self._stored.issuperset(node.input[1:]):
-                self._unsqueezed(node.input[1:])
-                self._temporary()
-            self._layer(name)
-        elif kind in ("ArgMax", "ArgMin"):
-            self._layer(name)
-            self._all("ONNXTRT_castHelper", 2)
-        elif kind == "Slice":
-            self._slice(node, name)
-        elif kind == "Split":
-            self._split(node, name)
-        elif kind in ("DepthToSpace", "SpaceToDepth"):
-            self._depth_to_space(self._shape(node.input[0]), name)
-        elif kind == "Gather":
-            self._operands(node, range(2), broadcast=False)
-            if self.types.get(node.input[0]) != onnx.TensorProto.INT64:
-                self._layer("ONNXTRT_castHelper")
-            self._layer(name)
-        elif kind == "Pad":
-            self._pad(node, name)
-        elif kind == "Clip":
-            found = self._clip(node, name)
-        elif kind == "ConstantOfShape":
-            self._operands(node, [0], broadcast=False)
-            self._temporary()
-            self._layer("ONNXTRT_ShapeShuffle")
-            self._layer("ONNXTRT_ShapeSlice")
-            self._layer(name)
-        elif kind == "Expand":
-            self._expand(node, name)
-        elif kind == "Tile":
-            self._known()
-            self._of_tensor()
-            self._all("ONNXTRT_ShapeElementWise", 1)
-            self._all("ONNXTRT_ShapeSlice", 1)
-            self._layer(name)
-        elif kind == "TopK":
-            self._layer(name)
-            self._operands(node, [1], broadcast=False)
-            self._layer("ONNXTRT_convertToScalar")
-            self._layer("ONNXTRT_castHelper")
-        elif kind in ("Concat", "Erf"):
-            self._operands(node, range(len(node.input)), broadcast=False)
-            self._layer(name)
-        elif kind not in ("Constant", "Dropout"):
-            self._all(name, _LAYERS.get(kind, 1))
-        return found
+        rule = _RULES.get(node.op_type)
+        if rule is None:
+            self._own(_LAYERS.get(node.op_type, 1))
+            return {}
+        return rule(self, node) or {}
 
     def _layer(self, name: str, again: bool = True) -> str:
         """Name a layer; where ``again`` is not set, one layer serves all that ask for it."""
@@ -182,6 +100,10 @@ class ParserNames:
         if name == self._node:
             self.layers.append(chosen)
         return chosen
+
+    def _own(self, count: int = 1) -> None:
+        """Layers that are named after the operator."""
+        self._all(self._node, count)
 
     def _all(self, name: str, count: int) -> None:
         for _ in range(count):
@@ -246,8 +168,8 @@ class ParserNames:
         self._of_tensor()
         self._layer("ONNXTRT_ShapeGather")
 
-    def _reshape(self, shape: Shape, name: str | None, gathered: bool = False, longer: bool = False) -> None:
-        """A reshape to the shape of a tensor, or to some of its dimensions, with one more between them."""
+    def _reshape(self, shape: Shape, gathered: bool = False, longer: bool = False) -> None:
+        """The shape that a reshape takes: a tensor's, or some of its dimensions, with one more between them."""
         if None in shape:
             if longer:
                 self._known()
@@ -260,10 +182,93 @@ class ParserNames:
             else:
                 self._of_tensor()
         self._layer("ONNXTRT_ShapeShuffle")
-        if name is not None:
-            self._layer(name)
 
-    def _flatten(self, node: onnx.NodeProto, name: str) -> None:
+    def _read_elementwise(self, node: onnx.NodeProto) -> dict[int, str]:
+        found: dict[int, str] = {}
+        if len(node.input) == 1:
+            self._layer("ONNXTRT_identity")
+        else:
+            found = self._operands(node, range(len(node.input)))
+            self._own(len(node.input) - 1)
+        if node.op_type == "Mean":
+            self._temporary()  # one divided by the number of operands
+        return found
+
+    def _read_broadcasting(self, node: onnx.NodeProto) -> dict[int, str]:
+        found = self._operands(node, range(len(node.input)))
+        self._own()
+        return found
+
+    def _read_or_equal(self, node: onnx.NodeProto) -> dict[int, str]:
+        found = self._operands(node, range(2))
+        self._own(3)
+        return found
+
+    def _read_softmax(self, node: onnx.NodeProto) -> None:
+        self._own()
+        self._reshape(self._shape(node.input[0]))
+
+    def _read_reshape(self, node: onnx.NodeProto) -> None:
+        self._layer("ONNXTRT_ShapeShuffle")
+        self._own()
+
+    def _read_squeeze(self, node: onnx.NodeProto) -> None:
+        self._reshape(self._shape(node.input[0]), gathered=True, longer=node.op_type == "Unsqueeze")
+        self._own()
+
+    def _read_instance_normalization(self, node: onnx.NodeProto) -> None:
+        self._unsqueezed(node.input[1:3])
+        self._own()
+
+    def _read_layer_normalization(self, node: onnx.NodeProto) -> dict[int, str]:
+        self._temporary(2)
+        found = self._operands(node, range(1, len(node.input)), rank=len(self._shape(node.input[0])))
+        self._own()
+        return found
+
+    def _read_batch_normalization(self, node: onnx.NodeProto) -> None:
+        if not self._stored.issuperset(node.input[1:]):
+            self._unsqueezed(node.input[1:])
+            self._temporary()
+        self._own()
+
+    def _read_arg(self, node: onnx.NodeProto) -> None:
+        self._own()
+        self._all("ONNXTRT_castHelper", 2)
+
+    def _read_gather(self, node: onnx.NodeProto) -> None:
+        import onnx
+
+        self._operands(node, range(2), broadcast=False)
+        if self.types.get(node.input[0]) != onnx.TensorProto.INT64:
+            self._layer("ONNXTRT_castHelper")
+        self._own()
+
+    def _read_constant_of_shape(self, node: onnx.NodeProto) -> None:
+        self._operands(node, [0], broadcast=False)
+        self._temporary()
+        self._layer("ONNXTRT_ShapeShuffle")
+        self._layer("ONNXTRT_ShapeSlice")
+        self._own()
+
+    def _read_tile(self, node: onnx.NodeProto) -> None:
+        self._known()
+        self._of_tensor()
+        self._layer("ONNXTRT_ShapeElementWise")
+        self._layer("ONNXTRT_ShapeSlice")
+        self._own()
+
+    def _read_top_k(self, node: onnx.NodeProto) -> None:
+        self._own()
+        self._operands(node, [1], broadcast=False)
+        self._layer("ONNXTRT_convertToScalar")
+        self._layer("ONNXTRT_castHelper")
+
+    def _read_joined(self, node: onnx.NodeProto) -> None:
+        self._operands(node, range(len(node.input)), broadcast=False)
+        self._own()
+
+    def _read_flatten(self, node: onnx.NodeProto) -> None:
         shape = self._shape(node.input[0])
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 1)
         axis += len(shape) if axis < 0 else 0
@@ -276,7 +281,7 @@ class ParserNames:
                     self._known()
             self._layer("ONNXTRT_ShapeConcat")
         self._layer("ONNXTRT_ShapeShuffle")
-        self._layer(name)
+        self._own()
 
     def _product(self, shape: Shape) -> None:
         """The product of dimensions, one after the other; a factor of 1 is left out."""
@@ -290,19 +295,19 @@ class ParserNames:
                 self._layer("ONNXTRT_ShapeElementWise")
             known = None if known is None or size is None else known * size
 
-    def _depth_to_space(self, shape: Shape, name: str) -> None:
+    def _read_depth_to_space(self, node: onnx.NodeProto) -> None:
         # With the batch open, it is gathered once and put before the other dimensions, which are known, twice.
-        if shape[:1] == (None,):
+        free = self._shape(node.input[0])[:1] == (None,)
+        if free:
             self._gather()
-        for layer in (name, None):
-            if shape[:1] == (None,):
+        for own in (1, 0):
+            if free:
                 self._known()
                 self._layer("ONNXTRT_ShapeConcat")
             self._layer("ONNXTRT_ShapeShuffle")
-            if layer is not None:
-                self._layer(layer)
+            self._own(own)
 
-    def _slice(self, node: onnx.NodeProto, name: str) -> None:
+    def _read_slice(self, node: onnx.NodeProto) -> None:
         self._operands(node, range(1, min(len(node.input), 3)), broadcast=False)
         self._all("ONNXTRT_castHelper", 2)
         # The elementwise operations that turn starts, ends and steps into sizes.
@@ -313,14 +318,14 @@ class ParserNames:
             self._known()
             self._all("ONNXTRT_ShapeElementWise", operations)
         self._layer("ONNXTRT_ShapeSlice")
-        self._layer(name)
+        self._own()
 
-    def _pad(self, node: onnx.NodeProto, name: str) -> None:
+    def _read_pad(self, node: onnx.NodeProto) -> None:
         if len(node.input) > 1 and node.input[1] not in self._stored:
             # What is computed is divided into the sizes before and those behind.
             for _ in range(2):
                 self._layer("ONNXTRT_ShapeSlice")
-                self._layer(name)
+                self._own()
             if None in self._shape(node.input[0]):
                 self._gather()
             else:
@@ -328,9 +333,9 @@ class ParserNames:
             self._known()
             self._all("ONNXTRT_ShapeElementWise", 3)
             self._layer("ONNXTRT_ShapeSlice")
-        self._layer(name)
+        self._own()
 
-    def _split(self, node: onnx.NodeProto, name: str) -> None:
+    def _read_split(self, node: onnx.NodeProto) -> None:
         if None in self._shape(node.input[0]):
             self._of_tensor()
             self._known()  # which of the dimensions to take
@@ -340,12 +345,12 @@ class ParserNames:
                 self._layer("ONNXTRT_ShapeConcat")
                 self._layer("ONNXTRT_ShapeGather")
             self._layer("ONNXTRT_ShapeSlice")
-            self._layer(name)
+            self._own()
 
-    def _clip(self, node: onnx.NodeProto, name: str) -> dict[int, str]:
+    def _read_clip(self, node: onnx.NodeProto) -> dict[int, str]:
         bounds = node.input[1:3]
         if "" not in bounds:
-            self._layer(name)
+            self._own()
             return {}
         # A bound that is left empty makes it two elementwise layers without a name, and is a constant, too.
         for bound in bounds:
@@ -363,7 +368,7 @@ class ParserNames:
                 self.made.append((broadcast, np.full((), -largest if position == 1 else largest, np.float32)))
         return found
 
-    def _expand(self, node: onnx.NodeProto, name: str) -> None:
+    def _read_expand(self, node: onnx.NodeProto) -> None:
         self._operands(node, [1], broadcast=False)
         # Sizes: the larger of both shapes; steps: 0 along what is repeated.
         self._known()
@@ -373,13 +378,13 @@ class ParserNames:
         self._known()
         self._all("ONNXTRT_ShapeElementWise", 2)
         self._layer("ONNXTRT_ShapeSlice")
-        self._layer(name)
+        self._own()
 
-    def _gemm(self, node: onnx.NodeProto, name: str) -> dict[int, str]:
+    def _read_gemm(self, node: onnx.NodeProto) -> dict[int, str]:
         factors = {attribute.name: attribute.f for attribute in node.attribute}
         alpha, beta = factors.get("alpha", 1.0), factors.get("beta", 1.0)
         self._operands(node, range(2), broadcast=False)
-        self._layer(name)
+        self._own()
         if alpha != 1:
             self._temporary()
             self.made.append((self._broadcast(()), np.full((), alpha, np.float32)))
@@ -395,13 +400,43 @@ class ParserNames:
             self._broadcast(())
         return {}
 
-    def _celu(self, node: onnx.NodeProto) -> None:
+    def _read_celu(self, node: onnx.NodeProto) -> None:
         alpha = next((attribute.f for attribute in node.attribute if attribute.name == "alpha"), 1.0)
         for weight, value in zip(self._temporary(3), (0.0, 1.0, alpha), strict=True):
             array = np.full((), value, np.float32)
             self.made.append((self._layer(weight), array))
             if self._shape(node.input[0]):
                 self.made.append((self._broadcast(()), array))
+        self._own(_LAYERS["Celu"])
+
+
+_RULES: Mapping[str, Callable[[ParserNames, onnx.NodeProto], dict[int, str] | None]] = {
+    **dict.fromkeys(_ELEMENTWISE, ParserNames._read_elementwise),
+    **dict.fromkeys(("MatMul", "PRelu", "Where"), ParserNames._read_broadcasting),
+    **dict.fromkeys(("GreaterOrEqual", "LessOrEqual"), ParserNames._read_or_equal),
+    **dict.fromkeys(("LogSoftmax", "Softmax"), ParserNames._read_softmax),
+    **dict.fromkeys(("Squeeze", "Unsqueeze"), ParserNames._read_squeeze),
+    **dict.fromkeys(("ArgMax", "ArgMin"), ParserNames._read_arg),
+    **dict.fromkeys(("DepthToSpace", "SpaceToDepth"), ParserNames._read_depth_to_space),
+    **dict.fromkeys(("Concat", "Erf"), ParserNames._read_joined),
+    "BatchNormalization": ParserNames._read_batch_normalization,
+    "Celu": ParserNames._read_celu,
+    "Clip": ParserNames._read_clip,
+    "ConstantOfShape": ParserNames._read_constant_of_shape,
+    "Expand": ParserNames._read_expand,
+    "Flatten": ParserNames._read_flatten,
+    "Gather": ParserNames._read_gather,
+    "Gemm": ParserNames._read_gemm,
+    "InstanceNormalization": ParserNames._read_instance_normalization,
+    "LayerNormalization": ParserNames._read_layer_normalization,
+    "Pad": ParserNames._read_pad,
+    "Reshape": ParserNames._read_reshape,
+    "Slice": ParserNames._read_slice,
+    "Split": ParserNames._read_split,
+    "Tile": ParserNames._read_tile,
+    "TopK": ParserNames._read_top_k,
+}
+"""Operator -> what counts its layers, and names its inputs' broadcasts; others are as many as :data:`_LAYERS` says."""
 
 
 def _shapes(graph: onnx.GraphProto) -> Mapping[str, Shape]:
