@@ -15,6 +15,7 @@ from data.tensor import TensorImages
 from engines.tensorrt.calibration import calibrate
 from engines.tensorrt.engine import TorchTensorRTEngine
 from engines.tensorrt.match import compare, made_by
+from engines.tensorrt.support import TensorRTError
 from evaluation.latency import measure_latency
 from tests.records import provenance
 
@@ -139,6 +140,18 @@ def test_implicit_int8_and_the_two_tables(network, ours, tmp_path):
 
     again = calibrate(network, lambda: pytest.fail("touched the data"), path, provenance(), CONFIG)
     assert not again.calibrated
+
+
+def test_a_full_gpu_is_told_at_once(network, tmp_path):
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(free - (32 << 20), dtype=torch.uint8, device="cuda")
+    try:
+        with pytest.raises(TensorRTError, match="GPU 0 has no memory left to build an engine"):
+            TorchTensorRTEngine(CONFIG, QuantizationConfig(), tmp_path, (8,)).compile(network, "fp32", None)
+    finally:
+        del held
+        torch.cuda.empty_cache()
 
 
 def test_an_engine_is_loaded_from_its_file(network, folder):
