@@ -224,18 +224,18 @@ def races(sizes: Sequence[int], builds: int) -> Iterator[Race]:
 
     from benchmarks.bare_tensorrt import TensorRT, in_turns
 
+    version = TensorRT().version
     for name, make, shape in (("LeNet", LeNet, (1, 28, 28)), ("ResNet-50", torchvision.models.resnet50, (3, 224, 224))):
         torch.manual_seed(0)
-        network = trace(make().eval(), name, shape)
+        made = files(trace(make().eval(), name, shape), version)
         for batch in sizes:
             engines = {}
             for number in range(builds):
                 trt = TensorRT()  # with a timing cache of its own
-                for kind, (model, table) in files(network, trt.version).items():
+                for kind, (model, table) in made.items():
                     engines[f"{kind} {number}"] = trt.build(model, batch, int8=kind != "FP32", table=table)
             found = in_turns(engines, TURNS if name == "LeNet" else TURNS // 3, REPLAYS)
-            kinds = ("FP32", "implicit", "file")
-            yield Race(name, batch, {kind: [found[f"{kind} {number}"] for number in range(builds)] for kind in kinds})
+            yield Race(name, batch, {kind: [found[f"{kind} {number}"] for number in range(builds)] for kind in made})
 
 
 def files(network: Network, tensorrt: str) -> dict[str, tuple[bytes, bytes]]:
