@@ -19,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 
 from calib.algorithms import DEFAULT, thresholds
+from calib.calibrator import MUCH_CLIPPED
 from calib.histogram.base import AbsHistogram
 from calib.histogram.native import native_counter
+from calib.onnx.graph import WEIGHTED
 from calib.onnx.histograms import collect
 from calib.onnx.model import read_float_model
 from calib.onnx.observe import Observed
@@ -47,6 +49,7 @@ class OnnxCalibration:
         zero: Entries whose values were zero throughout.
         infinite: Values that were infinite, and so have no entry.
         unnamed: Values whose names the table cannot hold, and which so have no entry.
+        clipped: Values that layers with weights read and of which the threshold cuts much off -> the share.
         seconds: Time of the network and the histograms.
         provider: What ONNX Runtime computed with, such as ``CUDAExecutionProvider``.
     """
@@ -57,6 +60,7 @@ class OnnxCalibration:
     zero: tuple[str, ...]
     infinite: tuple[str, ...]
     unnamed: tuple[str, ...]
+    clipped: Mapping[str, float]
     seconds: float
     provider: str
 
@@ -116,7 +120,13 @@ def calibrate_onnx(
             raise InputError(f"input {value.name!r} is zero in all calibration batches: there is nothing to calibrate")
     legacy = Legacy(quantile=options.get("quantile", Legacy.quantile))
     table = CalibrationTable(scales, algorithm, tensorrt_version, legacy)
-    return OnnxCalibration(table, batches.images, len(batches), zero, infinite, unnamed, seconds, observed.provider)
+    read = dict.fromkeys(node.input[0] for node in model.graph.node if node.op_type in WEIGHTED)
+    counted = {name: source for name in read if (source := sources.get(name)) in found and scales.get(name)}
+    shares = {name: histograms[source].share_above(found[source]) for name, source in counted.items()}
+    clipped = {name: share for name, share in shares.items() if share > MUCH_CLIPPED}
+    return OnnxCalibration(
+        table, batches.images, len(batches), zero, infinite, unnamed, clipped, seconds, observed.provider
+    )
 
 
 def complete_table(

@@ -150,6 +150,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         "scales": table.finite,
         "zero": list(calibration.zero),
         "infinite": list(calibration.infinite),
+        "unnamed": list(calibration.unnamed),
+        "clipped": dict(calibration.clipped),
         "subgraphs": inner,
     }
     if quantized is not None:
@@ -258,6 +260,13 @@ def _warnings(calibration: OnnxCalibration, subgraphs: list[str], left_over: int
         lines.append(f"no usable range, all values were zero: {named(calibration.zero)}")
     if calibration.unnamed:
         lines.append(f"no entry, since the table cannot hold such a name: {named(calibration.unnamed)}")
+    if calibration.clipped:
+        shares = [f"{share:.1%} of {name!r}" for name, share in calibration.clipped.items()]
+        more = f" and {len(shares) - 5} more" if len(shares) > 5 else ""
+        lines.append(
+            f"{calibration.table.algorithm} clips {', '.join(shares[:5])}{more}: INT8 may lose accuracy; take these "
+            "entries from another algorithm's table (python -m calib merge)"
+        )
     if calibration.infinite:
         lines.append(f"no entry, since values were infinite: {named(calibration.infinite)}")
     return lines

@@ -355,6 +355,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     merged = table.replaced({**table.scales, **{name: others[name] for name in taken}})
     write_table(arguments.output or arguments.table, merged, "table")
     print(f"took {named(taken)} from {arguments.other}")
+    for line in _by_reason(
+        {name: why for name, why in merged.unusable.items() if name in taken}, " cannot be quantized:"
+    ):
+        print(f"warning: {line}", file=sys.stderr)
     return ExitCode.PASSED
 
 

@@ -426,6 +426,23 @@ def refused(tmp_path):
     return refused
 
 
+def test_what_is_clipped_much_is_named(images, tmp_path, capsys):
+    nodes = [
+        node("MaxPool", ["data"], ["pool"], kernel_shape=[2, 2], strides=[2, 2]),
+        node("Conv", ["pool", "w"], ["out"]),
+    ]
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": ["N", 2, 8, 8]}, {"w": np.ones((2, 3, 1, 1), np.float32)})
+    network = save(made, tmp_path / "network.onnx")
+    np.save(tmp_path / "images.npy", images)
+    line = ["calibrate", network, "--images", tmp_path / "images.npy", "--output", tmp_path / "table", "--json"]
+    assert run(*line, "--algorithm", "percentile", "--percentile", "80") == 0
+    found = capsys.readouterr()
+    assert json.loads(found.out)["clipped"] == {"pool": pytest.approx(0.2, abs=0.01)}
+    assert "warning: percentile clips 20" in found.err
+    assert run(*line, "--algorithm", "minmax") == 0
+    assert "clips" not in capsys.readouterr().err
+
+
 def test_arrays_that_do_not_fit(images, tmp_path, refused, network):
     path = tmp_path / "images.npy"
     nan, infinite = images.copy(), images.copy()

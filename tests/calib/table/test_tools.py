@@ -153,6 +153,12 @@ def test_check_as_json(table, tmp_path, capsys):
     assert found["warnings"] == ["tensor 'x': the scale is NaN"]
 
 
+def test_merge_names_what_it_takes_and_nothing_can_use(table, tmp_path, capsys):
+    CalibrationTable({"data": math.inf, "conv1": 0.25}).write(tmp_path / "other")
+    assert run("merge", table, tmp_path / "other", "--take", "*") == 0
+    assert capsys.readouterr().err == "warning: tensor 'data' cannot be quantized: the scale is infinite\n"
+
+
 def test_a_table_in_utf16_is_named_so(table, tmp_path):
     other = tmp_path / "windows"
     other.write_text(table.read_text(encoding="utf-8"), encoding="utf-16")
