@@ -110,10 +110,10 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
         found = scales.get(averaged or "", found)
         scales[value] = max(found, scales.get(value, found))
         lowest_codes[value] = min(lowest, lowest_codes.get(value, lowest))
-    if not scales:
-        raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
     clamped = {value for value, lowest in lowest_codes.items() if lowest == 0}
     stripped = _without_pairs(_with_relus(model, clamped, path), path)
+    if not scales:
+        raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
     graph = Graph(stripped)
     _spread(graph, scales)
     tensors = [*graph.inputs, *(name for node in graph.nodes for name in node.output if name not in graph.constant)]
@@ -242,6 +242,8 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         if node.op_type == "QuantizeLinear" or (node.op_type == "Clip" and node.input[0] in codes):
             direct[node.output[0]] = source or node.input[0]
             codes.add(node.output[0])
+            if node.output[0] in outputs:  # codes, which become values under the same name
+                nodes.append(onnx.helper.make_node("Identity", [direct[node.output[0]]], [node.output[0]], node.name))
         elif node.op_type != "DequantizeLinear":
             if node.op_type in _SAME_SCALE and node.input[0] in codes:  # moves values now
                 direct[node.output[0]] = node.output[0]
@@ -252,13 +254,19 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         elif (weight := _weight(result, node, constants, path)) is not None:
             result.graph.initializer.append(onnx.numpy_helper.from_array(weight, node.output[0]))
         elif source is None:
-            raise InputError(f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before")
+            raise InputError(
+                f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before: give the "
+                "network float inputs"
+            )
         elif node.output[0] in outputs:
             nodes.append(onnx.helper.make_node("Identity", [source], [node.output[0]], node.name))
         else:
             direct[node.output[0]] = source
     for node in nodes:
         node.input[:] = [direct.get(name, name) for name in node.input]
+    for value in result.graph.output:
+        if value.name in codes:
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
     replace_items(result.graph.node, nodes)
     drop_unread(result.graph)
     return result

@@ -434,6 +434,19 @@ def test_codes_from_zero_up_are_a_relu(tmp_path):
     np.testing.assert_allclose(outputs(plain, feed)[0], outputs(path, feed)[0], atol=0.0101)
 
 
+def test_codes_that_the_network_puts_out_become_values(tmp_path):
+    made = trained(128)
+    made.graph.node.append(node("QuantizeLinear", ["out", "s", "z"], ["codes"]))
+    del made.graph.output[:]
+    made.graph.output.append(onnx.helper.make_tensor_value_info("codes", TensorProto.UINT8, ["N", 2, 4, 4]))
+    path, table, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "table", tmp_path / "plain.onnx"
+    assert run("from-qdq", path, "--output", table, "--onnx", plain) == 0
+    assert CalibrationTable.read(table).scales == pytest.approx(dict.fromkeys(["data", "out", "codes"], 0.02))
+    feed = {"data": np.random.default_rng(4).random((1, 3, 4, 4), np.float32)}
+    values = (outputs(path, feed)[0].astype(np.float32) - 128) * 0.02
+    np.testing.assert_allclose(outputs(plain, feed)[0], values, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("made", "complaint"),
     [
@@ -444,6 +457,10 @@ def test_codes_from_zero_up_are_a_relu(tmp_path):
         ),
         (trained(np.zeros(3), [0.1, 0.2, 0.3], np.int8), "'data' is quantized per channel"),
         (trained(0, kind=np.uint16), "quantized to uint16"),
+        (
+            model([node("DequantizeLinear", ["x", "s"], ["out"])], {"x": [1]}, {"out": [1]}, {"s": np.float32(1)}, x=2),
+            "'x' is dequantized, and is neither a weight nor quantized before: give the network float inputs",
+        ),
     ],
 )
 def test_networks_that_give_no_table(tmp_path, made, complaint):
