@@ -31,10 +31,10 @@ SOURCE = rf"""
 #define LANES {_LANES}
 #define PIECE 1024
 
-/* Adds values, fewer than 2^32, to counts[COUNTERS] by trunc(value * factor), which has the value's sign and is at most
-   BINS: bin 0 is in the middle. Gives the bits of the largest magnitude and of the largest value: without its sign,
+/* Adds values, fewer than 2^32, to magnitudes[BINS + 1] by trunc(|value| * factor), at most BINS, and what a ReLU makes
+   of them to rectified[BINS + 1]. Gives the bits of the largest magnitude and of the largest value: without its sign,
    the bits of a float are in the order of magnitudes; NaN comes last. */
-void count(const float *values, int64_t size, float factor, int64_t *counts, int32_t *largest)
+void count(const float *values, int64_t size, float factor, int64_t *magnitudes, int64_t *rectified, int32_t *largest)
 {{
     uint32_t lanes[LANES][COUNTERS];
     int32_t bins[PIECE], magnitude = 0, most = 0;
@@ -60,9 +60,16 @@ void count(const float *values, int64_t size, float factor, int64_t *counts, int
         for (; i < length; ++i)
             ++lanes[0][bins[i]];
     }}
-    for (int lane = 0; lane < LANES; ++lane)
-        for (int bin = 0; bin < COUNTERS; ++bin)
-            counts[bin] += lanes[lane][bin];
+    for (int lane = 0; lane < LANES; ++lane) {{
+        const uint32_t *zero = lanes[lane] + BINS;
+        magnitudes[0] += zero[0];
+        rectified[0] += zero[0];
+        for (int bin = 1; bin <= BINS; ++bin) {{
+            magnitudes[bin] += (int64_t)zero[bin] + zero[-bin];
+            rectified[bin] += zero[bin];
+            rectified[0] += zero[-bin];
+        }}
+    }}
     largest[0] = magnitude;
     largest[1] = most;
 }}
@@ -71,11 +78,10 @@ void count(const float *values, int64_t size, float factor, int64_t *counts, int
 _OPTIONS = ("-O3", "-march=native", "-fno-trapping-math", "-shared", "-fPIC")
 """Without traps to care for, comparisons of floats are vector instructions as well."""
 
-Counter = Callable[[NDArray[np.float32], np.float32, NDArray[np.int64]], tuple[float, float]]
-"""Adds to int64 [4097] how many values lie in each bin trunc(value * factor), which has a sign: bin 0 is in the middle.
-
-Returns the largest magnitude, NaN if a value is, and the largest value, at least 0. The bins are right where values lie
-in the range."""
+Counter = Callable[[NDArray[np.float32], np.float32, NDArray[np.int64], NDArray[np.int64]], tuple[float, float]]
+"""Adds to int64 [2049] how many values lie in each bin trunc(abs(value) * factor), and to another one how many do of
+what a ReLU makes of them. Returns the largest magnitude, NaN if a value is, and the largest value, at least 0. The bins
+are right where values lie in the range."""
 
 
 @cache
@@ -87,9 +93,10 @@ def native_counter() -> Counter | None:
         logger.debug("no C compiler works here, which makes calibration slower: %s", error)
         return None
     values = np.linspace(-1.5, 1.25, 20_011, dtype=np.float32)
-    factor, found = np.float32(BINS / 1.5), np.zeros(2 * BINS + 1, np.int64)
-    extremes = counter(values, factor, found)
-    wanted = np.bincount((values * factor).astype(np.int64) + BINS, minlength=2 * BINS + 1)
+    factor, found = np.float32(BINS / 1.5), np.zeros((2, BINS + 1), np.int64)
+    extremes = counter(values, factor, *found)
+    both = (np.abs(values), values.clip(0))
+    wanted = [np.bincount((one * factor).astype(np.int64), minlength=BINS + 1) for one in both]
     if extremes == (1.5, 1.25) and np.array_equal(found, wanted):
         return counter
     logger.warning("what the C compiler makes of the counting of histograms counts wrongly: NumPy counts, more slowly")
@@ -110,11 +117,17 @@ def _compiled() -> Counter:
         subprocess.run(line, check=True, capture_output=True, timeout=60)
         run = ctypes.CDLL(str(library)).count
     run.restype = None
-    run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_void_p, ctypes.c_void_p]
+    run.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, *[ctypes.c_void_p] * 3]
 
-    def count(values: NDArray[np.float32], factor: np.float32, counts: NDArray[np.int64]) -> tuple[float, float]:
+    def count(
+        values: NDArray[np.float32],
+        factor: np.float32,
+        magnitudes: NDArray[np.int64],
+        rectified: NDArray[np.int64],
+    ) -> tuple[float, float]:
         largest = np.empty(2, np.float32)
-        run(values.ctypes.data, values.size, factor, counts.ctypes.data, largest.ctypes.data)
+        pointers = [array.ctypes.data for array in (magnitudes, rectified, largest)]
+        run(values.ctypes.data, values.size, factor, *pointers)
         magnitude, most = largest.tolist()
         return magnitude, most
 

@@ -19,8 +19,8 @@ def count_rectified(
 ) -> tuple[Counted, Counted] | None:
     """Count ``values`` and ``max(values, 0)``, as :func:`calib.histogram.base.count` counts each.
 
-    Bins have a sign here: the ReLU's histogram are the positive ones, and all else is zero. Values take no turns
-    between sets of counters as in :func:`count`: in front of a ReLU few are equal, and it took longer.
+    In NumPy, values take no turns between sets of counters as in :func:`count`: in front of a ReLU few are equal, and
+    it took longer.
 
     Args:
         values: Any shape, on the CPU.
@@ -37,28 +37,30 @@ def count_rectified(
     if values.dtype != torch.float32 or min(limits) < BINS * SMALLEST or (native is None and len(limits) > 1):
         return None
     exact = flat(values.detach()).numpy()
-    signed = {one: np.zeros(2 * BINS + 1, np.int64) for one in limits}
+    found = {one: (np.zeros(BINS + 1, np.int64), np.zeros(BINS + 1, np.int64)) for one in limits}
     largest = most = 0.0
     for start in range(0, exact.size, _ROW):
         part = exact[start : start + _ROW]
-        for one, counts in signed.items():
-            magnitude, positive = (native or _count)(part, np.float32(BINS / one), counts)
+        for one, counts in found.items():
+            magnitude, positive = (native or _count)(part, np.float32(BINS / one), *counts)
         if not (magnitude <= limit and positive <= rectified_limit):
             return None
         largest, most = max(largest, magnitude), max(most, positive)
-    counts = signed[limit][BINS:].copy()
-    counts[1:] += signed[limit][:BINS][::-1]
-    rectified = signed[rectified_limit][BINS:].copy()
-    rectified[0] += signed[rectified_limit][:BINS].sum()
-    return Counted(counts, limit, largest), Counted(rectified, rectified_limit, most)
+    return Counted(found[limit][0], limit, largest), Counted(found[rectified_limit][1], rectified_limit, most)
 
 
-def _count(values: NDArray[np.float32], factor: np.float32, counts: NDArray[np.int64]) -> tuple[float, float]:
+def _count(
+    values: NDArray[np.float32], factor: np.float32, magnitudes: NDArray[np.int64], rectified: NDArray[np.int64]
+) -> tuple[float, float]:
     """See :data:`calib.histogram.native.Counter`."""
     least, most = float(values.min()), float(values.max())
     if max(-least, most) * factor <= BINS + 1:
         bins = np.empty(values.size, np.int16)
         np.multiply(values, factor, out=bins, casting="unsafe")  # truncates, in float32 before
-        bins += BINS
-        counts += torch.bincount(torch.from_numpy(bins), minlength=counts.size).numpy()
+        bins += BINS  # they have a sign: the ReLU's are the positive ones, and all else is zero
+        signed = torch.bincount(torch.from_numpy(bins), minlength=2 * BINS + 1).numpy()
+        magnitudes += signed[BINS:]
+        magnitudes[1:] += signed[:BINS][::-1]
+        rectified += signed[BINS:]
+        rectified[0] += signed[:BINS].sum()
     return (max(-least, most) if least == least else least), max(most, 0.0)
