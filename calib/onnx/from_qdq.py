@@ -86,31 +86,9 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     """
     if integers := integer_operators(model):
         raise InputError(f"{path} computes on integers ({', '.join(integers)}): quantize it in the Q/DQ format instead")
-    quantizers = [node for node in model.graph.node if node.op_type in QUANTIZERS]
-    if not quantizers:
+    if not any(node.op_type in QUANTIZERS for node in model.graph.node):
         raise InputError(f"{path} has no quantize/dequantize operators: python -m calib calibrate makes its table")
-    graph = Graph(model)
-    scales: dict[str, float] = {}
-    asymmetric: dict[str, None] = {}
-    lowest_codes: dict[str, int] = {}
-    for node in quantizers:
-        if node.op_type != "QuantizeLinear" or node.input[0] in graph.constant:
-            continue
-        value = node.input[0]
-        scale = _constant(model, node, 1, path)
-        if scale.size != 1:
-            raise InputError(f"{path}: {value!r} is quantized per channel, which no calibration table can hold")
-        lowest, highest = _codes(model, graph, node, path)
-        # int8 has one code more below zero than above, which a symmetric range leaves out.
-        largest = max(highest, -lowest - 1)
-        if largest > LEVELS:
-            asymmetric.setdefault(value)
-        found = float(scale.item()) * largest / LEVELS
-        averaged = _averaged_codes(graph, value) if found == 1 else None
-        found = scales.get(averaged or "", found)
-        scales[value] = max(found, scales.get(value, found))
-        lowest_codes[value] = min(lowest, lowest_codes.get(value, lowest))
-    clamped = {value for value, lowest in lowest_codes.items() if lowest == 0}
+    scales, asymmetric, clamped = _scales_of_pairs(model, path)
     stripped = _without_pairs(_with_relus(model, clamped, path), path)
     if not scales:
         raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
@@ -121,6 +99,32 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     others = no_floats(stripped)
     unknown = tuple(name for name in tensors if name and name not in scales and name not in others)
     return FromQdq(ordered, tuple(name for name in asymmetric if name in ordered), unknown, stripped)
+
+
+def _scales_of_pairs(model: onnx.ModelProto, path: Path) -> tuple[dict[str, float], list[str], set[str]]:
+    """The scales of values that are quantized, those of an asymmetric range, and those that have no code below 0."""
+    graph = Graph(model)
+    scales: dict[str, float] = {}
+    lowest_codes: dict[str, int] = {}
+    asymmetric: list[str] = []
+    for node in model.graph.node:
+        if node.op_type != "QuantizeLinear" or node.input[0] in graph.constant:
+            continue
+        value = node.input[0]
+        scale = _constant(model, node, 1, path)
+        if scale.size != 1:
+            raise InputError(f"{path}: {value!r} is quantized per channel, which no calibration table can hold")
+        lowest, highest = _codes(model, graph, node, path)
+        # int8 has one code more below zero than above, which a symmetric range leaves out.
+        largest = max(highest, -lowest - 1)
+        if largest > LEVELS and value not in asymmetric:
+            asymmetric.append(value)
+        found = float(scale.item()) * largest / LEVELS
+        averaged = _averaged_codes(graph, value) if found == 1 else None
+        found = scales.get(averaged or "", found)
+        scales[value] = max(found, scales.get(value, found))
+        lowest_codes[value] = min(lowest, lowest_codes.get(value, lowest))
+    return scales, asymmetric, {value for value, lowest in lowest_codes.items() if lowest == 0}
 
 
 def _averaged_codes(graph: Graph, value: str) -> str | None:
@@ -137,7 +141,7 @@ def _averaged_codes(graph: Graph, value: str) -> str | None:
 
 
 def _codes(model: onnx.ModelProto, graph: Graph, node: onnx.NodeProto, path: Path) -> tuple[int, int]:
-    """The lowest and the highest code that a QuantizeLinear gives, and a Clip behind it leaves, from zero's on."""
+    """The lowest and highest code that a QuantizeLinear gives, and a Clip behind it leaves, less the zero point."""
     import onnx
 
     kind = attributes(node).get("output_dtype", onnx.TensorProto.UINT8)
@@ -182,7 +186,7 @@ def _spread(graph: Graph, scales: dict[str, float]) -> None:
 
 
 def _with_relus(model: onnx.ModelProto, clamped: set[str], path: Path) -> onnx.ModelProto:
-    """The network with a ReLU for each of the ``clamped`` values that could be below zero without its pair.
+    """The network with a ReLU for each of the ``clamped`` values that could be below zero without their pairs.
 
     ONNX Runtime's quantizer leaves out a ReLU whose result it quantizes to codes from zero up, which clamp as well.
     """
@@ -198,7 +202,7 @@ def _with_relus(model: onnx.ModelProto, clamped: set[str], path: Path) -> onnx.M
         nodes.append(node)
         read = [*filter(None, node.input)]
         kept = read if node.op_type in _JOINS else read[:1] if node.op_type in _KEEPS_SIGN else []
-        if node.op_type in _POSITIVE or (kept and positive.issuperset(kept)) or _clips_at_zero(model, node, path):
+        if node.op_type in _POSITIVE or (kept and positive.issuperset(kept)) or _stops_at_zero(model, node, path):
             positive.update(node.output)
         for index, value in enumerate(node.output):
             quantized = all(reader.op_type == "QuantizeLinear" for reader in graph.readers.get(value, ()))
@@ -211,11 +215,13 @@ def _with_relus(model: onnx.ModelProto, clamped: set[str], path: Path) -> onnx.M
     return result
 
 
-def _clips_at_zero(model: onnx.ModelProto, node: onnx.NodeProto, path: Path) -> bool:
-    if node.op_type != "Clip":
-        return False
-    lowest = attributes(node).get("min")
-    if len(node.input) > 1 and node.input[1]:
+def _stops_at_zero(model: onnx.ModelProto, node: onnx.NodeProto, path: Path) -> bool:
+    """Whether an activation gives nothing below zero, by its parameters."""
+    given = attributes(node)
+    if node.op_type == "LeakyRelu":  # as a ReLU is written for ONNX Runtime's integer kernels
+        return given.get("alpha") == 0
+    lowest = given.get("min") if node.op_type == "Clip" else None
+    if node.op_type == "Clip" and any(node.input[1:2]):
         lowest = constant(model, node.input[1], path.parent)
     return lowest is not None and bool(np.all(np.asarray(lowest) >= 0))
 

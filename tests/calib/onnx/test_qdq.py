@@ -412,10 +412,20 @@ def test_the_type_of_codes_without_a_zero_point(tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_codes_from_zero_up_are_a_relu(tmp_path):
+@pytest.mark.parametrize(
+    ("activation", "kept"),
+    [
+        (("Identity", {}), ["Conv", "Identity", "Relu"]),
+        (("Relu", {}), ["Conv", "Relu"]),
+        (("LeakyRelu", {"alpha": 0.0}), ["Conv", "LeakyRelu"]),
+        (("LeakyRelu", {"alpha": 0.5}), ["Conv", "LeakyRelu", "Relu"]),
+    ],
+)
+def test_codes_from_zero_up_are_a_relu(tmp_path, activation, kept):
     # ONNX Runtime's quantizer leaves out the ReLU behind the convolution, whose codes clamp; pooling needs none.
     nodes = [
-        node("Conv", ["data", "w"], ["relu"]),
+        node("Conv", ["data", "w"], ["c"]),
+        node(activation[0], ["c"], ["relu"], **activation[1]),
         node("QuantizeLinear", ["relu", "s", "z"], ["q"]),
         node("DequantizeLinear", ["q", "s", "z"], ["dq"]),
         node("MaxPool", ["dq"], ["pool"], kernel_shape=[2, 2]),
@@ -427,9 +437,10 @@ def test_codes_from_zero_up_are_a_relu(tmp_path):
     made = model(nodes, {"data": [2, 3, 6, 6]}, {"out": [2, 2, 3, 3]}, weights)
     path, table, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "table", tmp_path / "plain.onnx"
     assert run("from-qdq", path, "--output", table, "--onnx", plain) == 0
-    assert [item.op_type for item in onnx.load(plain).graph.node] == ["Conv", "Relu", "MaxPool", "Identity"]
+    assert [item.op_type for item in onnx.load(plain).graph.node] == [*kept, "MaxPool", "Identity"]
     scales = CalibrationTable.read(table).scales
-    assert scales == pytest.approx(dict.fromkeys(["relu_before_relu", "relu", "pool", "out"], 0.02 * 255 / 127))
+    assert scales.keys() == {"c", "relu", "pool", "out"} | ({"relu_before_relu"} if len(kept) > 2 else set())
+    assert list(scales.values()) == pytest.approx([0.02 * 255 / 127] * len(scales))
     feed = {"data": generator.standard_normal((2, 3, 6, 6)).astype(np.float32)}
     np.testing.assert_allclose(outputs(plain, feed)[0], outputs(path, feed)[0], atol=0.0101)
 
