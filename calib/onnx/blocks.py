@@ -57,7 +57,8 @@ def in_blocks(
         if name in copies and name not in in_order
     }
     session = open_session(optimized, with_outputs(found, [*channels]), 1, optimize=False)
-    full = {item.name for item in session.get_outputs() if item.shape[1] == channels[item.name]}
+    # The shape is empty where nothing says how many dimensions there are.
+    full = {item.name for item in session.get_outputs() if item.shape[1:2] == [channels[item.name]]}
     for index, name in enumerate(outputs):
         if name in copies and name not in in_order and copies[name].input[0] in full:
             outputs[index] = copies[name].input[0]

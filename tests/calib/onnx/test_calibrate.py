@@ -443,6 +443,23 @@ def test_what_is_clipped_much_is_named(images, tmp_path, capsys):
     assert "clips" not in capsys.readouterr().err
 
 
+def test_a_convolution_of_a_value_whose_rank_nothing_says(source, tmp_path):
+    nodes = [
+        node("Conv", ["data", "w"], ["c"]),
+        node("SequenceConstruct", ["c"], ["list"]),
+        node("Optional", ["list"], ["given"]),
+        node("OptionalGetElement", ["given"], ["lists"]),
+        node("SequenceAt", ["lists", "first"], ["value"]),
+        node("Conv", ["value", "w"], ["again"]),
+        node("Relu", ["again"], ["out"]),
+    ]
+    generator = np.random.default_rng(6)
+    weights = {"w": weight(generator, 3, 3, 3, 3), "first": np.array(0)}
+    made = model(nodes, {"data": ["N", 3, 16, 16]}, {"out": None}, weights)
+    table = table_of(save(made, tmp_path / "network.onnx"), source, tmp_path)
+    assert list(table.scales) == ["data", "c", "value", "again", "out"]
+
+
 def test_arrays_that_do_not_fit(images, tmp_path, refused, network):
     path = tmp_path / "images.npy"
     nan, infinite = images.copy(), images.copy()
