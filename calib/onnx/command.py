@@ -139,25 +139,28 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         if quantized is not None:
             _print_quantized(arguments.qdq, quantized)
         return ExitCode.PASSED
-    summary = {
-        "table": str(arguments.output),
-        "header": table.header,
-        "algorithm": table.algorithm,
-        "images": calibration.images,
-        "batches": calibration.batches,
-        "seconds": calibration.seconds,
-        "provider": calibration.provider,
-        "scales": table.finite,
-        "zero": list(calibration.zero),
-        "infinite": list(calibration.infinite),
-        "unnamed": list(calibration.unnamed),
-        "clipped": dict(calibration.clipped),
-        "subgraphs": inner,
-    }
+    summary = {"table": str(arguments.output), **_summary(calibration), "subgraphs": inner}
     if quantized is not None:
         summary["qdq"] = {"path": str(arguments.qdq), **quantized}
     print(json.dumps(summary, indent=2))
     return ExitCode.PASSED
+
+
+def _summary(calibration: OnnxCalibration) -> dict[str, Any]:
+    """A calibration as JSON values."""
+    return {
+        "header": calibration.table.header,
+        "algorithm": calibration.table.algorithm,
+        "images": calibration.images,
+        "batches": calibration.batches,
+        "seconds": calibration.seconds,
+        "provider": calibration.provider,
+        "scales": calibration.table.finite,
+        "zero": list(calibration.zero),
+        "infinite": list(calibration.infinite),
+        "unnamed": list(calibration.unnamed),
+        "clipped": dict(calibration.clipped),
+    }
 
 
 def _write_quantized(

@@ -12,7 +12,7 @@ Imports onnx inside functions: it is slow to load.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -87,65 +87,97 @@ def quantize(model: onnx.ModelProto, table: CalibrationTable, path: Path) -> Qua
     form = linear_as_convolution(_with_opset(model, path), usable, path.parent)
     model = form.model
     usable = {**{map_: usable[flat] for map_, flat in form.maps.items() if flat in usable}, **usable}
-    graph = Graph(model)
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    names = name_nodes(result)
-    activations: dict[str, Activation] = {}
-    weights: dict[tuple[str, int | None], Weight] = {}
-    readers_of: dict[tuple[str, int | None], set[str]] = {}
-    missing: dict[str, str] = {}
-    chosen: set[int] = set()
-
-    types = element_types(model)
-
-    def quantize_value(name: str, index: int) -> None:
-        chosen.add(index)
-        half = types.get(name) == onnx.TensorProto.FLOAT16
-        activations.setdefault(name, Activation(usable[name], set(), half=half)).readers.add(names[index])
-
-    newest = _opset(model) > _NEWEST_OPSET
-    for index, node in enumerate(graph.nodes):
-        weight = _weight(node, model, graph, path)
-        if weight is None or (newest and _has_bias_behind(graph, node)):
-            continue
-        if node.input[0] not in usable:
-            missing[node.name or node.op_type] = node.input[0]
-            continue
-        quantize_value(node.input[0], index)
-        axis = channel_axis(node, weight.ndim)
-        scales: NDArray[Any] = _scales(weight, axis)
-        if weight.dtype == np.float16:
-            bias = constant(model, node.input[2], path.parent) if len(node.input) > 2 and node.input[2] else None
-            scales = _half_scales(scales, bias, usable[node.input[0]])
-        readers = readers_of.setdefault((node.input[1], axis), set())
-        readers.add(names[index])
-        weights[node.input[1], axis] = Weight(node.input[1], axis, scales, None, usable[node.input[0]], readers)
-    for index, slot in _others(graph, chosen):
-        if newest and graph.nodes[index].op_type in _POOLING:
-            continue
-        name = graph.nodes[index].input[slot]
-        if name in usable:
-            quantize_value(name, index)
-        else:
-            missing[graph.nodes[index].name or graph.nodes[index].op_type] = name
-    if not chosen and missing:
+    chosen = _Choice(model, usable, name_nodes(result), path)
+    chosen.take_layers()
+    chosen.take_others()
+    if not chosen.nodes and chosen.missing:
         raise InputError(f"nothing in {path} can be quantized with this table: it has no scale for what layers read")
-    if not chosen:
+    if not chosen.nodes:
         raise InputError(
             f"nothing in {path} can be quantized: it has no convolution and no matrix product with float32 weights "
             "or float16 ones"
         )
-    write_pairs(result, activations, list(weights.values()), folder=path.parent)
+    write_pairs(result, chosen.activations, list(chosen.weights.values()), folder=path.parent)
     pad_in_front(result)
-    others = graph.constant | no_floats(model)
-    kinds = Counter(graph.nodes[index].op_type for index in chosen)
+    others = chosen.graph.constant | no_floats(model)
+    kinds = Counter(chosen.graph.nodes[index].op_type for index in chosen.nodes)
     rest = Counter(
         node.op_type
-        for index, node in enumerate(graph.nodes)
-        if index not in chosen and node.op_type not in _NO_ARITHMETIC and not others.issuperset(node.output)
+        for index, node in enumerate(chosen.graph.nodes)
+        if index not in chosen.nodes and node.op_type not in _NO_ARITHMETIC and not others.issuperset(node.output)
     )
-    return QuantizedModel(result, dict(kinds.most_common()), dict(rest.most_common()), missing)
+    return QuantizedModel(result, dict(kinds.most_common()), dict(rest.most_common()), chosen.missing)
+
+
+class _Choice:
+    """What of a network is quantized.
+
+    Args:
+        model: The network.
+        usable: Scales of its values.
+        names: Of its nodes, in order.
+        path: Its file, in whose folder external weights lie.
+
+    Attributes:
+        graph: The network by name.
+        nodes: Positions of the operators that compute in INT8.
+        activations: Value -> how it is quantized.
+        weights: Weight and its axis of channels -> how it is quantized.
+        missing: As :attr:`QuantizedModel.missing`.
+    """
+
+    def __init__(self, model: onnx.ModelProto, usable: Mapping[str, float], names: Sequence[str], path: Path) -> None:
+        self.graph = Graph(model)
+        self.nodes: set[int] = set()
+        self.activations: dict[str, Activation] = {}
+        self.weights: dict[tuple[str, int | None], Weight] = {}
+        self.missing: dict[str, str] = {}
+        self._model, self._usable, self._names, self._path = model, usable, names, path
+        self._types = element_types(model)
+        self._newest = _opset(model) > _NEWEST_OPSET
+
+    def take_layers(self) -> None:
+        """Take the layers with weights."""
+        for index, node in enumerate(self.graph.nodes):
+            weight = _weight(node, self._model, self.graph, self._path)
+            if weight is None or (self._newest and _has_bias_behind(self.graph, node)):
+                continue
+            if self._takes(node.input[0], index):
+                self._quantize_weight(node, weight, self._names[index])
+
+    def take_others(self) -> None:
+        """Take the pooling and the residual sums that belong to the layers."""
+        for index, slot in _others(self.graph, self.nodes):
+            node = self.graph.nodes[index]
+            if not (self._newest and node.op_type in _POOLING):
+                self._takes(node.input[slot], index)
+
+    def _takes(self, value: str, index: int) -> bool:
+        """Quantize a value for an operator that reads it, if it has a scale."""
+        import onnx
+
+        if value not in self._usable:
+            node = self.graph.nodes[index]
+            self.missing[node.name or node.op_type] = value
+            return False
+        self.nodes.add(index)
+        half = self._types.get(value) == onnx.TensorProto.FLOAT16
+        activation = self.activations.setdefault(value, Activation(self._usable[value], set(), half=half))
+        activation.readers.add(self._names[index])
+        return True
+
+    def _quantize_weight(self, node: onnx.NodeProto, weight: NDArray[Any], reader: str) -> None:
+        value, name = node.input[:2]
+        axis = channel_axis(node, weight.ndim)
+        scales: NDArray[Any] = _scales(weight, axis)
+        if weight.dtype == np.float16:
+            bias = constant(self._model, node.input[2], self._path.parent) if any(node.input[2:]) else None
+            scales = _half_scales(scales, bias, self._usable[value])
+        before = self.weights.get((name, axis))
+        readers = {reader, *(before.readers or () if before is not None else ())}
+        self.weights[name, axis] = Weight(name, axis, scales, None, self._usable[value], readers)
 
 
 def _opset(model: onnx.ModelProto) -> int:
