@@ -15,6 +15,7 @@ from calib.onnx.write import refuse_own_input, write_model
 from calib.table import TESTED_TENSORRT
 from calib.table.tools import counted, named, write_table
 from common.errors import ExitCode, InputError
+from common.files import check_writable
 
 if TYPE_CHECKING:
     import onnx
@@ -112,6 +113,8 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     batches = open_source(
         arguments.images, network_inputs(model), _pixels(arguments), arguments.batch_size, arguments.batches
     )
+    for output in filter(None, (arguments.output, arguments.qdq)):
+        check_writable(output.parent, output.name)
     found, observed = entries(model, arguments.algorithm, path.parent)
     calibration = calibrate_onnx(
         path,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def refuse_own_input(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> None:
-    """Refuse to write a file over one that is read, or two into one.
+    """Refuse to write a file over one that is read, two into one, or one over a folder.
 
     Raises:
         InputError: as said.
@@ -22,6 +22,8 @@ def refuse_own_input(outputs: Sequence[Path | None], inputs: Sequence[Path]) -> 
     for path in given:
         if path in [other.resolve() for other in inputs] or given.count(path) > 1:
             raise InputError(f"{path} is read here, or written twice: give the result another name")
+        if path.is_dir():
+            raise InputError(f"cannot write {path}: it is a folder")
 
 
 def write_model(path: Path, model: onnx.ModelProto, source: Path) -> None:

@@ -460,6 +460,19 @@ def test_a_convolution_of_a_value_whose_rank_nothing_says(source, tmp_path):
     assert list(table.scales) == ["data", "c", "value", "again", "out"]
 
 
+def test_outputs_that_cannot_be_written_are_found_before_the_work(source, tmp_path, network, monkeypatch):
+    monkeypatch.setattr("calib.onnx.calibrate.calibrate_onnx", None)
+    (tmp_path / "file").touch()
+    for outputs, complaint in (
+        (["--output", tmp_path], "is a folder"),
+        (["--output", tmp_path / "table", "--qdq", tmp_path], "is a folder"),
+        (["--output", tmp_path / "file" / "table"], "cannot write table into .*file: "),
+        (["--output", tmp_path / "table", "--qdq", tmp_path / "file" / "int8.onnx"], "cannot write int8.onnx into"),
+    ):
+        with pytest.raises(InputError, match=complaint):
+            run("calibrate", network, "--images", source, *outputs)
+
+
 def test_arrays_that_do_not_fit(images, tmp_path, refused, network):
     path = tmp_path / "images.npy"
     nan, infinite = images.copy(), images.copy()
