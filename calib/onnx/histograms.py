@@ -23,7 +23,7 @@ from calib.onnx.source import Batch, Batches
 from common.errors import InputError
 from common.threads import available_cores
 
-_KEPT = 4
+_KEPT = 2
 """Waves of the first batch whose values are kept until their range is known; where there are more, they run twice."""
 
 _Found = dict[str, tuple[Counted, Tensor | None]]

@@ -107,7 +107,7 @@ class Observed:
     def waves(self, batch: Batch) -> list[list[Batch]]:
         """A batch cut into parts: lists of those that :meth:`run` takes at a time, in as many threads.
 
-        The values of two lists stay within a fixed amount of memory. Each part is run by a core of its own: the cores
+        The values of one list stay within a fixed amount of memory. Each part is run by a core of its own: the cores
         need not wait for each other then after every operator, as they do when they share its work. On a GPU the parts
         take turns, and each core copies and counts the values of one.
         """
@@ -117,7 +117,7 @@ class Observed:
             self._divide({name: array[:unit] for name, array in batch.items()}, units)
         # As many for each thread, so that none waits for another one.
         rounds = -(-units // self._at_a_time)
-        count = -(-rounds // max(self._images // 2 // self._at_a_time, 1))
+        count = -(-rounds // max(self._images // self._at_a_time, 1))
         bounds = [min(rounds * index // count * self._at_a_time, units) * unit for index in range(count + 1)]
         waves: list[list[Batch]] = []
         for begin, end in pairwise(bounds):
