@@ -23,6 +23,7 @@ from calib.onnx.model import (
     integer_operators,
     no_floats,
     replace_items,
+    values_read,
 )
 from calib.table import LEVELS
 from common.errors import InputError
@@ -89,7 +90,11 @@ def table_of_quantized(model: onnx.ModelProto, path: Path) -> FromQdq:
     if not any(node.op_type in QUANTIZERS for node in model.graph.node):
         raise InputError(f"{path} has no quantize/dequantize operators: python -m calib calibrate makes its table")
     scales, asymmetric, clamped = _scales_of_pairs(model, path)
-    stripped = _without_pairs(_with_relus(model, clamped, path), path)
+    clamping = _with_relus(model, clamped, path)
+    names = _name_by_outputs(clamping)
+    stripped = _without_pairs(clamping, path)
+    scales = {names.get(value, value): scale for value, scale in scales.items()}
+    asymmetric = [names.get(value, value) for value in asymmetric]
     if not scales:
         raise InputError(f"{path} quantizes its weights alone, and no value that a table could name")
     graph = Graph(stripped)
@@ -226,6 +231,30 @@ def _stops_at_zero(model: onnx.ModelProto, node: onnx.NodeProto, path: Path) -> 
     return lowest is not None and bool(np.all(np.asarray(lowest) >= 0))
 
 
+def _name_by_outputs(model: onnx.ModelProto) -> dict[str, str]:
+    """Put outputs in front of the pairs that give them, in place, as the network before quantization has them.
+
+    Returns:
+        Value in front of such a pair -> the output whose name it has now.
+    """
+    graph = Graph(model)
+    taken = {*graph.producer, *graph.constant, *graph.inputs}
+    names: dict[str, str] = {}
+    kept = graph.outputs | _read_inside(graph)
+    for node in graph.nodes:
+        codes = graph.producer.get(node.input[0]) if node.op_type == "DequantizeLinear" else None
+        value = codes.input[0] if codes is not None and codes.op_type == "QuantizeLinear" else ""
+        output = node.output[0]
+        if output in graph.outputs and value in graph.producer and value not in kept:
+            kept.add(value)
+            names[value] = output
+            names[output] = free_name(f"{output}_dequantized", taken)
+    for node in model.graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+    return names
+
+
 def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     """The float network: values are read directly, weights are what they were rounded to."""
     import onnx
@@ -238,8 +267,8 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
             chosen = onnx.helper.make_node("DequantizeLinear", dequantized.input, node.output, node.name)
             chosen.attribute.extend(dequantized.attribute)
             node.CopyFrom(chosen)
-    constants = Graph(result).constant
-    outputs = {value.name for value in result.graph.output}
+    graph = Graph(result)
+    constants, named = graph.constant, graph.outputs | _read_inside(graph)
     direct: dict[str, str] = {}  # codes, or what they are dequantized to -> the value
     codes: set[str] = set()
     nodes = []
@@ -248,7 +277,7 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
         if node.op_type == "QuantizeLinear" or (node.op_type == "Clip" and node.input[0] in codes):
             direct[node.output[0]] = source or node.input[0]
             codes.add(node.output[0])
-            if node.output[0] in outputs:  # codes, which become values under the same name
+            if node.output[0] in graph.outputs:  # codes, which become values under the same name
                 nodes.append(onnx.helper.make_node("Identity", [direct[node.output[0]]], [node.output[0]], node.name))
         elif node.op_type != "DequantizeLinear":
             if node.op_type in _SAME_SCALE and node.input[0] in codes:  # moves values now
@@ -264,7 +293,7 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
                 f"{path}: {node.input[0]!r} is dequantized, and is neither a weight nor quantized before: give the "
                 "network float inputs"
             )
-        elif node.output[0] in outputs:
+        elif node.output[0] in named:
             nodes.append(onnx.helper.make_node("Identity", [source], [node.output[0]], node.name))
         else:
             direct[node.output[0]] = source
@@ -276,6 +305,11 @@ def _without_pairs(model: onnx.ModelProto, path: Path) -> onnx.ModelProto:
     replace_items(result.graph.node, nodes)
     drop_unread(result.graph)
     return result
+
+
+def _read_inside(graph: Graph) -> set[str]:
+    """What the graphs inside of nodes read, as If's branches, where no name is replaced."""
+    return {name for node in graph.nodes for name in values_read(node) if name not in node.input}
 
 
 def _weight(model: onnx.ModelProto, node: onnx.NodeProto, constants: set[str], path: Path) -> NDArray[Any] | None:

@@ -437,9 +437,9 @@ def test_codes_from_zero_up_are_a_relu(tmp_path, activation, kept):
     made = model(nodes, {"data": [2, 3, 6, 6]}, {"out": [2, 2, 3, 3]}, weights)
     path, table, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "table", tmp_path / "plain.onnx"
     assert run("from-qdq", path, "--output", table, "--onnx", plain) == 0
-    assert [item.op_type for item in onnx.load(plain).graph.node] == [*kept, "MaxPool", "Identity"]
+    assert [item.op_type for item in onnx.load(plain).graph.node] == [*kept, "MaxPool"]
     scales = CalibrationTable.read(table).scales
-    assert scales.keys() == {"c", "relu", "pool", "out"} | ({"relu_before_relu"} if len(kept) > 2 else set())
+    assert scales.keys() == {"c", "relu", "out"} | ({"relu_before_relu"} if len(kept) > 2 else set())
     assert list(scales.values()) == pytest.approx([0.02 * 255 / 127] * len(scales))
     feed = {"data": generator.standard_normal((2, 3, 6, 6)).astype(np.float32)}
     np.testing.assert_allclose(outputs(plain, feed)[0], outputs(path, feed)[0], atol=0.0101)
@@ -456,6 +456,20 @@ def test_codes_that_the_network_puts_out_become_values(tmp_path):
     feed = {"data": np.random.default_rng(4).random((1, 3, 4, 4), np.float32)}
     values = (outputs(path, feed)[0].astype(np.float32) - 128) * 0.02
     np.testing.assert_allclose(outputs(plain, feed)[0], values, atol=0.05)
+
+
+def test_a_dequantized_value_that_a_branch_reads(tmp_path):
+    value = onnx.helper.make_tensor_value_info("inside", TensorProto.FLOAT, None)
+    branch = onnx.helper.make_graph([node("Relu", ["dq"], ["inside"])], "branch", [], [value])
+    made = trained(128)
+    made.graph.node.append(node("If", ["flag"], ["chosen"], then_branch=branch, else_branch=branch))
+    made.graph.input.append(onnx.helper.make_tensor_value_info("flag", TensorProto.BOOL, []))
+    made.graph.output.append(onnx.helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None))
+    path, plain = save(made, tmp_path / "qat.onnx"), tmp_path / "plain.onnx"
+    assert run("from-qdq", path, "--output", tmp_path / "table", "--onnx", plain) == 0
+    feed = {"data": np.random.default_rng(4).random((1, 3, 4, 4), np.float32), "flag": np.array(True)}
+    for quantized, value in zip(outputs(path, feed), outputs(plain, feed), strict=True):
+        np.testing.assert_allclose(value, quantized, atol=0.05)
 
 
 @pytest.mark.parametrize(
