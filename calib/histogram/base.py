@@ -266,4 +266,4 @@ def flat(batch: Tensor) -> Tensor:
     """The values of ``batch`` in one contiguous row, in any order, without a copy where memory has no gaps."""
     if not batch.is_contiguous():
         batch = batch.permute(sorted(range(batch.dim()), key=batch.stride, reverse=True))
-    return batch.reshape(-1)
+    return batch.reshape(-1).contiguous()  # one image of Fortran's order is a row with gaps

@@ -46,7 +46,8 @@ def test_more_values_than_a_row_and_the_edges_of_bins(counter):
     values = torch.randn(300_000, generator=torch.Generator().manual_seed(0)).reshape(3, 100, 1000)
     limit = float(values.abs().max())
     edges = torch.arange(-BINS, BINS + 1) * (limit / BINS)
-    for given_values in (values, values.permute(2, 0, 1), edges, torch.nextafter(edges, torch.tensor(0.0))):
+    below = torch.nextafter(edges, torch.tensor(0.0))
+    for given_values in (values, values.permute(2, 0, 1), values[..., :1], edges, below):
         assert_as_alone(given_values, limit, limit, counter)
 
 
