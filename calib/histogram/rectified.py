@@ -33,26 +33,27 @@ def count_rectified(
         small for its bins to be normal numbers, and without ``native`` where the ranges differ: each is counted alone
         then.
     """
-    limits = dict.fromkeys((limit, rectified_limit))
+    limits = {limit, rectified_limit}
     if values.dtype != torch.float32 or min(limits) < BINS * SMALLEST or (native is None and len(limits) > 1):
         return None
-    exact = flat(values.detach()).numpy()
-    found = {one: (np.zeros(BINS + 1, np.int64), np.zeros(BINS + 1, np.int64)) for one in limits}
+    # Each of PyTorch's operations lets go of Python's lock, for which many cores then wait in line.
+    plain = values.is_contiguous() and not values.requires_grad
+    exact = values.numpy().reshape(-1) if plain else flat(values.detach()).numpy()
+    found = {one: np.zeros((2, BINS + 1), np.int64) for one in limits}
     largest = most = 0.0
     for start in range(0, exact.size, _ROW):
         part = exact[start : start + _ROW]
         for one, counts in found.items():
-            magnitude, positive = (native or _count)(part, np.float32(BINS / one), *counts)
+            magnitude, positive = (native or _count)(part, np.float32(BINS / one), counts)
         if not (magnitude <= limit and positive <= rectified_limit):
             return None
         largest, most = max(largest, magnitude), max(most, positive)
     return Counted(found[limit][0], limit, largest), Counted(found[rectified_limit][1], rectified_limit, most)
 
 
-def _count(
-    values: NDArray[np.float32], factor: np.float32, magnitudes: NDArray[np.int64], rectified: NDArray[np.int64]
-) -> tuple[float, float]:
+def _count(values: NDArray[np.float32], factor: np.float32, counts: NDArray[np.int64]) -> tuple[float, float]:
     """See :data:`calib.histogram.native.Counter`."""
+    magnitudes, rectified = counts
     least, most = float(values.min()), float(values.max())
     if max(-least, most) * factor <= BINS + 1:
         bins = np.empty(values.size, np.int16)
