@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from common.console import printable
-from common.errors import ExitCode, InputError, first_line
+from common.errors import ExitCode, InputError, first_line, out_of_memory
 from common.threads import share_cores
 
 _OUTSIDE = frozenset(
@@ -68,7 +68,7 @@ def run_command(main: Callable[[Sequence[str] | None], int], argv: Sequence[str]
             code = fail(f"{refused.filename or 'cannot write the output'}: {refused.strerror}")
             if refused.filename is None:
                 _discard_output()
-        elif _out_of_memory(error):
+        elif out_of_memory(error):
             code = fail(f"not enough memory: {first_line(error)}" if str(error) else "not enough memory")
         else:
             code = _defect()
@@ -139,14 +139,6 @@ def _refusal(error: BaseException | None) -> OSError | None:
             return error
         error = error.__cause__
     return None
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, in Python, in PyTorch (which is not imported here) or in CUDA."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")  # the last by cuBLAS and cuDNN
-    return isinstance(error, RuntimeError) and any(words in first_line(error) for words in said)
 
 
 def _discard_output() -> None:

@@ -40,3 +40,11 @@ def first_line(error: BaseException) -> str:
     """What an exception says first, for a message of one line; its type if it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0].rstrip() if text else type(error).__name__
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, in Python, in PyTorch (which is not imported here) or in CUDA."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")  # the last by cuBLAS and cuDNN
+    return isinstance(error, RuntimeError) and any(words in first_line(error) for words in said)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from common.errors import first_line
+from common.errors import first_line, out_of_memory
 from data.base import ImageSet
 from engines.base import Compiled, Outputs, as_outputs
 from evaluation.measures import Latency, Timing
@@ -90,7 +90,9 @@ def measure_latency(
         images = source.images(torch.arange(size) % len(source)).contiguous()
         try:
             entries = _measure(compiled, images, seconds, runs, device)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             logger.warning("no latency at batch %d: GPU %d has no memory left, end what else uses it", size, device)
             continue
         for entry, result in zip(entries, results, strict=True):

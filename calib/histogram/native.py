@@ -131,6 +131,6 @@ def _compiled() -> Counter:
 
 
 def _address(array: NDArray[Any]) -> int:
-    """Where an array's values begin: as ``array.ctypes.data``, in a third of its time, in which Python's lock is held."""
+    """Where an array's values begin: ``array.ctypes.data`` in a third of its time, in which Python's lock is held."""
     address: int = array.__array_interface__["data"][0]
     return address

@@ -203,13 +203,21 @@ def build_engine(
     except TensorRTError:
         raise
     except Exception as error:  # C++ and Python errors of every kind mean the same here
-        full = f"; GPU {build.device} has no memory left, end what else uses it" if is_full(device) else ""
+        full = f"; GPU {build.device} has no memory left, end what else uses it" if _seems_full(device) else ""
         raise TensorRTError(f"TensorRT could not build the engine: {build_error(error)}{full}") from error
 
 
 def is_full(device: torch.device) -> bool:
     """Whether a GPU has so little free memory that nothing can be built on it."""
     return device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < LEAST_MEMORY
+
+
+def _seems_full(device: torch.device) -> bool:
+    """As :func:`is_full`, behind a failed build, which may have left a GPU that answers nothing."""
+    try:
+        return is_full(device)
+    except RuntimeError:
+        return False
 
 
 def takes_half(installed: Installed, build: Build) -> bool:

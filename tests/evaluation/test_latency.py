@@ -115,10 +115,15 @@ def test_a_batch_larger_than_the_set_repeats_its_images(clock: Clock) -> None:
     assert seen[0][:, 0, 0, 0].tolist() == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_a_full_gpu_costs_the_latency_of_that_batch_size_alone(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.cuda.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: out of memory")]
+)
+def test_a_full_gpu_costs_the_latency_of_that_batch_size_alone(
+    error: RuntimeError, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
     def run(images: Tensor) -> Tensor:
         if len(images) == 4:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+            raise error
         clock.now += 0.001
         return images.flatten(1)
 

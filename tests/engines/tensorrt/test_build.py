@@ -118,6 +118,20 @@ class TestBuilding:
             build_engine(upstream, INSTALLED, nn.Linear(4, 2), (3, 4), Build(frozenset({"fp32"}), device=1))
         assert not upstream.calls
 
+    def test_a_gpu_that_answers_nothing_any_more(self, memory, monkeypatch):
+        memory[0] = 1000
+
+        def breaks(*arguments):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        def fails(*arguments):
+            monkeypatch.setattr(torch.cuda, "mem_get_info", breaks)
+            breaks()
+
+        monkeypatch.setattr(build, "to_torchscript", fails)
+        with pytest.raises(TensorRTError, match="could not build the engine: CUDA error: an illegal memory access"):
+            build_engine(Upstream(), INSTALLED, nn.Linear(4, 2), (3, 4), Build(frozenset({"fp32"})))
+
     def test_a_gpu_that_became_full_is_told_beside_what_tensorrt_said(self, memory, monkeypatch):
         memory[0] = 1000
 
